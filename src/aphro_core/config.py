@@ -1,0 +1,68 @@
+"""What was asked: one frozen EngineConfig, built once at the door and sent as it is to engine and workers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Device = Literal["cpu", "cuda"]
+DType = Literal["float32", "bfloat16", "float16"]
+Backend = Literal["inprocess", "mp"]
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Which checkpoint, and how it is read. ``path`` is a local folder or ``.gguf`` file (ids are resolved before)."""
+
+    path: str
+    served_name: str
+    dtype: DType
+    max_model_len: int
+    load_format: Literal["auto", "dummy"] = "auto"
+    seed: int = 0  # of dummy weights
+
+
+class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    pp_layers: tuple[int, ...] | None = None  # layers of each stage, in order; None = the stated rule
+    backend: Backend = "inprocess"
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+
+class CacheConfig(msgspec.Struct, frozen=True, kw_only=True):
+    block_size: int = 16  # tokens
+    gpu_memory_utilization: float = 0.90  # of the device's total memory, weights included
+    cpu_memory_utilization: float = 0.50  # of the host memory that is free at start, all local ranks together
+    num_blocks: int | None = None  # set = no sizing by memory
+    enable_prefix_caching: bool = True
+
+
+class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    device: Device = "cpu"
+    distributed_timeout_seconds: float = 300.0  # rendezvous and every collective
+    start_timeout_seconds: float = 1800.0  # from the first worker started to the last one ready
+
+
+class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The HTTP edge. An empty ``api_keys`` means that anybody who reaches the port may ask."""
+
+    host: str = "127.0.0.1"
+    port: int = 2242
+    api_keys: tuple[str, ...] = ()
+    chat_template: str | None = None  # the template's text; None = the checkpoint's own
+    max_queued_requests: int = 1024
+    drain_seconds: float = 30.0
+    json_ready: str | None = None  # file that receives the ready record

@@ -1,0 +1,81 @@
+"""The errors an operator or a client sees: what happened, what to do next, and the exit code it ends in."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """The documented exit codes of every command (README, "Exit codes")."""
+
+    OK = 0
+    INTERNAL = 1  # a fault of ours: please report it
+    USAGE = 2  # a flag or an argument is wrong
+    MODEL = 3  # the model is missing, unknown, damaged or mismatched
+    PLACEMENT = 4  # an illegal tp/pp, or too few devices
+    MEMORY = 5  # the model or its KV cache does not fit
+    ADDRESS = 6  # the address or port cannot be bound
+    ENGINE = 7  # the engine or a worker died
+    INTERRUPTED = 130  # Ctrl-C before the server was up
+
+
+class AphroError(Exception):
+    """Something that is not our bug: ``message`` says what, ``hint`` is the next step to try (one line)."""
+
+    exit_code: ExitCode = ExitCode.INTERNAL
+
+    def __init__(self, message: str, *, hint: str | None = None, exit_code: ExitCode | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        if exit_code is not None:
+            self.exit_code = exit_code
+
+
+class UsageError(AphroError):
+    exit_code = ExitCode.USAGE
+
+
+class ModelError(AphroError):
+    """The checkpoint is missing, of an unknown architecture, truncated, or not what its config says."""
+
+    exit_code = ExitCode.MODEL
+
+
+class PlacementError(AphroError):
+    """A tp/pp size that the arithmetic forbids, or more ranks than devices."""
+
+    exit_code = ExitCode.PLACEMENT
+
+
+class MemoryBudgetError(AphroError):
+    exit_code = ExitCode.MEMORY
+
+
+class AddressError(AphroError):
+    exit_code = ExitCode.ADDRESS
+
+
+class EngineDeadError(AphroError):
+    """The engine or one of its workers is gone; ``message`` carries rank, host and first cause."""
+
+    exit_code = ExitCode.ENGINE
+
+
+class RequestError(Exception):
+    """One request is wrong (HTTP 400): ``field`` as the client spelled it, and what is allowed there."""
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+
+
+class OverloadedError(Exception):
+    """The queue is full or the server is draining (HTTP 429/503); try again after ``retry_after`` seconds."""
+
+    def __init__(self, message: str, *, retry_after: int = 1, draining: bool = False) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after = retry_after
+        self.draining = draining

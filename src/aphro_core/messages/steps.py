@@ -1,0 +1,140 @@
+"""What crosses between the engine and a worker: the start-up dialogue, step plans and their results."""
+
+from __future__ import annotations
+
+import msgspec
+
+from aphro_core.config import EngineConfig
+from aphro_core.request import SamplingParams
+
+
+class StartWorker(msgspec.Struct, frozen=True, tag="start_worker"):
+    """Engine to worker, first frame: who you are. ``store`` is where the ranks of the group meet."""
+
+    config: EngineConfig
+    rank: int
+    local_rank: int  # index of the device on this host
+    store: str
+
+
+class WorkerProgress(msgspec.Struct, frozen=True, tag="progress"):
+    """Worker to engine, any number of times before WorkerLoaded. ``phase``: "rendezvous", "weights", "warmup"."""
+
+    rank: int
+    phase: str
+    done: int = 0  # bytes, or whatever the phase counts
+    total: int = 0
+
+
+class WorkerLoaded(msgspec.Struct, frozen=True, tag="loaded"):
+    """Worker to engine: the weights are in place; ``num_blocks`` is what this rank's memory allows."""
+
+    rank: int
+    pid: int
+    host: str
+    device: str
+    weights_bytes: int
+    activation_bytes: int
+    kv_bytes: int  # budget for the KV cache on this rank
+    block_bytes: int
+    num_blocks: int
+    bytes_read: int  # from the checkpoint
+
+
+class AllocateCache(msgspec.Struct, frozen=True, tag="allocate"):
+    """Engine to worker: the number of blocks that every rank of the group allocates (the minimum over ranks)."""
+
+    num_blocks: int
+
+
+class WorkerReady(msgspec.Struct, frozen=True, tag="ready"):
+    rank: int
+
+
+class WorkerFailed(msgspec.Struct, frozen=True, tag="failed"):
+    """Worker to engine: the last frame of a rank that gives up. ``secondary``: a peer was lost, look elsewhere."""
+
+    rank: int
+    host: str
+    pid: int
+    message: str
+    hint: str | None
+    exit_code: int
+    traceback: str
+    secondary: bool = False
+
+
+class NewSequence(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence that the workers do not know (new, or again after a preemption)."""
+
+    seq_id: int
+    token_ids: list[int]  # prompt, then the output so far
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    seed: int
+
+
+class ScheduledSequence(msgspec.Struct, frozen=True, array_like=True):
+    """One sequence's share of a step: tokens at positions ``start`` to ``start + num_tokens``.
+
+    ``token_ids`` are tokens that the workers have not been given yet (the last sampled one, in decode; nothing in
+    prefill: NewSequence carried them). ``new_block_ids`` extend its block table. ``samples``: the step reaches the
+    last known token, so one token is drawn from the logits of the last row.
+    """
+
+    seq_id: int
+    start: int
+    num_tokens: int
+    token_ids: list[int]
+    new_block_ids: list[int]
+    samples: bool
+
+
+class StepPlan(msgspec.Struct, frozen=True, tag="plan"):
+    """One step. Workers apply it in this order: ``released``, ``new``, ``scheduled``. Plans are applied in order."""
+
+    step_id: int
+    scheduled: list[ScheduledSequence]
+    new: list[NewSequence] = []
+    released: list[int] = []  # seq_ids that the workers forget (finished, aborted, preempted)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(entry.num_tokens for entry in self.scheduled)
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-softmax of the model's raw logits at one position: the chosen token first, then the most likely."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    rank: int  # of the chosen token, 1 = most likely
+
+
+class SampledToken(msgspec.Struct, frozen=True, array_like=True):
+    seq_id: int
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Entries for the prompt tokens at positions ``start + 1 ...`` that rows ``start ...`` of this step predict."""
+
+    seq_id: int
+    entries: list[TokenLogprobs]
+
+
+class StepResult(msgspec.Struct, frozen=True, tag="result"):
+    """From the last stage's tp rank 0: one SampledToken per scheduled sequence with ``samples``, in plan order."""
+
+    step_id: int
+    sampled: list[SampledToken]
+    prompt_logprobs: list[PromptLogprobs] = []
+
+
+class StopWorker(msgspec.Struct, frozen=True, tag="stop"):
+    pass
+
+
+ToWorker = StartWorker | AllocateCache | StepPlan | StopWorker
+FromWorker = WorkerProgress | WorkerLoaded | WorkerReady | WorkerFailed | StepResult
