@@ -17,7 +17,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     served_name: str
     dtype: DType
-    max_model_len: int
+    max_model_len: int  # tokens, prompt and output together
+    fit_max_model_len: bool = False  # shorten max_model_len to what the memory holds, instead of refusing
     load_format: Literal["auto", "dummy"] = "auto"
     seed: int = 0  # of dummy weights
 

@@ -51,6 +51,7 @@ class EngineReady(msgspec.Struct, frozen=True, tag="engine_ready"):
     """The engine serves. ``ranks`` in rank order; ``num_blocks`` is the minimum over them."""
 
     num_blocks: int
+    max_model_len: int  # less than asked only where the length may follow the memory
     ranks: list[WorkerLoaded]
 
 

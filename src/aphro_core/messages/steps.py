@@ -9,12 +9,13 @@ from aphro_core.request import SamplingParams
 
 
 class StartWorker(msgspec.Struct, frozen=True, tag="start_worker"):
-    """Engine to worker, first frame: who you are. ``store`` is where the ranks of the group meet."""
+    """Engine to worker, first frame: who you are. ``store`` is the file where the ranks of the group meet."""
 
     config: EngineConfig
     rank: int
     local_rank: int  # index of the device on this host
     store: str
+    memory_bytes: int  # this rank's share of the host's memory, measured before any rank started (used on CPUs)
 
 
 class WorkerProgress(msgspec.Struct, frozen=True, tag="progress"):
@@ -72,6 +73,7 @@ class NewSequence(msgspec.Struct, frozen=True, array_like=True):
     num_prompt_tokens: int
     sampling: SamplingParams
     seed: int
+    stop_token_ids: list[int] = []  # those that ``sampling.min_tokens`` masks
 
 
 class ScheduledSequence(msgspec.Struct, frozen=True, array_like=True):

@@ -1,0 +1,66 @@
+"""The command ``aphro``: one row a command, and the names by which options may be typed."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from aphro_cli.run import EXAMPLES, run
+
+
+def _normalise(name: str) -> str:
+    """``--tensor_parallel_size`` is ``--tensor-parallel-size``: both spellings are in the field's recipes."""
+    return name.replace("_", "-")
+
+
+app = typer.Typer(
+    name="aphro",
+    help="A distributed LLM inference server: tensor and pipeline parallel, on GPUs and CPUs.",
+    add_completion=False,  # completions/ holds static scripts, which answer TAB without starting Python
+    no_args_is_help=True,
+    rich_markup_mode=None,  # plain help needs no rich and is there at once
+    pretty_exceptions_enable=False,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": _normalise,
+        "max_content_width": 110,
+    },
+)
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def aphro(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="The same as aphro version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def version() -> None:
+    """Print the versions of aphro, Python and torch."""
+    from importlib import metadata
+
+    python = ".".join(map(str, sys.version_info[:3]))
+    typer.echo(f"aphro {metadata.version('aphro')} (Python {python}, torch {metadata.version('torch')})")
+
+
+app.command("run", epilog=EXAMPLES)(run)
+app.command("serve", epilog=EXAMPLES, short_help="The same as run.")(run)
+app.command("version")(version)
+
+
+def main() -> None:
+    app(prog_name="aphro")
+
+
+if __name__ == "__main__":
+    main()

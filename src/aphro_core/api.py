@@ -1,0 +1,138 @@
+"""The one door into the core: ``serve`` for the command line, ``LLM`` for scripts. Wires, decides nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import anyio
+
+from aphro_core.config import ServerConfig
+from aphro_core.errors import AphroError
+from aphro_core.llm import LLM
+from aphro_core.messages.requests import EngineReady
+from aphro_core.prepare import EngineOptions, Prepared, prepare
+from aphro_core.reporter import Reporter
+from aphro_core.request import SamplingParams
+from aphro_core.server.app import build_app
+from aphro_core.server.serve import Server, bind, url_of
+from aphro_core.session import Session, open_session
+
+__all__ = ["LLM", "EngineOptions", "SamplingParams", "ServeOptions", "serve"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(EngineOptions):
+    """EngineOptions, and the HTTP edge."""
+
+    host: str = "127.0.0.1"
+    port: int = 2242
+    api_keys: tuple[str, ...] = ()
+    max_queued_requests: int = 1024
+    drain_seconds: float = 30.0
+    json_ready: str | None = None
+
+
+def serve(options: ServeOptions, reporter: Reporter) -> int:
+    """Serve until SIGINT or SIGTERM (then drain; a second one ends at once). Returns the exit code.
+
+    Raises AphroError: whatever forbids a start, or the first cause of the engine's death.
+    """
+    server_config = ServerConfig(
+        host=options.host,
+        port=options.port,
+        api_keys=options.api_keys,
+        max_queued_requests=options.max_queued_requests,
+        drain_seconds=options.drain_seconds,
+        json_ready=options.json_ready,
+    )
+    sockets = bind(server_config.host, server_config.port)  # a busy port is known before anything loads
+    try:
+        prepared = prepare(options, reporter)
+        return anyio.run(_serve, options, server_config, prepared, sockets, reporter)
+    except BaseExceptionGroup as group:
+        raise _first_known(group) from group
+    finally:
+        for sock in sockets:
+            sock.close()
+
+
+async def _serve(
+    options: ServeOptions,
+    config: ServerConfig,
+    prepared: Prepared,
+    sockets: Sequence[object],
+    reporter: Reporter,
+) -> int:
+    opened = open_session(prepared, options, reporter, max_queued_requests=config.max_queued_requests)
+    async with opened as session, anyio.create_task_group() as tasks:
+        server = Server(build_app(session.frontend, config), sockets, config)
+        tasks.start_soon(_stop_on_signals, server, session, reporter)
+        tasks.start_soon(_announce, session, server, config, prepared, reporter)
+        await server.run()
+        tasks.cancel_scope.cancel()
+    return 0
+
+
+async def _announce(
+    session: Session, server: Server, config: ServerConfig, prepared: Prepared, reporter: Reporter
+) -> None:
+    """Say that it serves; when the engine dies, let open streams end with their error, then raise the first cause."""
+    ready = await session.wait_ready()
+    url, model = url_of(server.sockets), prepared.config.model.served_name
+    if config.json_ready:
+        _write_ready(Path(config.json_ready), url, ready, prepared.config.cache.block_size)
+    reporter.ready(url, model, _curl(url, model, bool(config.api_keys), session.frontend.tokenizer is not None))
+    raise await session.wait_dead()
+
+
+async def _stop_on_signals(server: Server, session: Session, reporter: Reporter) -> None:
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for number in signals:
+            name = signal.Signals(number).name
+            if server.is_draining or session.ready is None:
+                reporter.line(f"{name}: stopping at once.")
+                server.stop_now()
+            else:
+                reporter.line(f"{name}: finishing open requests (a second signal stops at once).")
+                server.drain()
+
+
+def _write_ready(file: Path, url: str, ready: EngineReady, block_size: int) -> None:
+    """The ready record for scripts, written whole or not at all."""
+    workers = [
+        {"rank": loaded.rank, "pid": loaded.pid, "host": loaded.host, "device": loaded.device} for loaded in ready.ranks
+    ]
+    record = {
+        "url": url,
+        "pid": os.getpid(),
+        "workers": workers,
+        "num_blocks": ready.num_blocks,
+        "tokens": ready.num_blocks * block_size,
+    }
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    partial.write_text(json.dumps(record) + "\n")
+    partial.replace(file)
+
+
+def _curl(url: str, model: str, has_key: bool, has_tokenizer: bool) -> str:
+    """A line that can be pasted and answers."""
+    key = " -H 'Authorization: Bearer YOUR_API_KEY'" if has_key else ""
+    if has_tokenizer:
+        route, body = "chat/completions", {"model": model, "messages": [{"role": "user", "content": "Hello!"}]}
+    else:
+        route, body = "completions", {"model": model, "prompt": [1, 2, 3]}
+    body["max_tokens"] = 32
+    return f"curl {url}/v1/{route} -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'"
+
+
+def _first_known(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        known = [inner for inner in error.exceptions if isinstance(inner, AphroError)]
+        error = (known or list(error.exceptions))[0]
+    return error

@@ -1,0 +1,47 @@
+"""The group of workers as the engine sees it: start, plans out, results in, the first cause of a death, stop."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Protocol
+
+from anyio.abc import ObjectReceiveStream
+
+from aphro_core.config import Backend, EngineConfig
+from aphro_core.messages.steps import StepPlan, StepResult, WorkerLoaded, WorkerProgress
+
+OnProgress = Callable[[WorkerProgress], None]
+
+
+class Executor(Protocol):
+    """A started group. A death of any rank is raised as EngineDeadError out of the block that opened the group."""
+
+    results: ObjectReceiveStream[StepResult]  # one per submitted plan, in order
+
+    @property
+    def ranks(self) -> list[WorkerLoaded]:
+        """In rank order, weights loaded."""
+
+    async def allocate(self, num_blocks: int) -> None:
+        """Every rank allocates its KV cache and is ready for plans."""
+
+    async def submit(self, plan: StepPlan) -> None:
+        """Hand a plan to every rank; ranks apply plans in this order."""
+
+
+@asynccontextmanager
+async def open_executor(config: EngineConfig, on_progress: OnProgress) -> AsyncIterator[Executor]:
+    """Start the workers of ``config.parallel`` and load the weights; leaving the block ends every one of them."""
+    async with _opener(config.parallel.backend)(config, on_progress) as executor:
+        yield executor
+
+
+def _opener(backend: Backend) -> Callable[[EngineConfig, OnProgress], AbstractAsyncContextManager[Executor]]:
+    if backend == "inprocess":
+        from aphro_core.executor.inprocess import open_inprocess  # loads torch, which the other backends do not need here
+
+        return open_inprocess
+    from aphro_core.executor.multiprocess import open_multiprocess
+
+    return open_multiprocess

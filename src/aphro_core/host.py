@@ -1,0 +1,60 @@
+"""What this host offers, read without torch: memory, cores, instructions, GPUs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+from pathlib import Path
+from typing import Final
+
+_MEMINFO: Final = Path("/proc/meminfo")
+_CGROUP: Final = Path("/sys/fs/cgroup")
+_BF16_FLAGS: Final = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}
+
+
+def available_memory_bytes() -> int:
+    """Bytes that new work can take: the kernel's MemAvailable, or what the cgroup leaves if that is less."""
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", _MEMINFO.read_text(), re.MULTILINE)
+    available = int(found[1]) * 1024 if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    limit, used = _read_number(_CGROUP / "memory.max"), _read_number(_CGROUP / "memory.current")
+    if limit is not None and used is not None:
+        available = min(available, max(limit - used, 0))
+    return available
+
+
+def num_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def has_bf16_instructions() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware; without, bfloat16 is slower than float32."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    found = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)
+    return found is not None and bool(_BF16_FLAGS & set(found[1].split()))
+
+
+def visible_gpus() -> list[str]:
+    """CUDA device indices or UUIDs that this process may use, as CUDA_VISIBLE_DEVICES numbers them; [] without any."""
+    present = sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*"))
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not present or chosen is None:
+        return [name.removeprefix("nvidia") for name in present]
+    return [name.strip() for name in chosen.split(",") if name.strip() not in ("", "-1")]
+
+
+def torch_has_cuda() -> bool:
+    """Whether the installed torch is a CUDA build (its version says ``+cpu`` where it is not)."""
+    return not importlib.metadata.version("torch").endswith("+cpu")
+
+
+def _read_number(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None

@@ -1,0 +1,61 @@
+"""The table architecture -> family, and the way from a checkpoint's config to a DecoderSpec."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Final, Protocol
+
+from aphro_core.errors import ModelError
+from aphro_core.models import llama, mistral, qwen2, qwen3
+from aphro_core.models.hf_config import HfConfig
+from aphro_core.models.spec import DecoderSpec
+from aphro_core.models.tensors import TensorRule
+
+
+class Family(Protocol):
+    """What a family file offers: its config as a spec, and where its checkpoint tensors go."""
+
+    @property
+    def tensors(self) -> tuple[TensorRule, ...]: ...
+
+    def spec(self, hf: Mapping[str, Any]) -> DecoderSpec: ...
+
+
+FAMILIES: Final[dict[str, Family]] = {
+    "LlamaForCausalLM": llama,
+    "MistralForCausalLM": mistral,
+    "Qwen2ForCausalLM": qwen2,
+    "Qwen3ForCausalLM": qwen3,
+}
+
+
+def load_spec(hf_config: Mapping[str, Any]) -> DecoderSpec:
+    """The spec of a checkpoint. ``hf_config`` is untrusted: every key is checked.
+
+    Raises ModelError for an unknown architecture (naming the nearest), a quantised checkpoint, or a key that is
+    missing, of the wrong type, out of range or inconsistent with another.
+    """
+    config = HfConfig(hf_config)
+    architectures = config.names("architectures")
+    if not architectures:
+        raise ModelError(
+            "the model's config lacks architectures", hint=f"add one of {', '.join(FAMILIES)} to config.json"
+        )
+    if config.has("quantization_config"):
+        method = config.section("quantization_config")
+        raise method.refuse("quant_method", "none (unquantised safetensors, or a GGUF file)")
+    architecture = architectures[0]
+    family = FAMILIES.get(architecture)
+    if family is None:
+        near = difflib.get_close_matches(architecture, FAMILIES, n=1)
+        raise ModelError(
+            f"architecture {architecture[:80]!r} is not supported, supported: {', '.join(FAMILIES)}",
+            hint=f"the nearest is {near[0]}" if near else "use a model of a supported architecture",
+        )
+    return family.spec(hf_config)
+
+
+def family_of(spec: DecoderSpec) -> Family:
+    """The family of a spec that ``load_spec`` made."""
+    return FAMILIES[spec.architecture]

@@ -1,0 +1,93 @@
+"""The memory model: bytes of weights, activations and KV blocks on one rank, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import Final
+
+from aphro_core.models.registry import family_of
+from aphro_core.models.spec import DecoderSpec
+from aphro_core.models.tensors import parameter_shapes
+from aphro_core.parallel.shard import RankShard
+
+# Float32 copies of the sampled rows' logits that live at once: as gathered, with penalties and temperature, and two
+# more inside a sort or a log-softmax.
+LOGITS_COPIES: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """One rank's balance in bytes: ``budget`` is what weights, activations and KV cache may take together."""
+
+    rank: int
+    budget: int
+    weights: int
+    activations: int
+    block: int
+
+    @property
+    def kv_bytes(self) -> int:
+        return max(self.budget - self.weights - self.activations, 0)
+
+    @property
+    def num_blocks(self) -> int:
+        return num_blocks(self.kv_bytes, self.block)
+
+
+def limiting_rank(ranks: Iterable[RankMemory]) -> RankMemory:
+    """The rank with the fewest KV blocks, the first of equals: its number is the whole group's."""
+    return min(ranks, key=lambda memory: (memory.num_blocks, memory.rank))
+
+
+def weights_bytes(spec: DecoderSpec, shard: RankShard, dtype_bytes: int) -> int:
+    """Bytes of the parameters on a rank, vocabulary padding included: the sum over the loader's own shapes."""
+    shapes = parameter_shapes(family_of(spec).tensors, spec, shard)
+    return dtype_bytes * sum(prod(shape) for shape in shapes.values())
+
+
+def kv_block_bytes(spec: DecoderSpec, shard: RankShard, block_size: int, kv_dtype_bytes: int) -> int:
+    """Bytes of one block on a rank: K and V of ``block_size`` tokens in each of its layers and KV heads.
+
+    2 x layers x KV heads x block_size x head_dim x bytes; a copied KV head counts on every rank that has it.
+    """
+    return 2 * len(shard.layers) * len(shard.kv_heads) * block_size * spec.head_dim * kv_dtype_bytes
+
+
+def activation_bytes(
+    spec: DecoderSpec, shard: RankShard, max_num_batched_tokens: int, max_num_seqs: int, dtype_bytes: int
+) -> int:
+    """Upper bound of what one step allocates besides weights and cache, in bytes.
+
+    With T tokens, H hidden, q/kv the local head widths and I the local MLP columns, a step holds for its whole length
+    the residual and its normed copy (2 T H) and, with pp, a received and a sent one (2 T H); at its peak the larger of
+    - attention: qkv, its rotated q and k, the output of attention, o_proj: T (2 q + 4 kv + q + H)
+    - MLP: gate and up, their product, down_proj: T (3 I + H)
+    - head: LOGITS_COPIES float32 copies of the logits of min(max_num_seqs, T) rows, over the whole vocabulary
+    plus a float32 copy of the hidden states inside a norm (T H 4) and the step's indices (T x 64 bytes).
+    The terms are those of the profiled peaks of served models (forward = T e (3 I + 3 H), sampler = F S V 4).
+    """
+    tokens, hidden = max_num_batched_tokens, spec.hidden_size
+    query, kv = len(shard.heads) * spec.head_dim, len(shard.kv_heads) * spec.head_dim
+    kept = (2 + 2 * (shard.pp_size > 1)) * tokens * hidden * dtype_bytes
+    attention = tokens * (3 * query + 4 * kv + hidden) * dtype_bytes
+    mlp = tokens * (3 * len(shard.mlp) + hidden) * dtype_bytes
+    vocab = len(shard.vocab) * shard.tp_size
+    head = LOGITS_COPIES * min(max_num_seqs, tokens) * vocab * 4 if shard.has_head else 0
+    return kept + max(attention, mlp, head) + tokens * hidden * 4 + tokens * 64
+
+
+def num_blocks(budget_bytes: int, block_bytes: int) -> int:
+    """Whole blocks in a budget; none in a negative one."""
+    return max(budget_bytes // block_bytes, 0)
+
+
+def blocks_per_request(tokens: int, block_size: int) -> int:
+    """Blocks that a request of so many tokens fills, the last one perhaps in part."""
+    return -(-tokens // block_size)
+
+
+def max_useful_blocks(max_num_seqs: int, max_model_len: int, block_size: int) -> int:
+    """Blocks that requests can hold at once at most; memory beyond them would never be used."""
+    return max_num_seqs * blocks_per_request(max_model_len, block_size)

@@ -1,0 +1,157 @@
+"""The sharding plan: the layers, heads, columns and vocabulary rows of each rank, for any legal (tp, pp)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from aphro_core.errors import PlacementError
+from aphro_core.models.spec import DecoderSpec
+from aphro_core.parallel.partition import partition
+
+MLP_UNIT: Final = 32  # columns: the block of the small GGUF formats, and a tile that every kernel likes
+VOCAB_UNIT: Final = 64  # rows
+
+
+@dataclass(frozen=True, slots=True)
+class RankShard:
+    """What one rank holds. Ranges count the whole model's layers, heads, MLP columns and (padded) vocabulary rows.
+
+    Local query head j belongs to local KV head ``j // (len(heads) // len(kv_heads))``: a rank has whole groups, or
+    some of the heads of one group.
+    """
+
+    rank: int  # pp_rank * tp_size + tp_rank
+    pp_rank: int
+    tp_rank: int
+    pp_size: int
+    tp_size: int
+    layers: range
+    heads: range
+    kv_heads: range
+    mlp: range
+    vocab: range  # may reach past vocab_size, or lie wholly behind it
+    has_embedding: bool
+    has_head: bool  # final norm and output head
+
+
+@dataclass(frozen=True, slots=True)
+class ShardingPlan:
+    ranks: tuple[RankShard, ...]  # in rank order
+    tp_size: int
+    pp_size: int
+    padded_vocab_size: int
+
+
+def build_plan(spec: DecoderSpec, tp: int, pp: int, pp_layers: Sequence[int] | None = None) -> ShardingPlan:
+    """What each of the tp x pp ranks holds. ``pp_layers`` gives the layers of each stage instead of the stated rule.
+
+    MLP columns are split evenly even where attention is not: the ranks wait for each other after each of the two,
+    so leaning one against the other would balance bytes and cost time. Raises PlacementError for sizes that the
+    model's shapes forbid, naming the dimension and the nearest legal size.
+    """
+    _check_tensor_parallel(spec, tp)
+    stages = _split_layers(spec.num_layers, pp, pp_layers)
+    heads = _split_heads(spec, tp)
+    mlp = partition(spec.intermediate_size, [1] * tp, unit=_mlp_unit(spec.intermediate_size, tp))
+    rows = -(-spec.vocab_size // (tp * VOCAB_UNIT)) * VOCAB_UNIT
+    ranks = tuple(
+        RankShard(
+            rank=pp_rank * tp + tp_rank,
+            pp_rank=pp_rank,
+            tp_rank=tp_rank,
+            pp_size=pp,
+            tp_size=tp,
+            layers=layers,
+            heads=heads[tp_rank][0],
+            kv_heads=heads[tp_rank][1],
+            mlp=mlp[tp_rank],
+            vocab=range(tp_rank * rows, (tp_rank + 1) * rows),
+            has_embedding=pp_rank == 0,
+            has_head=pp_rank == pp - 1,
+        )
+        for pp_rank, layers in enumerate(stages)
+        for tp_rank in range(tp)
+    )
+    return ShardingPlan(ranks, tp_size=tp, pp_size=pp, padded_vocab_size=tp * rows)
+
+
+def legal_tensor_parallel_sizes(spec: DecoderSpec) -> range:
+    """Every size from 1 to the number of query heads (or of MLP columns, if a model has fewer)."""
+    return range(1, min(spec.num_heads, spec.intermediate_size) + 1)
+
+
+def _check_tensor_parallel(spec: DecoderSpec, tp: int) -> None:
+    legal = legal_tensor_parallel_sizes(spec)
+    if tp in legal:
+        return
+    nearest = legal[-1] if tp > legal[-1] else 1
+    what = "query heads" if spec.num_heads <= spec.intermediate_size else "MLP columns"
+    raise PlacementError(
+        f"tensor_parallel_size is {tp}, but {spec.architecture} here has {legal[-1]} {what} and each rank needs one, "
+        f"allowed: 1 to {legal[-1]}",
+        hint=f"-tp {nearest}, and -pp for more devices" if tp > nearest else f"-tp {nearest}",
+    )
+
+
+def _split_heads(spec: DecoderSpec, tp: int) -> list[tuple[range, range]]:
+    """(query heads, KV heads) of each tp rank.
+
+    Up to ``num_kv_heads`` ranks: whole groups (one KV head and its query heads). Beyond: one KV head a rank, copied
+    to as many ranks as share its query heads.
+    """
+    group = spec.group_size
+    if tp <= spec.num_kv_heads:
+        kv_heads = partition(spec.num_kv_heads, [1] * tp)
+        return [(range(kv.start * group, kv.stop * group), kv) for kv in kv_heads]
+    sharers = [len(ranks) for ranks in partition(tp, [1] * spec.num_kv_heads)]
+    return [
+        (range(kv * group + part.start, kv * group + part.stop), range(kv, kv + 1))
+        for kv, num_ranks in enumerate(sharers)
+        for part in partition(group, [1] * num_ranks)
+    ]
+
+
+def _mlp_unit(intermediate_size: int, tp: int) -> int:
+    """The largest power of two up to MLP_UNIT that divides the columns and leaves every rank at least one unit."""
+    unit = MLP_UNIT
+    while intermediate_size % unit or intermediate_size // unit < tp:
+        unit //= 2
+    return unit
+
+
+def _split_layers(num_layers: int, pp: int, pp_layers: Sequence[int] | None) -> list[range]:
+    """Layers of each stage: evenly; what is left over goes one each to the stages before the last, from the back.
+
+    The last stage has the head besides, so it is the last to get more (the rule of vLLM's ``get_pp_indices``).
+    """
+    if not 1 <= pp <= num_layers:
+        nearest = num_layers if pp > num_layers else 1
+        raise PlacementError(
+            f"pipeline_parallel_size is {pp}, but the model has {num_layers} layers and each stage needs one, "
+            f"allowed: 1 to {num_layers}",
+            hint=f"-pp {nearest}",
+        )
+    if pp_layers is not None:
+        _check_pp_layers(num_layers, pp, pp_layers)
+        sizes = list(pp_layers)
+    else:
+        each, rest = divmod(num_layers, pp)
+        sizes = [each + (pp - 1 - rest <= stage < pp - 1) for stage in range(pp)]
+    starts = [sum(sizes[:stage]) for stage in range(pp)]
+    return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
+def _check_pp_layers(num_layers: int, pp: int, pp_layers: Sequence[int]) -> None:
+    shown = ",".join(map(str, pp_layers))
+    even = ",".join(str(len(layers)) for layers in _split_layers(num_layers, pp, None))
+    if len(pp_layers) != pp:
+        problem = f"names {len(pp_layers)} stages, but pipeline_parallel_size is {pp}"
+    elif any(size < 1 for size in pp_layers):
+        problem = "leaves a stage without layers, allowed: 1 and up for each"
+    elif sum(pp_layers) != num_layers:
+        problem = f"adds up to {sum(pp_layers)} layers, but the model has {num_layers}"
+    else:
+        return
+    raise PlacementError(f"pp_layers {shown} {problem}", hint=f"--pp-layers {even}")

@@ -1,0 +1,182 @@
+"""From what the operator typed to one EngineConfig: everything that can be refused is refused here, before a process starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from aphro_core import host
+from aphro_core.checkpoint.open import open_checkpoint, resolve_model
+from aphro_core.config import (
+    Backend,
+    CacheConfig,
+    Device,
+    DType,
+    EngineConfig,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+)
+from aphro_core.errors import PlacementError, UsageError
+from aphro_core.models.registry import load_spec
+from aphro_core.models.spec import DecoderSpec
+from aphro_core.parallel.shard import ShardingPlan, build_plan
+from aphro_core.reporter import Reporter
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What was asked of the engine, as typed. The command line and ``LLM`` both build one."""
+
+    model: str
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    pp_layers: tuple[int, ...] | None = None
+    backend: Literal["auto", "mp"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: int | Literal["auto"] | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    gpu_memory_utilization: float = 0.90
+    cpu_memory_utilization: float = 0.50
+    block_size: int = 16
+    num_blocks: int | None = None
+    enable_prefix_caching: bool = True
+    load_format: Literal["auto", "dummy"] = "auto"
+    served_model_name: str | None = None
+    chat_template: str | None = None  # a file
+    skip_tokenizer_init: bool = False
+    revision: str | None = None
+    seed: int = 0
+    start_timeout: float = 1800.0
+    distributed_timeout: float = 300.0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A start that nothing known beforehand forbids."""
+
+    config: EngineConfig
+    spec: DecoderSpec
+    plan: ShardingPlan
+
+
+def prepare(options: EngineOptions, reporter: Reporter) -> Prepared:
+    """Find and check the model, choose device, dtype and backend, and say each choice with its reason in one line.
+
+    Raises UsageError, ModelError or PlacementError.
+    """
+    _check_sizes(options)
+    path = resolve_model(options.model, revision=options.revision)
+    with open_checkpoint(path) as checkpoint:
+        spec = load_spec(checkpoint.hf_config)
+        if options.load_format == "auto":
+            checkpoint.verify(spec)
+    plan = build_plan(spec, options.tensor_parallel_size, options.pipeline_parallel_size, options.pp_layers)
+    device = _choose_device(options, reporter)
+    config = EngineConfig(
+        model=ModelConfig(
+            path=str(path),
+            served_name=options.served_model_name or _served_name(options.model, path),
+            dtype=_choose_dtype(options, spec, device, reporter),
+            max_model_len=_choose_length(options, spec),
+            fit_max_model_len=options.max_model_len == "auto",
+            load_format=options.load_format,
+            seed=options.seed,
+        ),
+        parallel=ParallelConfig(
+            tensor_parallel_size=options.tensor_parallel_size,
+            pipeline_parallel_size=options.pipeline_parallel_size,
+            pp_layers=options.pp_layers,
+            backend=_choose_backend(options, device, reporter),
+        ),
+        cache=CacheConfig(
+            block_size=options.block_size,
+            gpu_memory_utilization=options.gpu_memory_utilization,
+            cpu_memory_utilization=options.cpu_memory_utilization,
+            num_blocks=options.num_blocks,
+            enable_prefix_caching=options.enable_prefix_caching,
+        ),
+        scheduler=SchedulerConfig(
+            max_num_seqs=options.max_num_seqs, max_num_batched_tokens=options.max_num_batched_tokens
+        ),
+        device=device,
+        start_timeout_seconds=options.start_timeout,
+        distributed_timeout_seconds=options.distributed_timeout,
+    )
+    return Prepared(config, spec, plan)
+
+
+def _check_sizes(options: EngineOptions) -> None:
+    at_least_one = ("tensor_parallel_size", "pipeline_parallel_size", "max_num_seqs", "max_num_batched_tokens")
+    for name in at_least_one:
+        if getattr(options, name) < 1:
+            raise UsageError(f"{name} is {getattr(options, name)}, allowed: 1 and up")
+    for name in ("gpu_memory_utilization", "cpu_memory_utilization"):
+        if not 0.0 < getattr(options, name) <= 1.0:
+            raise UsageError(f"{name} is {getattr(options, name)}, allowed: more than 0, up to 1")
+    if options.block_size not in (8, 16, 32):
+        raise UsageError(f"block_size is {options.block_size}, allowed: 8, 16, 32")
+    if options.num_blocks is not None and options.num_blocks < 1:
+        raise UsageError(f"num_blocks is {options.num_blocks}, allowed: 1 and up")
+
+
+def _served_name(model: str, path: Path) -> str:
+    """A Hub id stays as it is, a path answers by its last part."""
+    return path.name.removesuffix(".gguf") if Path(model).exists() else model
+
+
+def _choose_length(options: EngineOptions, spec: DecoderSpec) -> int:
+    limit = spec.max_position_embeddings
+    if options.max_model_len is None or options.max_model_len == "auto":
+        return limit
+    if not 1 <= options.max_model_len <= limit:
+        raise UsageError(
+            f"max_model_len is {options.max_model_len}, allowed: 1 to {limit} (the model's max_position_embeddings)",
+            hint=f"--max-model-len {limit}",
+        )
+    return options.max_model_len
+
+
+def _choose_device(options: EngineOptions, reporter: Reporter) -> Device:
+    gpus, has_cuda = host.visible_gpus(), host.torch_has_cuda()
+    if options.device == "cuda" and not (gpus and has_cuda):
+        what = "this host shows no NVIDIA GPU" if has_cuda else "the installed torch is a CPU build"
+        raise PlacementError(f"--device cuda, but {what}", hint="--device cpu, or a CUDA build of torch on a GPU host")
+    device: Device = "cuda" if options.device != "cpu" and gpus and has_cuda else "cpu"
+    if options.device == "auto":
+        why = f"{len(gpus)} GPUs visible" if device == "cuda" else "no GPU visible" if not gpus else "CPU build of torch"
+        reporter.line(f"Device {device}: {why}.")
+    world_size = options.tensor_parallel_size * options.pipeline_parallel_size
+    if device == "cuda" and world_size > len(gpus):
+        raise PlacementError(
+            f"World size ({world_size}) is larger than the number of available GPUs ({len(gpus)}) in this node: "
+            f"tensor parallel {options.tensor_parallel_size} x pipeline parallel {options.pipeline_parallel_size} "
+            f"needs one GPU a rank.",
+            hint=f"-tp {len(gpus)}, or --device cpu",
+        )
+    if device == "cpu" and world_size > host.num_cores():
+        reporter.line(f"{world_size} ranks share {host.num_cores()} cores: correct, but slower than fewer ranks.")
+    return device
+
+
+def _choose_dtype(options: EngineOptions, spec: DecoderSpec, device: Device, reporter: Reporter) -> DType:
+    if options.dtype != "auto":
+        return options.dtype
+    if device == "cuda":
+        return "float16" if spec.dtype == "float16" else "bfloat16"
+    dtype: DType = "bfloat16" if host.has_bf16_instructions() else "float32"
+    why = "this CPU multiplies bfloat16" if dtype == "bfloat16" else "this CPU has no bfloat16 instructions"
+    reporter.line(f"Data type {dtype}: {why} (--dtype float32 for exact comparisons).")
+    return dtype
+
+
+def _choose_backend(options: EngineOptions, device: Device, reporter: Reporter) -> Backend:
+    world_size = options.tensor_parallel_size * options.pipeline_parallel_size
+    if world_size == 1 and options.backend == "auto":
+        return "inprocess"
+    why = "asked for" if options.backend == "mp" else f"{world_size} ranks on this host"
+    reporter.line(f"Defaulting to use mp for distributed inference: {why}, one {device} process a rank.")
+    return "mp"

@@ -1,0 +1,92 @@
+"""The one door into a worker process, whoever launched it: take StartWorker, serve plans, report the cause of an end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import traceback
+
+from aphro_core.channel import BlockingChannel, ChannelClosedError
+from aphro_core.errors import AphroError, ExitCode
+from aphro_core.lifeline import die_with_parent, exit_on_hangup
+from aphro_core.messages import codec
+from aphro_core.messages.steps import (
+    AllocateCache,
+    FromWorker,
+    StartWorker,
+    StepPlan,
+    StopWorker,
+    ToWorker,
+    WorkerFailed,
+    WorkerReady,
+)
+
+WorkerChannel = BlockingChannel[FromWorker, ToWorker]
+
+
+def main(sock: socket.socket) -> None:
+    """Serve the engine at the other end of ``sock`` until it says stop or is gone."""
+    die_with_parent()
+    # Ctrl-C reaches every process of a terminal; the engine decides when a worker ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    channel: WorkerChannel = BlockingChannel(sock, codec.worker_side())
+    exit_on_hangup(channel.fileno(), grace_seconds=1.0)
+    rank = -1
+    try:
+        start = channel.receive()
+        assert isinstance(start, StartWorker)
+        rank = start.rank
+        serve(channel, start)
+    except ChannelClosedError:
+        os._exit(1)  # the engine is gone: no peer to say goodbye to, and collectives would only wait
+    except BaseException as error:
+        _report(channel, rank, error)
+        os._exit(int(ExitCode.ENGINE))
+    channel.close()
+    os._exit(0)  # skips the teardown of process groups, which waits for peers that end at the same time
+
+
+def serve(channel: WorkerChannel, start: StartWorker) -> None:
+    from aphro_core.worker.worker import Worker
+
+    worker = Worker(start, channel.send)
+    channel.send(worker.load())
+    while True:
+        match channel.receive():
+            case StepPlan() as plan:
+                result = worker.execute(plan)
+                if result is not None:
+                    channel.send(result)
+            case AllocateCache(num_blocks=num_blocks):
+                worker.allocate(num_blocks)
+                channel.send(WorkerReady(rank=start.rank))
+            case StopWorker():
+                return
+            case StartWorker():
+                raise ValueError("a second StartWorker")
+
+
+def _report(channel: WorkerChannel, rank: int, error: BaseException) -> None:
+    known = error if isinstance(error, AphroError) else None
+    failed = WorkerFailed(
+        rank=rank,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        message=known.message if known else f"{type(error).__name__}: {error}",
+        hint=known.hint if known else None,
+        exit_code=int(known.exit_code if known else ExitCode.ENGINE),
+        traceback="" if known else "".join(traceback.format_exception(error)),
+        secondary=_is_echo(error),
+    )
+    try:
+        channel.send(failed)
+    except ChannelClosedError:
+        traceback.print_exception(error)
+
+
+def _is_echo(error: BaseException) -> bool:
+    """Whether the error only says that a peer of the group is gone (Gloo and NCCL word it in these ways)."""
+    text = str(error)
+    signs = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out waiting", "NCCL", "gloo")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)

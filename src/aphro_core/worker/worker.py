@@ -1,0 +1,127 @@
+"""One rank: joins its group, loads its shard, sizes and allocates its KV cache, answers plans."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from aphro_core import distributed
+from aphro_core.checkpoint.open import open_checkpoint
+from aphro_core.layers.decoder import Decoder
+from aphro_core.messages.steps import StartWorker, StepPlan, StepResult, WorkerLoaded, WorkerProgress
+from aphro_core.models.registry import load_spec
+from aphro_core.parallel import memory
+from aphro_core.parallel.shard import build_plan
+from aphro_core.worker.kv_cache import allocate_kv_cache
+from aphro_core.worker.loader import dummy_weights, load_weights
+from aphro_core.worker.model_runner import ModelRunner
+
+
+class Worker:
+    """Built once a rank, by whichever launcher. Call ``load``, then ``allocate``, then ``execute`` for each plan."""
+
+    def __init__(self, start: StartWorker, on_progress: Callable[[WorkerProgress], None]) -> None:
+        self._start = start
+        self._config = start.config
+        self._on_progress = on_progress
+        self._dtype: torch.dtype = getattr(torch, start.config.model.dtype)
+        self._device = torch.device("cpu" if start.config.device == "cpu" else f"cuda:{start.local_rank}")
+        self._decoder: Decoder | None = None
+        self._runner: ModelRunner | None = None
+
+    def load(self) -> WorkerLoaded:
+        """Join the group and put this rank's slices of the weights in place."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        parallel, rank = self._config.parallel, self._start.rank
+        with open_checkpoint(Path(self._config.model.path)) as checkpoint:
+            self._spec = load_spec(checkpoint.hf_config)
+            sizes = (parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
+            plan = build_plan(self._spec, *sizes, parallel.pp_layers)
+            self._shard = plan.ranks[rank]
+            self._progress("rendezvous", 0, 1)
+            self._links = distributed.join(
+                plan, rank, self._start.store, self._device, self._config.distributed_timeout_seconds
+            )
+            if self._config.model.load_format == "dummy":
+                weights = dummy_weights(self._spec, self._shard, self._dtype, self._device, self._config.model.seed)
+            else:
+                weights = load_weights(
+                    checkpoint,
+                    self._spec,
+                    self._shard,
+                    self._dtype,
+                    self._device,
+                    lambda done, total: self._progress("weights", done, total),
+                )
+            bytes_read = checkpoint.bytes_read
+        self._decoder = Decoder(self._spec, self._shard, weights, self._links.tensor)
+        self._weights_bytes = sum(
+            tensor.untyped_storage().nbytes() for tensor in {t.data_ptr(): t for t in weights.values()}.values()
+        )
+        return self._report_loaded(bytes_read)
+
+    def allocate(self, num_blocks: int) -> None:
+        """Allocate the KV cache of this rank's layers: ``num_blocks`` blocks, the same on every rank."""
+        assert self._decoder is not None, "load() comes first"
+        caches = allocate_kv_cache(
+            self._shard, self._spec, num_blocks, self._config.cache.block_size, self._dtype, self._device
+        )
+        self._runner = ModelRunner(
+            self._spec,
+            self._shard,
+            self._decoder,
+            caches,
+            self._links,
+            block_size=self._config.cache.block_size,
+            dtype=self._dtype,
+            device=self._device,
+        )
+
+    def execute(self, plan: StepPlan) -> StepResult | None:
+        """One step. A result only from tp rank 0 of the last stage."""
+        assert self._runner is not None, "allocate() comes first"
+        return self._runner.execute(plan)
+
+    def close(self) -> None:
+        """Leave the group. Safe at any time."""
+        links = getattr(self, "_links", None)
+        if links is not None:
+            links.close()
+
+    def _report_loaded(self, bytes_read: int) -> WorkerLoaded:
+        cache, scheduler = self._config.cache, self._config.scheduler
+        element = self._dtype.itemsize
+        block_bytes = memory.kv_block_bytes(self._spec, self._shard, cache.block_size, element)
+        activation_bytes = memory.activation_bytes(
+            self._spec, self._shard, scheduler.max_num_batched_tokens, scheduler.max_num_seqs, element
+        )
+        kv_bytes = self._memory_budget() - self._weights_bytes - activation_bytes
+        return WorkerLoaded(
+            rank=self._start.rank,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            device=str(self._device),
+            weights_bytes=self._weights_bytes,
+            activation_bytes=activation_bytes,
+            kv_bytes=max(kv_bytes, 0),
+            block_bytes=block_bytes,
+            num_blocks=memory.num_blocks(kv_bytes, block_bytes),
+            bytes_read=bytes_read,
+        )
+
+    def _memory_budget(self) -> int:
+        """Bytes that weights, activations and KV cache of this rank may take together."""
+        if self._device.type == "cpu":
+            return self._start.memory_bytes
+        free, total = torch.cuda.mem_get_info(self._device)
+        ours = torch.cuda.memory_reserved(self._device)
+        foreign = total - free - ours  # the CUDA context, communicators, and other processes
+        return int(total * self._config.cache.gpu_memory_utilization) - foreign
+
+    def _progress(self, phase: str, done: int, total: int) -> None:
+        self._on_progress(WorkerProgress(rank=self._start.rank, phase=phase, done=done, total=total))

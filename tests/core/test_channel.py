@@ -1,0 +1,109 @@
+"""Frames survive any cut of the stream; what is not a frame of ours is refused."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+
+import anyio
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aphro_core.channel import BlockingChannel, Channel, ChannelClosedError, _Frames
+from aphro_core.messages import codec
+from aphro_core.messages.codec import MAX_FRAME_BYTES
+from aphro_core.messages.steps import (
+    FromWorker,
+    NewSequence,
+    ScheduledSequence,
+    SampledToken,
+    StepPlan,
+    StepResult,
+    StopWorker,
+    TokenLogprobs,
+    ToWorker,
+)
+from aphro_core.request import SamplingParams
+
+PLAN = StepPlan(
+    step_id=3,
+    scheduled=[ScheduledSequence(7, 0, 4, [], [0], True)],
+    new=[NewSequence(7, [1, 2, 3, 4], 4, SamplingParams(stop=["x"], logit_bias={5: 1.5}), 2**62, [2])],
+    released=[5],
+)
+RESULT = StepResult(step_id=3, sampled=[SampledToken(7, 9, TokenLogprobs([9, 4], [-0.5, -1.0], 1))])
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    yield ours, theirs
+    ours.close()
+    theirs.close()
+
+
+@given(st.lists(st.integers(1, 40)))
+def test_frames_survive_any_cut(cuts: list[int]) -> None:
+    engine = codec.engine_side_of_worker()
+    stream = engine.encode(PLAN) + engine.encode(StopWorker()) + engine.encode(PLAN)
+    frames, bodies, position = _Frames(), [], 0
+    for length in [*cuts, len(stream)]:
+        frames.feed(stream[position : position + length])
+        position += length
+        while (body := frames.take()) is not None:
+            bodies.append(codec.worker_side().decode(body))
+    assert bodies == [PLAN, StopWorker(), PLAN]
+
+
+def test_an_announced_giant_is_refused() -> None:
+    frames = _Frames()
+    frames.feed((MAX_FRAME_BYTES + 1).to_bytes(4, "little"))
+    with pytest.raises(ValueError, match="allowed"):
+        frames.take()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"\xc1", msgspec.msgpack.encode({"type": "plan"}), msgspec.msgpack.encode(["plan"]), b"\x80\x04N."],
+    ids=["empty", "not-msgpack", "fields-missing", "not-a-map", "a-pickle"],
+)
+def test_a_frame_that_matches_no_message_is_refused(body: bytes) -> None:
+    with pytest.raises((msgspec.ValidationError, msgspec.DecodeError)):
+        codec.worker_side().decode(body)
+
+
+def test_a_worker_does_not_take_what_only_workers_send() -> None:
+    with pytest.raises(msgspec.ValidationError):
+        codec.worker_side().decode(codec.worker_side().encode(RESULT)[4:])
+
+
+@pytest.mark.anyio
+async def test_both_ends_talk_and_notice_the_end(pair: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = pair
+    engine: Channel[ToWorker, FromWorker] = await Channel.over(ours, codec.engine_side_of_worker())
+    worker: BlockingChannel[FromWorker, ToWorker] = BlockingChannel(theirs, codec.worker_side())
+    received: list[ToWorker] = []
+
+    def serve() -> None:
+        received.append(worker.receive())
+        worker.send(RESULT)
+        worker.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    with anyio.fail_after(10):
+        await engine.send(PLAN)
+        assert await engine.receive() == RESULT
+        with pytest.raises(ChannelClosedError):
+            await engine.receive()
+    thread.join()
+    assert received == [PLAN]
+    await engine.aclose()
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"

@@ -1,0 +1,136 @@
+"""Greedy tokens and log-probabilities equal transformers in float32, for every family x tp x pp."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from aphro_core.llm import LLM
+from aphro_core.request import RequestOutput, SamplingParams
+from tests.reference import Reference, load_reference
+from tests.tiny import write_tiny_checkpoint
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+NEW_TOKENS = 12
+PROMPT_LENGTHS = (1, 5, 17, 40, 33)
+LEGAL_SHAPES = [(tp, pp) for tp in (1, 2, 3, 4) for pp in (1, 2, 3)]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("tiny")
+    for family in FAMILIES:
+        write_tiny_checkpoint(root / family, family)
+    return {family: root / family for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def references(checkpoints: dict[str, Path]) -> dict[str, Reference]:
+    models = {
+        family: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for family, path in checkpoints.items()
+    }
+    return {family: Reference(model, prompt_lengths=PROMPT_LENGTHS, new=NEW_TOKENS) for family, model in models.items()}
+
+
+def check(outputs: list[RequestOutput], reference: Reference) -> None:
+    assert [list(output.outputs[0].token_ids) for output in outputs] == reference.tokens
+    for output, expected in zip(outputs, reference.logprobs, strict=True):
+        positions = output.outputs[0].logprobs
+        assert positions is not None
+        for token_id, position, row in zip(output.outputs[0].token_ids, positions, expected, strict=True):
+            assert position[token_id].rank == 1
+            for candidate, logprob in position.items():
+                assert logprob.logprob == pytest.approx(float(row[candidate]), abs=1e-4)
+
+
+@pytest.mark.parametrize(("tp", "pp"), LEGAL_SHAPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_and_shape(
+    family: str, tp: int, pp: int, checkpoints: dict[str, Path], references: dict[str, Reference]
+) -> None:
+    """Five prompts of mixed lengths at once, chunked (24 tokens a step), beyond Mistral's window."""
+    reference = references[family]
+    with LLM(
+        str(checkpoints[family]),
+        tensor_parallel_size=tp,
+        pipeline_parallel_size=pp,
+        device="cpu",
+        dtype="float32",
+        max_num_batched_tokens=24,
+        num_blocks=64,
+        max_model_len=128,
+        skip_tokenizer_init=True,
+    ) as llm:
+        outputs = llm.generate(reference.prompts, reference.greedy)
+    check(outputs, reference)
+
+
+def test_preempted_and_prefix_cached_requests(checkpoints: dict[str, Path], references: dict[str, Reference]) -> None:
+    """Blocks for a fraction of the demand, and prompts that repeat: preemption and prefix hits change no token."""
+    reference = references["llama"]
+    with LLM(
+        str(checkpoints["llama"]),
+        tensor_parallel_size=2,
+        device="cpu",
+        dtype="float32",
+        max_model_len=64,
+        num_blocks=6,
+        skip_tokenizer_init=True,
+    ) as llm:
+        first = llm.generate(reference.prompts * 2, reference.greedy)
+        again = llm.generate(reference.prompts, reference.greedy)
+        stats = llm.stats()
+    check(first[: len(reference.prompts)], reference)
+    check(first[len(reference.prompts) :], reference)
+    check(again, reference)
+    assert stats.num_preemptions > 0
+    assert stats.num_prefix_hits > 0
+
+
+@pytest.fixture(scope="module")
+def smollm2_reference(smollm2_gguf: Path) -> Reference:
+    return Reference(load_reference(smollm2_gguf), prompt_lengths=(1, 9, 30), new=8)
+
+
+@pytest.mark.parametrize(("tp", "pp"), LEGAL_SHAPES)
+def test_smollm2(tp: int, pp: int, smollm2_gguf: Path, smollm2_reference: Reference) -> None:
+    with LLM(
+        str(smollm2_gguf),
+        tensor_parallel_size=tp,
+        pipeline_parallel_size=pp,
+        device="cpu",
+        dtype="float32",
+        num_blocks=64,
+        max_model_len=256,
+        skip_tokenizer_init=True,
+    ) as llm:
+        outputs = llm.generate(smollm2_reference.prompts, smollm2_reference.greedy)
+    check(outputs, smollm2_reference)
+
+
+def test_sampling_is_a_function_of_seed_and_position(checkpoints: dict[str, Path]) -> None:
+    """The same request gives the same tokens alone, in a batch of 16, after a preemption, for any tp x pp."""
+    prompt, params = list(range(3, 23)), SamplingParams(seed=1234, temperature=0.9, top_p=0.95, max_tokens=20)
+    others = [list(range(n, 2 * n + 5)) for n in range(1, 16)]
+    other_params = [SamplingParams(seed=n, temperature=1.5, max_tokens=24) for n in range(1, 16)]
+    seen = []
+    for tp, pp, num_blocks in ((1, 1, 96), (1, 1, 12), (3, 1, 96), (2, 2, 96)):
+        with LLM(
+            str(checkpoints["qwen2"]),
+            tensor_parallel_size=tp,
+            pipeline_parallel_size=pp,
+            device="cpu",
+            dtype="float32",
+            max_model_len=128,
+            num_blocks=num_blocks,
+            skip_tokenizer_init=True,
+        ) as llm:
+            alone = llm.generate([prompt], params)
+            batch = llm.generate([prompt, *others], [params, *other_params])
+            if num_blocks == 12:
+                assert llm.stats().num_preemptions > 0
+        seen += [list(alone[0].outputs[0].token_ids), list(batch[0].outputs[0].token_ids)]
+    assert len(set(map(tuple, seen))) == 1

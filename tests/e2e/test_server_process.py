@@ -1,0 +1,181 @@
+"""``aphro run`` as a process: it serves, says so to scripts, refuses clearly, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from aphro_core.errors import ExitCode
+from tests.e2e.server_process import ServerProcess, command, is_running, running_server
+from tests.tiny import write_tiny_checkpoint
+
+IDS = list(range(5, 25))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
+    write_tiny_checkpoint(folder, "llama")
+    return folder
+
+
+SMALL = ("--skip-tokenizer-init", "--dtype", "float32", "--max-model-len", "1024", "--num-gpu-blocks-override", "512")
+
+
+def complete(url: str, max_tokens: int = 16) -> list[int]:
+    body = {"prompt": IDS, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "logprobs": 0}
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["completion_tokens"] == max_tokens
+    return answer.json()["choices"][0]["logprobs"]["token_logprobs"]
+
+
+def test_ready_record_and_capacity_lines(tmp_path: Path, tiny: Path) -> None:
+    with running_server(tmp_path, tiny, *SMALL, "-tp", "2", "-pp", "2") as server:
+        record, log = server.record, server.log.read_text()
+        assert record["pid"] == server.process.pid
+        assert [worker["rank"] for worker in record["workers"]] == [0, 1, 2, 3]
+        assert all(is_running(worker["pid"]) for worker in record["workers"])
+        assert record["num_blocks"] == 512
+        assert record["tokens"] == 512 * 16
+        assert "# CPU blocks: 512" in log
+        assert "Maximum concurrency for 1,024 tokens per request: 8.00x" in log
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        complete(server.url)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_drains_and_leaves_nothing(tmp_path: Path, tiny: Path, number: signal.Signals) -> None:
+    with running_server(tmp_path, tiny, *SMALL, "-tp", "2") as server:
+        answers: list[int] = []
+        thread = threading.Thread(target=lambda: answers.append(len(complete(server.url, 200))))
+        thread.start()
+        wait_until_running(server)
+        server.process.send_signal(number)
+        thread.join(60)
+        assert answers == [200], "the open request was cut"
+        assert server.process.wait(10) == 0, server.log.read_text()
+        server.wait_all_gone(3)
+        assert server.port_is_free()
+
+
+@pytest.mark.parametrize("victim", ["api", "engine"])
+def test_sigkill_leaves_nothing_and_the_port_is_free(tmp_path: Path, tiny: Path, victim: str) -> None:
+    with running_server(tmp_path, tiny, *SMALL, "-tp", "2") as server:
+        complete(server.url)
+        pid = server.process.pid if victim == "api" else server.descendants[0]
+        os.kill(pid, signal.SIGKILL)
+        server.wait_all_gone(5)
+        assert server.port_is_free()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_worker_is_named_and_open_requests_end(tmp_path: Path, tiny: Path, rank: int) -> None:
+    with running_server(tmp_path, tiny, *SMALL, "-tp", "2") as server:
+        status: list[int] = []
+
+        def ask() -> None:
+            body = {"prompt": IDS, "max_tokens": 900, "ignore_eos": True}
+            status.append(httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        wait_until_running(server)
+        pid = server.record["workers"][rank]["pid"]
+        os.kill(pid, signal.SIGKILL)
+        thread.join(20)
+        assert status == [503]
+        assert server.process.wait(10) == ExitCode.ENGINE
+        assert f"rank {rank} on {socket.gethostname()} (pid {pid}) was killed by signal 9 (SIGKILL)" in server.log.read_text()
+        server.wait_all_gone(3)
+
+
+def test_a_client_that_leaves_frees_its_blocks(tmp_path: Path, tiny: Path) -> None:
+    with running_server(tmp_path, tiny, *SMALL) as server:
+        body = {"prompt": IDS, "max_tokens": 900, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as stream:
+            next(stream.iter_lines())
+            assert metric(server, "num_requests_running") == 1
+        deadline = time.monotonic() + 2
+        while metric(server, "num_requests_running") or metric(server, "kv_cache_usage_perc"):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "names"),
+    [
+        (["-tp", "64"], ExitCode.PLACEMENT, "64"),
+        (["-pp", "64"], ExitCode.PLACEMENT, "64"),
+        (["--device", "cuda"], ExitCode.PLACEMENT, "cuda"),
+        (["--max-model-len", "99999999"], ExitCode.USAGE, "99999999"),
+        (["--num-gpu-blocks-override", "2"], ExitCode.MEMORY, "max seq len"),
+        (["--host", "0.0.0.0"], ExitCode.USAGE, "api-key"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else None,
+)
+def test_a_refused_start_names_the_cause_and_the_next_step(
+    tiny: Path, arguments: list[str], code: ExitCode, names: str
+) -> None:
+    done = subprocess.run(command(tiny, ["--port", "0", *arguments]), capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    assert names in done.stderr
+    assert "try: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_busy_port_is_refused_before_anything_loads(tiny: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = subprocess.run(command(tiny, ["--port", port]), capture_output=True, text=True, timeout=60)
+    assert done.returncode == ExitCode.ADDRESS
+    assert port in done.stderr
+    assert str(os.getpid()) in done.stderr
+
+
+def test_smollm2_answers_the_official_client(tmp_path: Path, smollm2_gguf: Path) -> None:
+    with running_server(tmp_path, smollm2_gguf, "--served-model-name", "smollm2", "--max-model-len", "2048") as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        messages = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
+        whole = client.chat.completions.create(model="smollm2", messages=messages, temperature=0, max_tokens=24)
+        assert "Paris" in (whole.choices[0].message.content or "")
+        chunks = list(
+            client.chat.completions.create(
+                model="smollm2",
+                messages=messages,
+                temperature=0,
+                max_tokens=24,
+                stream=True,
+                stream_options={"include_usage": True},
+            )
+        )
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        assert text == whole.choices[0].message.content
+        assert chunks[-1].usage is not None
+        assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+
+
+def metric(server: ServerProcess, name: str) -> float:
+    for line in httpx.get(f"{server.url}/metrics").text.splitlines():
+        if line.startswith(f"aphro:{name}{{"):
+            return float(line.rsplit(" ", 1)[1])
+    raise AssertionError(f"no metric {name}")
+
+
+def wait_until_running(server: ServerProcess) -> None:
+    deadline = time.monotonic() + 20
+    while metric(server, "num_requests_running") < 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -1,0 +1,248 @@
+"""Small random checkpoints with awkward sizes, written by transformers and by the gguf package: the tests' models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import gguf
+import numpy as np
+import torch
+import transformers
+from gguf import GGMLQuantizationType, quants
+
+# 9 heads on 3 KV heads, a head wider than the hidden size allows, vocabularies that nothing divides, windows shorter
+# than a test's prompt: what a sharding bug trips over.
+SIZES: Final[dict[str, dict[str, Any]]] = {
+    "llama": {
+        "hidden_size": 72,
+        "intermediate_size": 176,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 131,
+        "tie_word_embeddings": True,
+    },
+    "mistral": {
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 151,
+        "tie_word_embeddings": False,
+        "sliding_window": 8,
+    },
+    "qwen2": {
+        "hidden_size": 48,
+        "intermediate_size": 112,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "vocab_size": 137,
+        "tie_word_embeddings": False,
+        "use_sliding_window": True,
+        "sliding_window": 12,
+        "max_window_layers": 2,
+    },
+    "qwen3": {
+        "hidden_size": 40,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 149,
+        "tie_word_embeddings": True,
+    },
+}
+FAMILIES: Final = tuple(SIZES)
+
+_CLASSES: Final[dict[str, tuple[Any, Any]]] = {
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+}
+_COMMON: Final[dict[str, Any]] = {
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "dtype": "float32",
+}
+
+
+def tiny_model(family: str, *, seed: int = 0, num_layers: int | None = None, **overrides: Any) -> Any:
+    """A transformers model in float32, eval mode, on eager attention. ``overrides`` are config keys.
+
+    Weights are large enough that greedy tokens vary and the best two logits lie well apart; norms and biases are
+    random too, so that a forgotten one shows.
+    """
+    config_class, model_class = _CLASSES[family]
+    layers = {} if num_layers is None else {"num_hidden_layers": num_layers}
+    config = config_class(**(_COMMON | SIZES[family] | layers | overrides))
+    config._attn_implementation = "eager"
+    model = model_class(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("norm.weight") or name.endswith("layernorm.weight"):
+                parameter.copy_(1.0 + 0.2 * noise)
+            elif parameter.ndim == 1 or "embed_tokens" in name:
+                parameter.copy_(0.5 * noise)
+            else:
+                gain = 6.0 if name == "lm_head.weight" else 1.6
+                parameter.copy_(gain * noise / parameter.shape[1] ** 0.5)
+    return model
+
+
+def write_tiny_checkpoint(
+    folder: Path,
+    family: str,
+    *,
+    seed: int = 0,
+    num_layers: int | None = None,
+    max_shard_size: str = "5GB",
+    **overrides: Any,
+) -> Any:
+    """Write config.json and safetensors (several, with an index, for a small ``max_shard_size`` such as "100KB").
+
+    Returns the transformers model, the reference for what the files must compute.
+    """
+    model = tiny_model(family, seed=seed, num_layers=num_layers, **overrides)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return model
+
+
+_GGUF_NAMES: Final = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+GGUF_SIZES: Final[dict[str, Any]] = {  # rows must be whole blocks: 32 elements, 256 in the k-formats
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "num_hidden_layers": 2,
+    "vocab_size": 131,
+}
+
+_SCALE_FIELDS: Final = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}  # float16
+
+
+def write_tiny_gguf(
+    path: Path,
+    family: str = "llama",
+    *,
+    quant: str = "Q8_0",
+    seed: int = 0,
+    metadata: dict[str, Any] | None = None,
+    **overrides: Any,
+) -> Any:
+    """Write a GGUF file as llama.cpp's converter does: its names, q and k rows of Llama interleaved, matrices as
+    ``quant`` ("F32", "F16", "BF16", "Q4_0" ... "Q6_K"), vectors as F32. ``metadata`` adds integer or string keys.
+
+    Returns the transformers model that holds the dequantised weights.
+    """
+    model = tiny_model(family, seed=seed, **(GGUF_SIZES | overrides))
+    config, arch = model.config, family
+    writer = gguf.GGUFWriter(path, arch)
+    _write_metadata(writer, config, family)
+    for key, value in (metadata or {}).items():
+        writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
+    qtype = GGMLQuantizationType[quant]
+    rng = np.random.default_rng(seed)
+    dequantised = {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        data = tensor.numpy()
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        num_heads = heads.get(name.split(".")[-2]) if family == "llama" else None
+        if num_heads:
+            data = _interleave(data, num_heads)
+        of_type = qtype if data.ndim == 2 else GGMLQuantizationType.F32
+        blocks = quantise(data, of_type, rng)
+        writer.add_tensor(
+            gguf_name(name), blocks, raw_shape=None if of_type.name[0] == "F" else blocks.shape, raw_dtype=of_type
+        )
+        values = torch.from_numpy(np.array(quants.dequantize(blocks, of_type), dtype=np.float32))
+        dequantised[name] = _deinterleave(values, num_heads) if num_heads else values
+    if config.tie_word_embeddings:
+        dequantised["lm_head.weight"] = dequantised["model.embed_tokens.weight"]
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model.load_state_dict(dequantised)
+    return model
+
+
+def gguf_name(name: str) -> str:
+    """llama.cpp's name of a Hugging Face tensor: model.layers.0.self_attn.q_proj.weight -> blk.0.attn_q.weight."""
+    stem, kind = name.rsplit(".", 1)
+    if not stem.startswith("model.layers."):
+        return f"{_GGUF_NAMES[stem]}.{kind}"
+    _, _, layer, rest = stem.split(".", 3)
+    return f"blk.{layer}.{_GGUF_NAMES[rest]}.{kind}"
+
+
+def quantise(data: np.ndarray, qtype: GGMLQuantizationType, rng: np.random.Generator) -> np.ndarray:
+    """``data`` in a block format; the k-formats, which the gguf package only reads, get random blocks instead."""
+    if not qtype.name.endswith("_K"):
+        return quants.quantize(np.ascontiguousarray(data, dtype=np.float32), qtype)
+    block_size, type_size = gguf.GGML_QUANT_SIZES[qtype]
+    blocks = rng.integers(0, 256, (data.shape[0], data.shape[1] // block_size, type_size), dtype=np.uint8)
+    for at in _SCALE_FIELDS[qtype.name]:
+        scales = (rng.random(blocks.shape[:2]) * 2e-4 + 1e-5).astype(np.float16)
+        blocks[..., at : at + 2] = scales[..., None].view(np.uint8)
+    return blocks.reshape(data.shape[0], -1)
+
+
+def _write_metadata(writer: gguf.GGUFWriter, config: Any, family: str) -> None:
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([f"<{i}>" if i else "ünïcode" for i in range(config.vocab_size)])
+    writer.add_token_types([1] * config.vocab_size)
+    writer.add_token_merges(["a b", "b c"])
+    writer.add_bos_token_id(config.bos_token_id)
+    writer.add_eos_token_id(config.eos_token_id)
+    if family == "llama":
+        writer.add_rope_dimension_count(head_dim)
+
+
+def _interleave(data: np.ndarray, num_heads: int) -> np.ndarray:
+    """llama.cpp's ``permute``: rows of a head go from halves (x0 x1 ... y0 y1 ...) to pairs (x0 y0 x1 y1 ...)."""
+    return data.reshape(num_heads, 2, -1, *data.shape[1:]).swapaxes(1, 2).reshape(data.shape)
+
+
+def _deinterleave(data: torch.Tensor, num_heads: int) -> torch.Tensor:
+    return data.reshape(num_heads, -1, 2, *data.shape[1:]).transpose(1, 2).reshape(data.shape)
