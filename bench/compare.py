@@ -74,7 +74,8 @@ def transformers_engine(path: str, threads: int, dtype: str) -> Callable[[list[l
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
         missing = model.load_state_dict({n: checkpoint.read(n) for n in checkpoint.tensor_names}, strict=False)
-        assert not missing.unexpected_keys and set(missing.missing_keys) <= {"lm_head.weight"}, missing
+        assert not missing.unexpected_keys, missing
+        assert set(missing.missing_keys) <= {"lm_head.weight"}, missing
         model.tie_weights()
 
     def generate(ids: list[list[int]], new: int) -> None:
@@ -161,7 +162,12 @@ class Peer:
         command = [python, __file__, path, "--child", engine, "--threads", str(threads)]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if engine != "aphro" else None
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
         )
         self._read()
 
@@ -180,7 +186,9 @@ class Peer:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self.engine} ended: run `{sys.executable} {__file__} MODEL --child '{self.engine}'` to see why")
+            raise SystemExit(
+                f"{self.engine} ended: run `{sys.executable} {__file__} MODEL --child '{self.engine}'` to see why"
+            )
         return line.strip()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import anyio
 
 from aphro_core.config import ServerConfig
-from aphro_core.errors import AphroError
+from aphro_core.errors import first_cause
 from aphro_core.llm import LLM
 from aphro_core.messages.requests import EngineReady
 from aphro_core.prepare import EngineOptions, Prepared, prepare
@@ -55,7 +55,7 @@ def serve(options: ServeOptions, reporter: Reporter) -> int:
         prepared = prepare(options, reporter)
         return anyio.run(_serve, options, server_config, prepared, sockets, reporter)
     except BaseExceptionGroup as group:
-        raise _first_known(group) from group
+        raise first_cause(group) from group
     finally:
         for sock in sockets:
             sock.close()
@@ -122,17 +122,10 @@ def _write_ready(file: Path, url: str, ready: EngineReady, block_size: int) -> N
 def _curl(url: str, model: str, has_key: bool, has_tokenizer: bool) -> str:
     """A line that can be pasted and answers."""
     key = " -H 'Authorization: Bearer YOUR_API_KEY'" if has_key else ""
+    prompt: dict[str, object]
     if has_tokenizer:
-        route, body = "chat/completions", {"model": model, "messages": [{"role": "user", "content": "Hello!"}]}
+        route, prompt = "chat/completions", {"messages": [{"role": "user", "content": "Hello!"}]}
     else:
-        route, body = "completions", {"model": model, "prompt": [1, 2, 3]}
-    body["max_tokens"] = 32
+        route, prompt = "completions", {"prompt": [1, 2, 3]}
+    body = {"model": model, **prompt, "max_tokens": 32}
     return f"curl {url}/v1/{route} -H 'Content-Type: application/json'{key} -d '{json.dumps(body)}'"
-
-
-def _first_known(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        known = [inner for inner in error.exceptions if isinstance(inner, AphroError)]
-        error = (known or list(error.exceptions))[0]
-    return error

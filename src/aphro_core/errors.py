@@ -79,3 +79,12 @@ class OverloadedError(Exception):
         self.message = message
         self.retry_after = retry_after
         self.draining = draining
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """Out of (nested) exception groups the one to show: an error of ours before any other, else the first."""
+    while isinstance(error, BaseExceptionGroup):
+        members: tuple[BaseException, ...] = error.exceptions
+        ours = [member for member in members if isinstance(first_cause(member), (AphroError, RequestError))]
+        error = ours[0] if ours else members[0]
+    return error

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Self
 from uuid import uuid4
@@ -12,7 +12,7 @@ from uuid import uuid4
 import anyio
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from aphro_core.errors import AphroError, RequestError, UsageError
+from aphro_core.errors import RequestError, UsageError, first_cause
 from aphro_core.messages.requests import EngineStats
 from aphro_core.prepare import EngineOptions, prepare
 from aphro_core.reporter import Reporter, SilentReporter
@@ -166,42 +166,30 @@ async def _collect_all(session: Session, requests: Sequence[Request], show_progr
                 for request, output in zip(requests, outputs, strict=True):
                     tasks.start_soon(_collect, session, request, output, advance)
         except BaseExceptionGroup as group:
-            raise _first_of(group) from None
+            raise first_cause(group) from None
     return outputs
 
 
-async def _collect(session: Session, request: Request, output: RequestOutput, advance: Any) -> None:
+async def _collect(session: Session, request: Request, output: RequestOutput, advance: Callable[[], None]) -> None:
     async with session.frontend.stream(request) as deltas:
         async for delta in deltas:
             output.extend(delta)
     advance()
 
 
-def _first_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        known = [inner for inner in error.exceptions if isinstance(inner, (AphroError, RequestError))]
-        error = (known or list(error.exceptions))[0]
-    return error
-
-
-def _progress_bar(total: int, show: bool) -> Any:
-    from contextlib import contextmanager
-
+@contextmanager
+def _progress_bar(total: int, show: bool) -> Iterator[Callable[[], None]]:
+    """Yields what to call when one more is done; draws only on a terminal."""
     from rich.console import Console
     from rich.progress import Progress
 
-    @contextmanager
-    def bar() -> Any:
-        console = Console(stderr=True)
-        if not (show and console.is_terminal):
-            yield lambda: None
-            return
-        with Progress(console=console, transient=True) as progress:
-            task = progress.add_task("Processed prompts", total=total)
-            yield lambda: progress.advance(task)
-
-    return bar()
+    console = Console(stderr=True)
+    if not (show and console.is_terminal):
+        yield lambda: None
+        return
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("Processed prompts", total=total)
+        yield lambda: progress.advance(task)
 
 
 def _as_list(prompts: Any) -> list[Prompt]:

@@ -1,4 +1,4 @@
-"""From what the operator typed to one EngineConfig: everything that can be refused is refused here, before a process starts."""
+"""From what was typed to one EngineConfig: what can be refused is refused here, before a process starts."""
 
 from __future__ import annotations
 
@@ -147,7 +147,9 @@ def _choose_device(options: EngineOptions, reporter: Reporter) -> Device:
         raise PlacementError(f"--device cuda, but {what}", hint="--device cpu, or a CUDA build of torch on a GPU host")
     device: Device = "cuda" if options.device != "cpu" and gpus and has_cuda else "cpu"
     if options.device == "auto":
-        why = f"{len(gpus)} GPUs visible" if device == "cuda" else "no GPU visible" if not gpus else "CPU build of torch"
+        why = (
+            f"{len(gpus)} GPUs visible" if device == "cuda" else "no GPU visible" if not gpus else "CPU build of torch"
+        )
         reporter.line(f"Device {device}: {why}.")
     world_size = options.tensor_parallel_size * options.pipeline_parallel_size
     if device == "cuda" and world_size > len(gpus):

@@ -13,7 +13,7 @@ class Reporter(Protocol):
         """One line that stays."""
 
     def progress(self, key: str, done: int, total: int, text: str) -> None:
-        """``done`` of ``total`` of the work named ``key`` is finished (the same key again replaces the earlier figure)."""
+        """``done`` of ``total`` of the work named ``key`` is finished (a later figure replaces it)."""
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A small table."""

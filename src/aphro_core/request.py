@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
@@ -83,7 +84,7 @@ def _check_ranges(params: SamplingParams) -> None:
         value = getattr(params, name)
         if value is None:
             continue
-        if value != value or (lowest is not None and value < lowest) or (highest is not None and value > highest):
+        if _is_nan(value) or (lowest is not None and value < lowest) or (highest is not None and value > highest):
             raise RequestError(f"{name} is {value}, allowed: {_render_range(lowest, highest)}", field=name)
     if not 0.0 < params.top_p <= 1.0:
         raise RequestError(f"top_p is {params.top_p}, allowed: more than 0, up to 1", field="top_p")
@@ -118,6 +119,10 @@ def _check_lists(params: SamplingParams) -> None:
             raise RequestError(
                 f"logit_bias has {token_id}: {bias}, allowed: token ids from 0, values -100 to 100", field="logit_bias"
             )
+
+
+def _is_nan(value: float) -> bool:
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _render_range(lowest: float | None, highest: float | None) -> str:

@@ -96,7 +96,9 @@ class Session:
         limiting = min(ready.ranks, key=lambda loaded: loaded.num_blocks)
         allows = f"rank {limiting.rank} limits (its memory would hold {limiting.num_blocks})"
         self._reporter.line(f"# {kind} blocks: {ready.num_blocks}")
-        self._reporter.line(f"{kind} KV cache size: {tokens:,} tokens ({ready.num_blocks} blocks x {config.cache.block_size}); {allows}")
+        self._reporter.line(
+            f"{kind} KV cache size: {tokens:,} tokens ({ready.num_blocks} blocks x {config.cache.block_size}); {allows}"
+        )
         self._reporter.line(
             f"Maximum concurrency for {ready.max_model_len:,} tokens per request: {tokens / ready.max_model_len:.2f}x"
         )
@@ -109,7 +111,9 @@ async def open_session(
 ) -> AsyncIterator[Session]:
     """Start the engine, and read the tokenizer meanwhile. Nothing of either is left when the block is left."""
     async with open_engine(prepared.config) as engine:
-        tokenizer = None if options.skip_tokenizer_init else await anyio.to_thread.run_sync(_open_tokenizer, prepared, options)
+        tokenizer = (
+            None if options.skip_tokenizer_init else await anyio.to_thread.run_sync(_open_tokenizer, prepared, options)
+        )
         frontend = Frontend(
             engine,
             tokenizer,

@@ -35,7 +35,10 @@ def llm(tiny: Path) -> Iterator[LLM]:
 def test_every_form_of_token_prompt_gives_the_same(llm: LLM) -> None:
     params = SamplingParams(temperature=0, max_tokens=5)
     forms = [llm.generate([3, 4, 5], params), llm.generate([[3, 4, 5]], params)]
-    forms += [llm.generate({"prompt_token_ids": [3, 4, 5]}, params), llm.generate(prompt_token_ids=[[3, 4, 5]], sampling_params=params)]
+    forms += [
+        llm.generate({"prompt_token_ids": [3, 4, 5]}, params),
+        llm.generate(prompt_token_ids=[[3, 4, 5]], sampling_params=params),
+    ]
     assert len({tuple(outputs[0].outputs[0].token_ids) for outputs in forms}) == 1
     assert forms[0][0].prompt_token_ids == [3, 4, 5]
     assert forms[0][0].finished
@@ -106,7 +109,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(tiny: Path, tmp_path: Path) -> 
         (tmp_path / file.name).write_bytes(file.read_bytes())
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ModelError, match="model.safetensors"):
+    with pytest.raises(ModelError, match=r"model\.safetensors"):
         LLM(str(tmp_path), **SMALL)
 
 
@@ -132,7 +135,11 @@ print(len(llm.generate([[1, 2, 3]])[0].outputs[0].token_ids))
 def test_the_seeds_script_needs_no_main_guard_and_ends_clean(tiny: Path) -> None:
     """LLM(...) at the top of a script, never closed by hand."""
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(model=str(tiny))], capture_output=True, text=True, timeout=90
+        check=False,
+        args=[sys.executable, "-c", SCRIPT.format(model=str(tiny))],
+        capture_output=True,
+        text=True,
+        timeout=90,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "16\n"
@@ -146,6 +153,8 @@ def test_text_and_chat(smollm2_gguf: Path) -> None:
         assert output.prompt == "The capital of France is"
         answer = llm.chat([{"role": "user", "content": "What is the capital of France?"}], greedy)[0].outputs[0]
         assert "Paris" in answer.text
-        stopped = llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=16, stop=["Par"]))[0]
+        stopped = llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=16, stop=["Par"]))[
+            0
+        ]
         assert "Par" not in stopped.outputs[0].text
         assert stopped.outputs[0].stop_reason == "Par"

@@ -26,7 +26,12 @@ class Engine:
     """Drives one scheduler over one group of workers, for the API process at the other end of ``api``."""
 
     def __init__(
-        self, api: Channel[FromEngine, ToEngine], executor: Executor, scheduler: Scheduler, *, step_timeout_seconds: float
+        self,
+        api: Channel[FromEngine, ToEngine],
+        executor: Executor,
+        scheduler: Scheduler,
+        *,
+        step_timeout_seconds: float,
     ) -> None:
         self._api = api
         self._executor = executor

@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import traceback
+from contextlib import suppress
 
 import anyio
 import msgspec
@@ -14,7 +15,7 @@ import msgspec
 from aphro_core.channel import Channel, ChannelClosedError
 from aphro_core.config import EngineConfig
 from aphro_core.engine.engine import Engine
-from aphro_core.errors import AphroError, ExitCode, MemoryBudgetError
+from aphro_core.errors import AphroError, ExitCode, MemoryBudgetError, first_cause
 from aphro_core.executor.executor import open_executor
 from aphro_core.lifeline import die_with_parent, exit_on_hangup
 from aphro_core.messages import codec
@@ -51,16 +52,12 @@ async def _serve(sock: socket.socket) -> int:
         start = await api.receive()
         assert isinstance(start, StartEngine)
         await _run_engine(api, start.config)
-    except* ChannelClosedError:
-        return int(ExitCode.ENGINE)
-    except* BaseException as group:
-        failed = _first_cause(group)
-        try:
-            await api.send(failed)
-        except ChannelClosedError:
-            pass
-        return failed.exit_code
-    return 0
+        return 0
+    except BaseException as group:
+        failed = _describe(first_cause(group))
+    with suppress(ChannelClosedError):  # the API process may be gone, and with it whoever would read this
+        await api.send(failed)
+    return failed.exit_code
 
 
 async def _run_engine(api: ApiChannel, config: EngineConfig) -> None:
@@ -117,19 +114,17 @@ def _does_not_fit(config: EngineConfig, limiting: WorkerLoaded, num_blocks: int)
     block_size, max_model_len, gib = config.cache.block_size, config.model.max_model_len, 2**30
     tokens = num_blocks * block_size
     needed = -(-max_model_len // block_size) * limiting.block_bytes / gib
+    available = num_blocks * limiting.block_bytes / gib
     return MemoryBudgetError(
         f"To serve at least one request with the models's max seq len ({max_model_len}), ({needed:.2f} GiB KV cache is "
-        f"needed, which is larger than the available KV cache memory ({num_blocks * limiting.block_bytes / gib:.2f} GiB). "
+        f"needed, which is larger than the available KV cache memory ({available:.2f} GiB). "
         f"Based on the available memory, the estimated maximum model length is {tokens}. Rank {limiting.rank} limits: "
         f"{limiting.weights_bytes / gib:.2f} GiB of weights, {limiting.activation_bytes / gib:.2f} GiB of activations.",
         hint=f"--max-model-len {tokens}" if tokens else "a higher memory utilization, or more ranks (-tp, -pp)",
     )
 
 
-def _first_cause(group: BaseException) -> EngineFailed:
-    error = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
+def _describe(error: BaseException) -> EngineFailed:
     if isinstance(error, AphroError):
         notes = "".join(getattr(error, "__notes__", []))
         return EngineFailed(error.message, error.hint, int(error.exit_code), notes)

@@ -39,7 +39,9 @@ async def open_executor(config: EngineConfig, on_progress: OnProgress) -> AsyncI
 
 def _opener(backend: Backend) -> Callable[[EngineConfig, OnProgress], AbstractAsyncContextManager[Executor]]:
     if backend == "inprocess":
-        from aphro_core.executor.inprocess import open_inprocess  # loads torch, which the other backends do not need here
+        from aphro_core.executor.inprocess import (
+            open_inprocess,
+        )  # loads torch, which the other backends do not need here
 
         return open_inprocess
     from aphro_core.executor.multiprocess import open_multiprocess

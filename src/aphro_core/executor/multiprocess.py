@@ -99,7 +99,9 @@ class MultiprocessExecutor:
 
     async def allocate(self, num_blocks: int) -> None:
         await self._broadcast(AllocateCache(num_blocks=num_blocks))
-        await self._wait_all(lambda worker: worker.is_ready, self._config.start_timeout_seconds, "allocate its KV cache")
+        await self._wait_all(
+            lambda worker: worker.is_ready, self._config.start_timeout_seconds, "allocate its KV cache"
+        )
 
     async def submit(self, plan: StepPlan) -> None:
         await self._broadcast(plan)
@@ -168,15 +170,18 @@ class MultiprocessExecutor:
         """End every rank: asked first, killed after a while, reaped in the end."""
         self._is_stopping = True
         await self._broadcast(StopWorker())
+        await anyio.to_thread.run_sync(self._reap)
+        for worker in self._workers:
+            await worker.channel.aclose()
+
+    def _reap(self) -> None:
         deadline = time.monotonic() + _STOP_SECONDS
-        while any(worker.process.is_alive() for worker in self._workers) and time.monotonic() < deadline:
-            await anyio.sleep(0.01)
+        for worker in self._workers:
+            worker.process.join(timeout=max(0.0, deadline - time.monotonic()))
         for worker in self._workers:
             if worker.process.is_alive():
                 worker.process.kill()
-            await worker.channel.aclose()
-        for worker in self._workers:
-            worker.process.join(timeout=_STOP_SECONDS)
+                worker.process.join(timeout=_STOP_SECONDS)
 
 
 def _result_stream() -> tuple[ObjectSendStream[StepResult], ObjectReceiveStream[StepResult]]:

@@ -20,7 +20,7 @@ class Codec(Generic[Out, In]):
 
     def __init__(self, accepts: object) -> None:
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder: msgspec.msgpack.Decoder[In] = msgspec.msgpack.Decoder(accepts)  # type: ignore[arg-type]
+        self._decoder: msgspec.msgpack.Decoder[In] = msgspec.msgpack.Decoder(accepts)
 
     def encode(self, message: Out) -> bytes:
         """The message as a frame: four bytes of length, little end first, then msgpack."""

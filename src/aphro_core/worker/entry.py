@@ -1,4 +1,4 @@
-"""The one door into a worker process, whoever launched it: take StartWorker, serve plans, report the cause of an end."""
+"""The one door into a worker process, whoever launched it: take StartWorker, serve plans, report why it ended."""
 
 from __future__ import annotations
 

@@ -1,0 +1,182 @@
+"""From the QKV projection to attention's inputs in one pass: QK-norm, rotation, and K and V into the paged cache."""
+# ruff: noqa: N803  (the constants of a kernel are in capitals)
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from aphro_kernels.language import Pointer, Scalar, jit, next_power_of_2, runs_kernels, tl, triton
+from aphro_kernels.rms_norm import rms_norm_reference
+
+
+def rotary_and_cache_reference(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    num_kv_heads, block_size = k_cache.shape[1:3]
+    q, k, v = qkv[:, : -2 * num_kv_heads], qkv[:, -2 * num_kv_heads : -num_kv_heads], qkv[:, -num_kv_heads:]
+    q, k = _rotate_reference(q, cos, sin, q_norm, eps), _rotate_reference(k, cos, sin, k_norm, eps)
+    is_real = slot_mapping >= 0
+    blocks, offsets = slot_mapping[is_real] // block_size, slot_mapping[is_real] % block_size
+    k_cache[blocks, :, offsets] = k[is_real].to(k_cache.dtype)
+    v_cache[blocks, :, offsets] = v[is_real].to(v_cache.dtype)
+    return q
+
+
+def _rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None, eps: float) -> Tensor:
+    wide = x.float() if norm is None else rms_norm_reference(x.float(), norm, eps)
+    half = cos.shape[-1]
+    first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(x.dtype)
+
+
+def rotary_and_cache(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """Rotated q ``[num_tokens, num_heads, head_dim]``; rotated k, and v, go to their slots and nowhere else.
+
+    ``qkv`` [num_tokens, num_heads + 2 * num_kv_heads, head_dim] is left alone, its tokens may be strided. ``cos``,
+    ``sin`` [num_tokens, rotary_dim / 2] float32 are each token's own; dim i < rotary_dim / 2 rotates with
+    i + rotary_dim / 2, dims beyond rotary_dim pass. ``q_norm``, ``k_norm`` [head_dim]: RMSNorm per head before the
+    rotation, both or neither. Caches ``[num_blocks, num_kv_heads, block_size, head_dim]``. ``slot_mapping``
+    [num_tokens] int64 = block * block_size + offset; a negative slot marks padding and is not written.
+    """
+    op = _launch if runs_kernels(qkv) else rotary_and_cache_reference
+    return op(
+        qkv,
+        cos,
+        sin,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        slot_mapping=slot_mapping,
+        q_norm=q_norm,
+        k_norm=k_norm,
+        eps=eps,
+    )
+
+
+def _launch(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    out: Tensor | None = None,
+) -> Tensor:
+    num_tokens, num_all_heads, head_dim = qkv.shape
+    num_kv_heads, block_size = k_cache.shape[1:3]
+    num_heads = num_all_heads - 2 * num_kv_heads
+    out = qkv.new_empty(num_tokens, num_heads, head_dim) if out is None else out
+    if num_tokens:
+        heads = 16
+        _rotary_and_cache_kernel[(num_tokens, triton.cdiv(num_all_heads, heads))](
+            qkv,
+            cos,
+            sin,
+            qkv if q_norm is None else q_norm,
+            qkv if k_norm is None else k_norm,
+            slot_mapping,
+            out,
+            k_cache,
+            v_cache,
+            qkv.stride(0),
+            k_cache.stride(0),
+            eps,
+            HAS_NORM=q_norm is not None,
+            NUM_HEADS=num_heads,
+            NUM_KV_HEADS=num_kv_heads,
+            HEAD_DIM=head_dim,
+            HALF=cos.shape[-1],
+            BLOCK_SIZE=block_size,
+            HEADS=heads,
+            DIMS=next_power_of_2(head_dim),
+            num_warps=4,
+        )
+    return out
+
+
+@jit(do_not_specialize=["eps"])
+def _rotary_and_cache_kernel(
+    qkv: Pointer,
+    cos: Pointer,
+    sin: Pointer,
+    q_norm: Pointer,
+    k_norm: Pointer,
+    slot_mapping: Pointer,
+    q_out: Pointer,
+    k_cache: Pointer,
+    v_cache: Pointer,
+    token_stride: Scalar,
+    block_stride: Scalar,
+    eps: Scalar,
+    HAS_NORM: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIMS: tl.constexpr,
+) -> None:
+    token = tl.program_id(0).to(tl.int64)
+    heads = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]  # q heads, then k heads, then v heads
+    dims = tl.arange(0, DIMS)[None, :]
+    inside = (heads < NUM_HEADS + 2 * NUM_KV_HEADS) & (dims < HEAD_DIM)
+    is_q = heads < NUM_HEADS
+    is_v = heads >= NUM_HEADS + NUM_KV_HEADS
+    row = qkv + token * token_stride + heads * HEAD_DIM
+    x = tl.load(row + dims, mask=inside, other=0.0).to(tl.float32)
+    rotates = inside & (dims < 2 * HALF)
+    partner_dims = tl.where(dims < HALF, dims + HALF, dims - HALF)
+    partner = tl.load(row + partner_dims, mask=rotates, other=0.0).to(tl.float32)
+
+    raw = x
+    if HAS_NORM:
+        scale = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / HEAD_DIM + eps)
+        gain_q = tl.load(q_norm + dims, mask=inside & is_q, other=0.0).to(tl.float32)
+        gain_k = tl.load(k_norm + dims, mask=inside & ~is_q, other=0.0).to(tl.float32)
+        x = x * scale * (gain_q + gain_k)
+        gain_q = tl.load(q_norm + partner_dims, mask=rotates & is_q, other=0.0).to(tl.float32)
+        gain_k = tl.load(k_norm + partner_dims, mask=rotates & ~is_q, other=0.0).to(tl.float32)
+        partner = partner * scale * (gain_q + gain_k)
+
+    angle = tl.where(dims < HALF, dims, dims - HALF)
+    cos_row = tl.load(cos + token * HALF + angle, mask=dims < 2 * HALF, other=1.0)
+    sin_row = tl.load(sin + token * HALF + angle, mask=dims < 2 * HALF, other=0.0)
+    rotated = x * cos_row + partner * tl.where(dims < HALF, -sin_row, sin_row)
+    tl.store(
+        q_out + (token * NUM_HEADS + heads) * HEAD_DIM + dims,
+        rotated.to(q_out.dtype.element_ty),
+        mask=inside & is_q,
+    )
+
+    slot = tl.load(slot_mapping + token).to(tl.int64)
+    kv_head = heads - NUM_HEADS - tl.where(is_v, NUM_KV_HEADS, 0)
+    at = slot // BLOCK_SIZE * block_stride + (kv_head * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM + dims
+    is_written = inside & ~is_q & (slot >= 0)
+    tl.store(k_cache + at, rotated.to(k_cache.dtype.element_ty), mask=is_written & ~is_v)
+    tl.store(v_cache + at, raw.to(v_cache.dtype.element_ty), mask=is_written & is_v)

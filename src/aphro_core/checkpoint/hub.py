@@ -1,0 +1,68 @@
+"""Models from the Hugging Face Hub: only the files that serving needs, and what to do when they cannot be had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from aphro_core.errors import ModelError
+
+PATTERNS: Final = [
+    "*.json",
+    "*.safetensors",
+    "tokenizer*",
+    "*.jinja",
+    "*.model",
+    "*.tiktoken",
+    "merges.txt",
+    "vocab.txt",
+]
+NOT_NEEDED: Final = ["*/*", "consolidated*"]  # variants in subfolders; the same weights under other names
+
+
+def download(model: str, *, revision: str | None, on_progress: Callable[[str], None] | None) -> Path:
+    """The folder of a snapshot in the Hugging Face cache, fetched where it is not there yet.
+
+    Progress bars are the library's own, on stderr. Without a network a cached snapshot is used as it is.
+    Raises ModelError: no such model or revision, no access, no network.
+    """
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    what = f"{model!r} at revision {revision!r}" if revision else f"{model!r}"
+    if on_progress is not None:
+        on_progress(f"No local path {model}: looking for it on the Hugging Face Hub and in its cache.")
+    try:
+        folder = snapshot_download(model, revision=revision, allow_patterns=PATTERNS, ignore_patterns=NOT_NEEDED)
+    except HFValidationError as error:
+        problem, hint = (
+            f"{model!r} is neither a path nor a Hugging Face id",
+            "give a folder, a .gguf file or owner/name",
+        )
+        raise ModelError(problem, hint=hint) from error
+    except GatedRepoError as error:
+        hint = "accept its terms on its page, then set HF_TOKEN to a token of that account"
+        raise ModelError(f"the Hugging Face model {what} is gated and this account has no access", hint=hint) from error
+    except RepositoryNotFoundError as error:
+        hint = "check the spelling; for a private model set HF_TOKEN; for a local one give its path"
+        raise ModelError(f"no local path and no Hugging Face model {what}", hint=hint) from error
+    except RevisionNotFoundError as error:
+        hint = "leave --revision out for the main branch, or give a branch, tag or commit that exists"
+        raise ModelError(f"no Hugging Face model {what}", hint=hint) from error
+    except LocalEntryNotFoundError as error:
+        hint = "give the path of a local folder or .gguf file, or fetch the model where there is a network"
+        raise ModelError(
+            f"no local path {model}, it is not in the Hugging Face cache, and the Hub cannot be reached", hint=hint
+        ) from error
+    except (OSError, ValueError, httpx.HTTPError) as error:  # a full disk, a server's error, a broken connection
+        hint = "try again (what was fetched is kept), or give the path of a local folder or .gguf file"
+        raise ModelError(f"the Hugging Face model {what} could not be fetched: {error}", hint=hint) from error
+    return Path(folder)

@@ -1,0 +1,151 @@
+"""Each kernel against its torch reference on the same tensors; run by Triton's interpreter here and by tests/gpu there.
+
+Outputs and workspaces are NaN before a kernel runs, and so is all of a cache that it must not read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from aphro_kernels import paged_attention, rms_norm, rotary, silu_and_mul
+from torch import Tensor
+
+BLOCK_SIZE = 16
+# absolute and relative, on numbers of size 1: float32 sums differ in order, 16-bit results in their last place
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN: a workspace that is read before it is written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    tolerance = TOLERANCE[actual.dtype]
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance, equal_nan=False)
+
+
+def random(*shape: int, dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator).to(device=device, dtype=dtype)
+
+
+def nans(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
+    return torch.full(shape, math.nan, dtype=dtype, device=device)
+
+
+def compare_rms_norm(num_tokens: int, width: int, dtype: torch.dtype, device: str) -> None:
+    x = random(num_tokens, width + 8, dtype=dtype, device=device)[:, :width]  # rows of a wider tensor
+    weight = random(width, dtype=dtype, device=device, seed=1)
+    out = rms_norm._launch(x, None, weight, 1e-5, nans(num_tokens, width, dtype=dtype, device=device))
+    assert_close(out, rms_norm.rms_norm_reference(x, weight, 1e-5))
+
+    residual = random(num_tokens, width, dtype=dtype, device=device, seed=2)
+    expected_residual = residual.clone()
+    expected = rms_norm.add_rms_norm_reference_(expected_residual, x, weight, 1e-5)
+    out = rms_norm._launch(x, residual, weight, 1e-5, nans(num_tokens, width, dtype=dtype, device=device))
+    assert_close(out, expected)
+    assert torch.equal(residual, expected_residual)
+
+
+def compare_silu_and_mul(num_tokens: int, width: int, dtype: torch.dtype, device: str) -> None:
+    x = random(num_tokens, 2 * width, dtype=dtype, device=device) * 3
+    out = silu_and_mul._launch(x, nans(num_tokens, width, dtype=dtype, device=device))
+    assert_close(out, silu_and_mul.silu_and_mul_reference(x))
+
+
+def compare_rotary(
+    num_tokens: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rotary_dim: int,
+    dtype: torch.dtype,
+    device: str,
+    has_norm: bool = False,
+) -> None:
+    wide = random(num_tokens, num_heads + 2 * num_kv_heads + 1, head_dim, dtype=dtype, device=device)
+    qkv = wide[:, :-1]
+    angles = random(num_tokens, rotary_dim // 2, dtype=torch.float32, device=device) * 10
+    norms = [random(head_dim, dtype=dtype, device=device, seed=seed) if has_norm else None for seed in (3, 4)]
+    num_blocks = num_tokens // BLOCK_SIZE + 3
+    generator = torch.Generator().manual_seed(num_tokens)
+    slots = torch.randperm(num_blocks * BLOCK_SIZE, generator=generator)[:num_tokens].to(device)
+    slots[1::5] = -1  # padding
+    results = []
+    for op in (rotary._launch, rotary.rotary_and_cache_reference):
+        k_cache = nans(num_blocks, num_kv_heads, BLOCK_SIZE, head_dim, dtype=dtype, device=device)
+        v_cache = k_cache.clone()
+        options = {"out": nans(num_tokens, num_heads, head_dim, dtype=dtype, device=device)}
+        q = op(
+            qkv,
+            angles.cos(),
+            angles.sin(),
+            k_cache=k_cache,
+            v_cache=v_cache,
+            slot_mapping=slots,
+            q_norm=norms[0],
+            k_norm=norms[1],
+            eps=1e-6,
+            **(options if op is rotary._launch else {}),
+        )
+        results.append((q, k_cache, v_cache))
+    (q, k_cache, v_cache), (q_expected, k_expected, v_expected) = results
+    assert_close(q, q_expected)
+    torch.testing.assert_close(v_cache, v_expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(k_cache.isnan(), k_expected.isnan())  # nothing beside the slots was written
+    assert_close(k_cache.nan_to_num(0), k_expected.nan_to_num(0))
+
+
+def compare_attention(
+    query_lens: Sequence[int],
+    seq_lens: Sequence[int],
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: str,
+    window: int | None = None,
+) -> Tensor:
+    """Returns the kernel's output, for comparisons of our own."""
+    blocks_of = [-(-seq_len // BLOCK_SIZE) for seq_len in seq_lens]
+    num_blocks = sum(blocks_of) + 2
+    shuffled = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(5)).tolist()
+    k_cache, v_cache = (
+        nans(num_blocks, num_kv_heads, BLOCK_SIZE, head_dim, dtype=dtype, device=device) for _ in range(2)
+    )
+    tables = torch.full((len(seq_lens), max(blocks_of) + 3), 2**30, dtype=torch.int32)  # far outside the cache
+    for i, seq_len in enumerate(seq_lens):
+        blocks = [shuffled.pop() for _ in range(blocks_of[i])]
+        tables[i, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+        for seed, cache in ((7, k_cache), (8, v_cache)):
+            tokens = random(seq_len, num_kv_heads, head_dim, dtype=dtype, device=device, seed=seed)
+            for place, block in enumerate(blocks):
+                part = tokens[place * BLOCK_SIZE : (place + 1) * BLOCK_SIZE]
+                cache[block, :, : len(part)] = part.transpose(0, 1)
+    num_tokens = sum(query_lens)
+    q = random(num_tokens, num_heads + 2, head_dim, dtype=dtype, device=device, seed=9)[:, :num_heads]
+    starts = torch.tensor([0, *query_lens]).cumsum(0)
+    arguments = {
+        "block_tables": tables.to(device),
+        "seq_lens": torch.tensor(seq_lens, dtype=torch.int32, device=device),
+        "query_start_loc": starts.to(dtype=torch.int32, device=device),
+        "max_query_len": max(query_lens),
+        "max_seq_len": max(seq_lens),
+        "scale": head_dim**-0.5,
+        "window": window,
+    }
+    expected = paged_attention.paged_attention_reference(q, k_cache, v_cache, **arguments)
+    out = nans(num_tokens, num_heads, head_dim, dtype=dtype, device=device)
+    with poisoned_memory():
+        paged_attention._launch(q, k_cache, v_cache, **arguments, out=out)
+    assert_close(out, expected)
+    return out

@@ -1,0 +1,91 @@
+"""The kernels on CPU tensors in Triton's interpreter: small and odd shapes. Run by test_kernels.py, TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels.comparisons import (
+    compare_attention,
+    compare_rms_norm,
+    compare_rotary,
+    compare_silu_and_mul,
+)
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+@pytest.mark.parametrize(("num_tokens", "width"), [(0, 64), (1, 1), (3, 63), (2, 576), (2, 1500)])
+def test_rms_norm(num_tokens: int, width: int, dtype: torch.dtype) -> None:
+    compare_rms_norm(num_tokens, width, dtype, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(("num_tokens", "width"), [(0, 8), (1, 1), (3, 63), (2, 1500)])
+def test_silu_and_mul(num_tokens: int, width: int, dtype: torch.dtype) -> None:
+    compare_silu_and_mul(num_tokens, width, dtype, "cpu")
+
+
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_heads", "num_kv_heads", "head_dim", "rotary_dim", "dtype"),
+    [
+        (1, 1, 1, 64, 64, F32),
+        (21, 9, 3, 64, 64, F32),  # SmolLM2: 15 heads in all
+        (5, 14, 2, 64, 64, BF16),  # 18 heads: two programs a token
+        (3, 4, 2, 80, 80, F32),
+        (3, 4, 2, 96, 48, F32),  # half of a head rotates
+        (2, 4, 1, 256, 256, F16),
+        (0, 2, 1, 64, 64, F32),
+    ],
+)
+def test_rotary(
+    num_tokens: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rotary_dim: int,
+    dtype: torch.dtype,
+    has_norm: bool,
+) -> None:
+    compare_rotary(num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim, dtype, "cpu", has_norm)
+
+
+@pytest.mark.parametrize("window", [None, 1, 40, 300])
+@pytest.mark.parametrize("seq_lens", [[1, 16, 63], [257, 0, 600]])
+def test_decode(seq_lens: list[int], window: int | None) -> None:
+    compare_attention([1] * len(seq_lens), seq_lens, 6, 2, 64, F32, "cpu", window)
+
+
+@pytest.mark.parametrize("window", [None, 1, 20])
+@pytest.mark.parametrize(
+    ("query_lens", "seq_lens"),
+    [([63], [63]), ([5, 1, 33, 1], [5, 70, 50, 1]), ([17, 2], [100, 2])],
+)
+def test_chunks(query_lens: list[int], seq_lens: list[int], window: int | None) -> None:
+    compare_attention(query_lens, seq_lens, 6, 2, 64, F32, "cpu", window)
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "dtype"),
+    [(4, 4, 80, F32), (7, 1, 96, F32), (8, 2, 128, F16), (32, 1, 64, BF16), (2, 1, 256, F32), (9, 3, 64, BF16)],
+)
+def test_heads(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    compare_attention([1, 1], [30, 290], num_heads, num_kv_heads, head_dim, dtype, "cpu")
+    compare_attention([9, 20], [9, 40], num_heads, num_kv_heads, head_dim, dtype, "cpu")
+
+
+def test_long_rows_take_larger_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    from aphro_kernels import paged_attention
+
+    monkeypatch.setattr(paged_attention, "_PIECE", 16)
+    monkeypatch.setattr(paged_attention, "_MAX_PIECES", 20)
+    compare_attention([1, 1], [610, 33], 4, 2, 64, F32, "cpu")  # 20 pieces of 32 keys
+
+
+def test_a_row_of_a_decode_step_does_not_depend_on_its_neighbours() -> None:
+    together = compare_attention([1, 1, 1], [300, 600, 40], 4, 2, 64, F32, "cpu")
+    alone = compare_attention([1], [300], 4, 2, 64, F32, "cpu")
+    assert together.shape[0] == 3
+    assert alone.shape[0] == 1
