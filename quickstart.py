@@ -49,6 +49,7 @@ NETWORK_WORDS = (
     "Connection reset",
     "ProxyError",
     "SSLError",
+    "(from versions: none)",  # what pip says when no index answered
 )
 
 
@@ -63,11 +64,11 @@ class RefusalError(Exception):
 def main() -> None:
     own, passed = _split_at_dashes(sys.argv[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", default="run", choices=("run", "test", "model"))
+    parser.add_argument("command", nargs="?", default="run", help="run (without a word: this), test or model")
     parser.add_argument("--use-system-torch", action="store_true", help="build .venv over this Python's own packages")
     arguments, rest = parser.parse_known_args(own)
-    if rest and arguments.command != "test":
-        parser.error(f"unknown: {' '.join(rest)}; arguments for aphro go behind --")
+    if (rest and arguments.command != "test") or arguments.command not in ("run", "test", "model"):
+        parser.error(f"unknown: {' '.join(own)}; arguments for `aphro run` go behind --")
     try:
         ensure_python()
         if arguments.command == "test":
@@ -346,7 +347,7 @@ def _explain_pip() -> Exception:
     tail = "\n".join(text.strip().splitlines()[-15:])
     if any(word in text for word in NETWORK_WORDS):
         return RefusalError(
-            f"no connection to the package index:\n{tail}", "check network and proxy, then run this again"
+            f"the package index cannot be reached:\n{tail}", "check network and proxy, then run this again"
         )
     return RefusalError(f"pip failed:\n{tail}", f"read the whole of {LOG}, then run this again")
 

@@ -147,6 +147,7 @@ def _rotary_and_cache_kernel(
     dims = tl.arange(0, DIMS)[None, :]
     inside = (heads < NUM_HEADS + 2 * NUM_KV_HEADS) & (dims < HEAD_DIM)
     is_q = heads < NUM_HEADS
+    is_kv = heads >= NUM_HEADS
     is_v = heads >= NUM_HEADS + NUM_KV_HEADS
     row = qkv + token * token_stride + heads * HEAD_DIM
     x = tl.load(row + dims, mask=inside, other=0.0).to(tl.float32)
@@ -158,10 +159,10 @@ def _rotary_and_cache_kernel(
     if HAS_NORM:
         scale = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / HEAD_DIM + eps)
         gain_q = tl.load(q_norm + dims, mask=inside & is_q, other=0.0).to(tl.float32)
-        gain_k = tl.load(k_norm + dims, mask=inside & ~is_q, other=0.0).to(tl.float32)
+        gain_k = tl.load(k_norm + dims, mask=inside & is_kv, other=0.0).to(tl.float32)
         x = x * scale * (gain_q + gain_k)
         gain_q = tl.load(q_norm + partner_dims, mask=rotates & is_q, other=0.0).to(tl.float32)
-        gain_k = tl.load(k_norm + partner_dims, mask=rotates & ~is_q, other=0.0).to(tl.float32)
+        gain_k = tl.load(k_norm + partner_dims, mask=rotates & is_kv, other=0.0).to(tl.float32)
         partner = partner * scale * (gain_q + gain_k)
 
     angle = tl.where(dims < HALF, dims, dims - HALF)
@@ -177,6 +178,7 @@ def _rotary_and_cache_kernel(
     slot = tl.load(slot_mapping + token).to(tl.int64)
     kv_head = heads - NUM_HEADS - tl.where(is_v, NUM_KV_HEADS, 0)
     at = slot // BLOCK_SIZE * block_stride + (kv_head * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM + dims
-    is_written = inside & ~is_q & (slot >= 0)
-    tl.store(k_cache + at, rotated.to(k_cache.dtype.element_ty), mask=is_written & ~is_v)
-    tl.store(v_cache + at, raw.to(v_cache.dtype.element_ty), mask=is_written & is_v)
+    if slot >= 0:
+        is_k = is_kv & (heads < NUM_HEADS + NUM_KV_HEADS)
+        tl.store(k_cache + at, rotated.to(k_cache.dtype.element_ty), mask=inside & is_k)
+        tl.store(v_cache + at, raw.to(v_cache.dtype.element_ty), mask=inside & is_v)

@@ -41,7 +41,7 @@ class Console:
 
     def line(self, text: str) -> None:
         if self._level <= _LEVELS["info"]:
-            for part in text.splitlines():
+            for part in text.split("\n"):
                 self._write(f"{self._stamp()}{part}")
 
     def progress(self, key: str, done: int, total: int, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The kernels on CPU tensors in Triton's interpreter: small and odd shapes. Run by test_kernels.py, TRITON_INTERPRET=1."""
+"""The kernels on CPU tensors in Triton's interpreter: small and odd shapes. test_kernels.py runs them."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_chunks(query_lens: list[int], seq_lens: list[int], window: int | None) 
 
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "head_dim", "dtype"),
-    [(4, 4, 80, F32), (7, 1, 96, F32), (8, 2, 128, F16), (32, 1, 64, BF16), (2, 1, 256, F32), (9, 3, 64, BF16)],
+    [(4, 4, 80, F32), (7, 1, 96, F32), (8, 2, 128, F16), (32, 1, 64, F16), (2, 1, 256, F32), (9, 3, 64, F16)],
 )
 def test_heads(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
     compare_attention([1, 1], [30, 290], num_heads, num_kv_heads, head_dim, dtype, "cpu")
@@ -87,5 +87,4 @@ def test_long_rows_take_larger_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_row_of_a_decode_step_does_not_depend_on_its_neighbours() -> None:
     together = compare_attention([1, 1, 1], [300, 600, 40], 4, 2, 64, F32, "cpu")
     alone = compare_attention([1], [300], 4, 2, 64, F32, "cpu")
-    assert together.shape[0] == 3
-    assert alone.shape[0] == 1
+    assert torch.equal(together[:1], alone)

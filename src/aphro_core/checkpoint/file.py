@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +20,7 @@ class ModelFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock = threading.Lock()  # of the count: parameters are read by several threads
         self.bytes_read = 0
         try:
             if not stat.S_ISREG(path.stat().st_mode):
@@ -52,7 +54,8 @@ class ModelFile:
                     hint="the file changed or was cut short: fetch it again",
                 )
             done += count
-        self.bytes_read += done
+        with self._lock:
+            self.bytes_read += done
 
     def read_rows(self, out: NDArray[np.uint8], offset: int, stride: int) -> None:
         """Fill ``out`` [rows, width] with ``width`` bytes at ``offset``, ``offset + stride``, ..."""
@@ -62,8 +65,9 @@ class ModelFile:
             return
         # Strided reads defeat the kernel's readahead; the ranks of this host want all of these bytes between them.
         os.posix_fadvise(self._fd, offset, (num_rows - 1) * stride + width, os.POSIX_FADV_WILLNEED)
+        view = out.data.cast("B")
         for row in range(num_rows):
-            self.read_into(out[row], offset + row * stride)
+            self.read_into(view[row * width : (row + 1) * width], offset + row * stride)
 
     def close(self) -> None:
         if self._fd >= 0:

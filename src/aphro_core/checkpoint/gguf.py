@@ -186,6 +186,6 @@ def _type_name(type_id: int) -> str:
     from gguf import GGMLQuantizationType
 
     try:
-        return GGMLQuantizationType(type_id).name
+        return str(GGMLQuantizationType(type_id).name)
     except ValueError:
         return f"number {type_id}"

@@ -60,17 +60,21 @@ def hf_config(header: GGUFHeader, path: object) -> dict[str, Any]:
     embedding = header.tensors.get("token_embd.weight")
     if embedding is not None:
         config["vocab_size"] = embedding.shape[0]
-    return config | {
+    partial_rotary_factor = _partial_rotary_factor(header, arch)
+    if partial_rotary_factor != 1.0:
+        config["partial_rotary_factor"] = partial_rotary_factor
+    config |= {
         "architectures": [ARCHITECTURES[arch]],
+        "model_type": arch,
         "attention_bias": "blk.0.attn_q.bias" in header.tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in header.tensors,
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "rope_parameters": _rope(header, arch),
-        "partial_rotary_factor": _partial_rotary_factor(header, arch),
         "dtype": _dtype(header),
         "bos_token_id": header.value("tokenizer.ggml.bos_token_id"),
         "eos_token_id": [x for key in _EOS_KEYS if (x := header.value(f"tokenizer.ggml.{key}")) is not None],
     }
+    return {key: value for key, value in config.items() if value is not None}
 
 
 def llama3_rope(freq_factors: Sequence[float], theta: float, path: object) -> dict[str, Any]:
@@ -109,7 +113,7 @@ def _rope(header: GGUFHeader, arch: str) -> dict[str, Any]:
     prefix = f"{arch}.rope"
     kind = header.value(f"{prefix}.scaling.type", "none")
     linear_factor = _number(header, f"{prefix}.scale_linear", 1.0)  # how older files say it
-    rope: dict[str, Any] = {"rope_theta": header.value(f"{prefix}.freq_base")}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": _number(header, f"{prefix}.freq_base", 10_000.0)}
     if kind == "none":
         return rope if linear_factor == 1.0 else rope | {"rope_type": "linear", "factor": linear_factor}
     factor = _number(header, f"{prefix}.scaling.factor", 1.0)

@@ -27,7 +27,6 @@ def download(model: str, *, revision: str | None, on_progress: Callable[[str], N
     Progress bars are the library's own, on stderr. Without a network a cached snapshot is used as it is.
     Raises ModelError: no such model or revision, no access, no network.
     """
-    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -62,7 +61,8 @@ def download(model: str, *, revision: str | None, on_progress: Callable[[str], N
         raise ModelError(
             f"no local path {model}, it is not in the Hugging Face cache, and the Hub cannot be reached", hint=hint
         ) from error
-    except (OSError, ValueError, httpx.HTTPError) as error:  # a full disk, a server's error, a broken connection
+    except Exception as error:  # the library lets through its HTTP client's own errors; a full disk ends here too
         hint = "try again (what was fetched is kept), or give the path of a local folder or .gguf file"
-        raise ModelError(f"the Hugging Face model {what} could not be fetched: {error}", hint=hint) from error
+        problem = f"the Hugging Face model {what} could not be fetched: {type(error).__name__}: {error}"
+        raise ModelError(problem, hint=hint) from error
     return Path(folder)

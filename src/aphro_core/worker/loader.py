@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
-from math import prod
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from typing import Final
 
 import torch
@@ -17,6 +18,8 @@ from aphro_core.models.tensors import TensorPiece, parameter_shapes, rank_pieces
 from aphro_core.parallel.shard import RankShard
 
 DUMMY_RANGE: Final = 1e-3  # dummy weights are uniform in plus or minus this
+_DEVICE_THREADS: Final = 4  # that read for a GPU, where torch itself is given one
+
 _DUMMY_STARTS: Final = 1_000_003  # a prime: places in the dummy pool where a row can start
 _DUMMY_STRIDE: Final = 7919  # between the starts of neighbouring rows
 
@@ -79,20 +82,41 @@ def _fill(
     for piece in rank_pieces(rules, spec, shard):
         pieces.setdefault(piece.parameter, []).append(piece)
     shapes = parameter_shapes(rules, spec, shard)
-    done, total = 0, dtype.itemsize * sum(map(prod, shapes.values()))
-    weights: dict[str, Tensor] = {}
-    for name, shape in shapes.items():
-        weight = weights[name] = torch.empty(shape, dtype=dtype, device=device)
-        filled = 0
+    weights = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+
+    def fill_parameter(name: str) -> int:
+        weight, filled = weights[name], 0
         for piece in pieces.get(name, ()):
             rows = piece.shape[0]
             fill(weight.narrow(0, piece.offset, rows), piece)
             filled += rows
         weight[filled:].zero_()
-        done += weight.nbytes
-        if progress is not None:
-            progress(done, total)
+        return weight.nbytes
+
+    done, total = 0, sum(weight.nbytes for weight in weights.values())
+    with _filling_threads(device) as threads:
+        for job in as_completed([threads.submit(fill_parameter, name) for name in weights]):
+            done += job.result()
+            if progress is not None:
+                progress(done, total)
     return weights | {name: weights[other] for name, other in tied_parameters(rules, spec, shard).items()}
+
+
+@contextmanager
+def _filling_threads(device: torch.device) -> Iterator[ThreadPoolExecutor]:
+    """As many threads as torch has, each working alone on one parameter; an error ends the others' queue.
+
+    Torch's own parallel loops would split every small copy and meet at a barrier after it: milliseconds each when the
+    cores have other work, and reading and dequantising would still be on one core.
+    """
+    num_threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(num_threads if device.type == "cpu" else _DEVICE_THREADS, "load-weights")
+    torch.set_num_threads(1)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(num_threads)
 
 
 def _as_matrix(piece: TensorPiece) -> tuple[range, range]:

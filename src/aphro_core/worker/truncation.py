@@ -57,7 +57,9 @@ def draw_truncated(scores: Tensor, cut: Truncation, keys: Tensor, noise: GumbelN
     """``scores`` [rows, vocab] float32, at most 0 and 0 in each row -> token ids ``[rows]`` int64."""
     tokens, is_settled = draw_from_top(scores, cut, keys, noise)
     rest = (~is_settled).nonzero().squeeze(1)
-    for rows in rest.split(len(rest) if scores.is_cuda else _ROWS_AT_ONCE) if len(rest) else ():
+    at_once = max(len(rest), 1) if scores.is_cuda else _ROWS_AT_ONCE
+    for start in range(0, len(rest), at_once):
+        rows = rest[start : start + at_once]
         tokens[rows] = draw_from_all(scores[rows], cut[rows], keys[rows], noise)
     return tokens
 

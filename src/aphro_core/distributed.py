@@ -1,0 +1,96 @@
+"""Groups and collectives of one rank, as objects handed to layers: tensor-parallel sums, logits, stage hand-over."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from aphro_core.parallel.shard import ShardingPlan
+
+
+class TensorParallelGroup:
+    """The ranks of one stage. With one rank every call is the identity."""
+
+    def __init__(self, rank: int, size: int, process_group: dist.ProcessGroup | None = None) -> None:
+        self.rank = rank
+        self.size = size
+        self._group = process_group
+
+    def all_reduce_(self, x: Tensor) -> Tensor:
+        """Sum ``x`` over the group, in place. Every rank gets the same bits: each element is summed once and copied."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self._group)
+        return x
+
+    def gather_columns(self, x: Tensor) -> Tensor | None:
+        """``[rows, columns]`` of every rank side by side on tp rank 0, None on the others. Equal shapes on all ranks."""
+        if self.size == 1:
+            return x
+        first = dist.get_global_rank(self._group, 0) if self._group is not None else 0
+        parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(x.contiguous(), parts, dst=first, group=self._group)
+        return None if parts is None else torch.cat(parts, dim=-1)
+
+
+class StageLink:
+    """The neighbours of a rank in the pipeline: the same tp rank, one stage before and one behind."""
+
+    def __init__(self, previous_rank: int | None, next_rank: int | None) -> None:
+        self._previous = previous_rank
+        self._next = next_rank
+        self._sending: deque[tuple[dist.Work, Tensor]] = deque()
+
+    def receive(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        x = torch.empty(shape, dtype=dtype, device=device)
+        dist.recv(x, src=self._previous)
+        return x
+
+    def send(self, x: Tensor) -> None:
+        """Hand ``x`` on without waiting for the receiver; it must not be written again."""
+        while self._sending and self._sending[0][0].is_completed():
+            self._sending.popleft()
+        work = dist.isend(x.contiguous(), dst=self._next)
+        assert work is not None
+        self._sending.append((work, x))
+
+
+@dataclass(frozen=True)
+class Links:
+    """All that ties a rank to others."""
+
+    tensor: TensorParallelGroup
+    stage: StageLink
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join(plan: ShardingPlan, rank: int, store: str, device: torch.device, timeout_seconds: float) -> Links:
+    """Meet the other ranks in the file ``store``. Returns when all have come; raises after ``timeout_seconds``."""
+    shard = plan.ranks[rank]
+    previous = rank - plan.tp_size if shard.pp_rank > 0 else None
+    following = rank + plan.tp_size if shard.pp_rank < plan.pp_size - 1 else None
+    world_size = plan.tp_size * plan.pp_size
+    if world_size == 1:
+        return Links(TensorParallelGroup(0, 1), StageLink(None, None))
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.FileStore(store, world_size),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_seconds),
+        device_id=device if device.type == "cuda" else None,
+    )
+    group = None
+    for pp_rank in range(plan.pp_size):  # every rank takes part in the making of every group, in one order
+        members = [pp_rank * plan.tp_size + tp_rank for tp_rank in range(plan.tp_size)]
+        made = dist.new_group(members) if plan.tp_size > 1 else None
+        if pp_rank == shard.pp_rank:
+            group = made
+    return Links(TensorParallelGroup(shard.tp_rank, plan.tp_size, group), StageLink(previous, following))

@@ -1,0 +1,87 @@
+"""The documents say what the code does: flags, defaults, exit codes, files."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from aphro_cli.main import app
+from aphro_cli.options import ENVIRONMENT
+from aphro_cli.run import run
+from aphro_core.errors import ExitCode
+
+ROOT = Path(__file__).parent.parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND: Any = typer.main.get_command(app)
+PARAMETERS = {
+    name: param.name
+    for param in COMMAND.commands["run"].params
+    for name in (*param.opts, *param.secondary_opts)
+    if name.startswith("-")
+}
+
+
+def rows_of(document: str) -> list[list[str]]:
+    text = (ROOT / document).read_text().replace("\\|", "/")
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
+    ]
+
+
+def test_cli_page_has_every_option() -> None:
+    documented = [name for row in rows_of("docs/cli.md") for name in re.findall(r"`(-[a-z-]+)`", row[0])]
+    assert sorted(documented) == sorted(PARAMETERS)
+
+
+def test_cli_page_has_the_defaults() -> None:
+    signature = inspect.signature(run).parameters
+    compared = 0
+    for row in rows_of("docs/cli.md"):
+        names = re.findall(r"`(-[a-z-]+)`", row[0])
+        default = signature[PARAMETERS[names[-1]]].default if names else None
+        if isinstance(default, str) or (isinstance(default, (int, float)) and not isinstance(default, bool)):
+            assert row[1] == (default if isinstance(default, str) else f"{default:g}"), names
+            compared += 1
+        elif isinstance(default, bool):
+            assert row[1] == ("on" if default else "off"), names
+            compared += 1
+    assert compared >= 20
+
+
+def test_cli_page_has_the_environment() -> None:
+    documented = [name for row in rows_of("docs/cli.md") for name in re.findall(r"^`(APHRO_[A-Z0-9_]+)`$", row[0])]
+    assert documented == list(ENVIRONMENT)
+
+
+def test_no_other_variable_is_read() -> None:
+    read = {
+        name
+        for folder in ("src", "kernels", "tests/e2e", "tests/gpu")
+        for path in (ROOT / folder).rglob("*.py")
+        for name in re.findall(r"\bAPHRO_[A-Z0-9_]+\b", path.read_text())
+    }
+    assert read <= set(ENVIRONMENT)
+
+
+def test_readme_has_the_exit_codes() -> None:
+    codes = [int(row[0]) for row in rows_of("README.md") if row[0].isdigit()]
+    assert codes == [code.value for code in ExitCode]
+
+
+def test_readme_flags_exist() -> None:
+    named = re.findall(r"(?<![\w-])(--?[a-z][a-z_-]+)\b", (ROOT / "README.md").read_text())
+    foreign = {"--use-system-torch", "--help"}
+    unknown = {name for name in named if name.replace("_", "-") not in {*PARAMETERS, *foreign}}
+    assert unknown == set()
+    assert len(named) > 10
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", document.read_text())
+    assert [link for link in links if "://" not in link and not (document.parent / link).exists()] == []

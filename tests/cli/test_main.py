@@ -1,0 +1,105 @@
+"""``aphro`` itself: help at once, versions, and TAB."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from aphro_cli.completions import RENDERERS, read_commands
+from aphro_cli.main import app
+
+ROOT = Path(__file__).parent.parent.parent
+HEAVY = ("torch", "transformers", "rich", "anyio", "starlette", "hypercorn", "tokenizers", "huggingface_hub")
+
+
+def cpu_seconds(*words: str) -> float:
+    """The least of five runs, in processor time: what else the machine does is not counted."""
+    spent = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+    return min(spent)
+
+
+@pytest.mark.parametrize("words", [("--help",), ("run", "--help")])
+def test_help_is_there_at_once(words: tuple[str, ...]) -> None:
+    assert cpu_seconds("-m", "aphro_cli.main", *words) - cpu_seconds("-c", "pass") <= 0.2
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = "import sys, aphro_cli.main; print([name for name in sys.argv[1:] if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code, *HEAVY], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_has_examples() -> None:
+    result = CliRunner().invoke(app, ["run", "--help"])
+    assert result.exit_code == 0
+    assert "  aphro run ./llama -tp 3 " in result.stdout
+
+
+@pytest.mark.parametrize("words", [["version"], ["--version"]])
+def test_version(words: list[str]) -> None:
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"aphro {metadata.version('aphro')} (Python 3.")
+    assert f"torch {metadata.version('torch')}" in result.stdout
+
+
+def test_no_command_shows_help() -> None:
+    result = CliRunner().invoke(app, [])
+    assert "Commands:" in result.output
+
+
+def test_unknown_command() -> None:
+    result = CliRunner().invoke(app, ["rum"])
+    assert result.exit_code == 2
+    assert "rum" in result.stderr
+
+
+@pytest.mark.parametrize("name", RENDERERS)
+def test_completions_are_up_to_date(name: str) -> None:
+    assert (ROOT / "completions" / name).read_text() == RENDERERS[name](read_commands()), (
+        "run: python -m aphro_cli.completions"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["r"], ["run"]),
+        (["run", "--tensor-p"], ["--tensor-parallel-size"]),
+        (["serve", "model", "-t"], ["-tp"]),
+        (["run", "--dtype", "b"], ["bfloat16"]),
+        (["run", "--dtype", "=", "ha"], ["half"]),
+        (["run", "--block-size", ""], ["8", "16", "32"]),
+        (["run", "--port", ""], []),
+        (["version", "--tensor-p"], []),
+    ],
+)
+def test_bash_completes_without_starting_anything(words: list[str], expected: list[str]) -> None:
+    bash = shutil.which("bash")
+    assert bash is not None
+    script = 'source "$1"; shift; COMP_WORDS=(aphro "$@"); COMP_CWORD=$#; _aphro; echo "${COMPREPLY[@]}"'
+    command = [bash, "--norc", "-c", script, "bash", str(ROOT / "completions" / "aphro.bash"), *words]
+    done = subprocess.run(command, env={"PATH": os.devnull}, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == expected
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(("shell", "name"), [("zsh", "_aphro"), ("fish", "aphro.fish")])
+def test_other_shells_parse_theirs(shell: str, name: str) -> None:
+    path = shutil.which(shell)
+    if path is None:
+        pytest.skip(f"{shell} is not installed here")
+    subprocess.run([path, "-n", str(ROOT / "completions" / name)], check=True)

@@ -1,0 +1,92 @@
+"""The memory model against hand calculation; tests/core/worker/test_loader.py holds weights against loaded tensors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aphro_core.models.spec import DecoderSpec, RopeSpec
+from aphro_core.parallel import memory
+from aphro_core.parallel.shard import build_plan
+
+GIB = 2**30
+LLAMA_8B = DecoderSpec(
+    architecture="LlamaForCausalLM",
+    vocab_size=128_256,
+    hidden_size=4096,
+    intermediate_size=14_336,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    norm_eps=1e-5,
+    rope=RopeSpec(theta=5e5, rotary_dim=128),
+    max_position_embeddings=131_072,
+    tie_word_embeddings=False,
+)
+
+
+def test_llama_8b_has_its_published_parameters_also_over_four_stages() -> None:
+    (rank,) = build_plan(LLAMA_8B, 1, 1).ranks
+    assert memory.weights_bytes(LLAMA_8B, rank, 2) == 2 * 8_030_261_248
+    stages = [memory.weights_bytes(LLAMA_8B, stage, 2) for stage in build_plan(LLAMA_8B, 1, 4).ranks]
+    assert sum(stages) == 2 * 8_030_261_248
+    assert [round(stage / GIB, 2) for stage in stages] == [4.23, 3.25, 3.25, 4.23]
+
+
+def test_llama_8b_at_tp_3_costs_its_largest_rank_three_kv_heads() -> None:
+    ranks = build_plan(LLAMA_8B, 3, 1).ranks
+    per_token = [memory.kv_block_bytes(LLAMA_8B, rank, 16, 2) // 16 for rank in ranks]
+    assert per_token == [49_152, 49_152, 32_768]
+
+
+def test_a_copied_kv_head_counts_on_every_rank() -> None:
+    spec = replace(LLAMA_8B, num_kv_heads=2)
+    blocks = {memory.kv_block_bytes(spec, rank, 16, 2) for rank in build_plan(spec, 4, 1).ranks}
+    assert blocks == {2 * 32 * 1 * 16 * 128 * 2}
+
+
+def test_stages_split_the_block() -> None:
+    whole = memory.kv_block_bytes(LLAMA_8B, build_plan(LLAMA_8B, 1, 1).ranks[0], 16, 2)
+    stages = [memory.kv_block_bytes(LLAMA_8B, rank, 16, 2) for rank in build_plan(LLAMA_8B, 1, 3).ranks]
+    assert sum(stages) == whole
+
+
+def test_the_head_dominates_many_sequences_and_the_mlp_many_tokens() -> None:
+    first, last = build_plan(LLAMA_8B, 1, 2).ranks
+    few = memory.activation_bytes(LLAMA_8B, last, 2048, 1, 2)
+    many = memory.activation_bytes(LLAMA_8B, last, 2048, 256, 2)
+    assert many - few > memory.LOGITS_COPIES * 256 * 128_256 * 4 - 2048 * (3 * 14_336 + 4096) * 2 - 1
+    assert memory.activation_bytes(LLAMA_8B, first, 2048, 256, 2) == memory.activation_bytes(
+        LLAMA_8B, first, 2048, 1, 2
+    )
+    assert memory.activation_bytes(LLAMA_8B, last, 64, 256, 2) == memory.activation_bytes(LLAMA_8B, last, 64, 64, 2)
+    forward = 2048 * 2 * (3 * 14_336 + 3 * 4096)  # the measured law of served models
+    assert memory.activation_bytes(LLAMA_8B, first, 2048, 1, 2) >= forward
+
+
+@given(st.integers(-(2**40), 2**40), st.integers(1, 2**24))
+def test_blocks_fit_their_budget_and_one_more_would_not(budget: int, block: int) -> None:
+    blocks = memory.num_blocks(budget, block)
+    assert blocks >= 0
+    assert blocks * block <= max(budget, 0) < (blocks + 1) * block
+
+
+@given(st.integers(1, 10_000), st.sampled_from([8, 16, 32]))
+def test_a_request_fills_whole_blocks(tokens: int, block_size: int) -> None:
+    blocks = memory.blocks_per_request(tokens, block_size)
+    assert (blocks - 1) * block_size < tokens <= blocks * block_size
+    assert memory.max_useful_blocks(7, tokens, block_size) == 7 * blocks
+
+
+def test_the_limiting_rank_has_the_fewest_blocks() -> None:
+    ranks = [
+        memory.RankMemory(0, budget=1000, weights=500, activations=100, block=10),
+        memory.RankMemory(1, budget=1000, weights=600, activations=100, block=5),
+        memory.RankMemory(2, budget=100, weights=600, activations=100, block=5),
+    ]
+    assert [rank.num_blocks for rank in ranks] == [40, 60, 0]
+    assert memory.limiting_rank(ranks).rank == 2
+    assert memory.limiting_rank(ranks[:2]).rank == 0

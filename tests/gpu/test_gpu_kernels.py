@@ -1,0 +1,94 @@
+"""The kernels on a real GPU against their references: every dtype and head size, model shapes, odd sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.kernels.comparisons import compare_attention, compare_rms_norm, compare_rotary, compare_silu_and_mul
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [1, 63, 1500])
+@pytest.mark.parametrize("width", [1, 63, 576, 1500, 4096, 8192])
+def test_rms_norm(num_tokens: int, width: int, dtype: torch.dtype) -> None:
+    compare_rms_norm(num_tokens, width, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [1, 63, 1500])
+@pytest.mark.parametrize("width", [1, 63, 1536, 14336])
+def test_silu_and_mul(num_tokens: int, width: int, dtype: torch.dtype) -> None:
+    compare_silu_and_mul(num_tokens, width, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("num_tokens", [1, 63, 1500])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "rotary_dim"),
+    [(9, 3, 64, 64), (32, 8, 128, 128), (28, 4, 128, 128), (4, 4, 80, 80), (6, 2, 96, 48), (4, 1, 256, 256)],
+)
+def test_rotary(
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rotary_dim: int,
+    num_tokens: int,
+    has_norm: bool,
+    dtype: torch.dtype,
+) -> None:
+    compare_rotary(num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim, dtype, "cuda", has_norm)
+
+
+HEADS = [(9, 3, 64), (32, 8, 128), (28, 4, 128), (4, 4, 80), (7, 1, 96), (4, 2, 256), (40, 1, 64)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), HEADS)
+def test_decode(num_heads: int, num_kv_heads: int, head_dim: int, window: int | None, dtype: torch.dtype) -> None:
+    for seq_lens in ([1], [63, 16, 0, 200], [1500, 1, 257, 4096]):
+        compare_attention([1] * len(seq_lens), seq_lens, num_heads, num_kv_heads, head_dim, dtype, "cuda", window)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), HEADS)
+def test_chunks(num_heads: int, num_kv_heads: int, head_dim: int, window: int | None, dtype: torch.dtype) -> None:
+    for query_lens, seq_lens in (([2], [2]), ([63, 1, 300, 1], [63, 500, 1100, 1]), ([1500], [1500])):
+        compare_attention(query_lens, seq_lens, num_heads, num_kv_heads, head_dim, dtype, "cuda", window)
+
+
+def test_decode_is_the_same_run_for_run_and_alone() -> None:
+    heads = (32, 8, 128, torch.bfloat16, "cuda")
+    first = compare_attention([1] * 4, [3000, 20, 700, 1025], *heads)
+    again = compare_attention([1] * 4, [3000, 20, 700, 1025], *heads)
+    alone = compare_attention([1], [3000], *heads)
+    assert torch.equal(first, again)
+    assert torch.equal(first[:1], alone)
+
+
+@pytest.mark.parametrize("vocab_size", [49152, 50257])
+def test_the_sampler_draws_on_a_gpu_what_it_draws_on_a_cpu(vocab_size: int) -> None:
+    from aphro_core.request import SamplingParams
+    from aphro_core.worker.sampler import Sampler, SamplingRow
+
+    logits = torch.randn(64, vocab_size, generator=torch.Generator().manual_seed(1)) * 3
+    dials = [
+        {"temperature": 0.0},
+        {},
+        {"top_k": 50, "top_p": 0.9},
+        {"top_p": 0.8, "temperature": 1.5},
+        {"min_p": 0.01},
+        {"top_k": 300, "repetition_penalty": 1.2, "presence_penalty": 0.5},
+    ]
+    drawn = []
+    for device in ("cpu", "cuda"):
+        rows = [SamplingRow(i, SamplingParams(**dials[i % 6]), 2**40 + i, 30 + i, [1, 2, 3, i], 2) for i in range(64)]
+        sampled = Sampler(vocab_size, torch.device(device)).sample(logits.to(device), rows)
+        drawn.append([token.token_id for token in sampled])
+    assert drawn[0] == drawn[1]

@@ -1,0 +1,125 @@
+"""Kernels without a GPU: Triton's interpreter in a process of its own, and the references against torch's own ops."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from aphro_kernels import language
+from aphro_kernels.paged_attention import paged_attention
+from aphro_kernels.rms_norm import add_rms_norm_, rms_norm
+from aphro_kernels.rotary import rotary_and_cache
+from aphro_kernels.silu_and_mul import silu_and_mul
+from torch.nn.functional import scaled_dot_product_attention, silu
+
+HERE = Path(__file__).parent
+
+
+def triton_version() -> tuple[int, int]:
+    try:
+        major, minor = importlib.metadata.version("triton").split(".")[:2]
+    except importlib.metadata.PackageNotFoundError:
+        return (0, 0)
+    return (int(major), int(minor))
+
+
+@pytest.mark.skipif(triton_version() < (3, 7), reason="the interpreter of Triton before 3.7 fails under numpy 2.4")
+def test_kernels_in_tritons_interpreter() -> None:
+    """In a process of its own: the switch must be set before anything imports Triton."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted.py")]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+def test_modules_import_without_triton() -> None:
+    """Where Triton is missing the ops still answer for CPU tensors."""
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch\n"
+        "from aphro_kernels import paged_attention, rms_norm, rotary, silu_and_mul\n"
+        "print(silu_and_mul.silu_and_mul(torch.ones(1, 4)).shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.strip() == "torch.Size([1, 2])", done.stderr
+
+
+def test_a_gpu_without_triton_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu:
+        is_cuda = True
+
+    monkeypatch.setattr(language, "triton", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install triton"):
+        language.runs_kernels(OnGpu())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_is_torchs(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(5, 96, dtype=dtype), torch.randn(96, dtype=dtype)
+    expected = torch.nn.functional.rms_norm(x.double(), (96,), weight.double(), 1e-5).to(dtype)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5), expected)
+    residual = torch.randn(5, 96, dtype=dtype)
+    total = residual + x
+    expected = torch.nn.functional.rms_norm(total.double(), (96,), weight.double(), 1e-5).to(dtype)
+    torch.testing.assert_close(add_rms_norm_(residual, x, weight, 1e-5), expected)
+    assert torch.equal(residual, total)
+
+
+def test_silu_and_mul_takes_the_gate_first() -> None:
+    gate, up = torch.randn(3, 7), torch.randn(3, 7)
+    torch.testing.assert_close(silu_and_mul(torch.cat([gate, up], dim=1)), silu(gate) * up)
+
+
+def test_rotary_is_transformers() -> None:
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    qkv, angles = torch.randn(4, 6 + 2 * 2, 32), torch.randn(4, 16)
+    k_cache, v_cache = torch.zeros(3, 2, 16, 32), torch.zeros(3, 2, 16, 32)
+    slots = torch.tensor([33, -1, 0, 15])
+    q = rotary_and_cache(qkv, angles.cos(), angles.sin(), k_cache=k_cache, v_cache=v_cache, slot_mapping=slots)
+    both = torch.cat([angles, angles], dim=-1).unsqueeze(0)
+    heads = qkv.transpose(0, 1).unsqueeze(0)
+    q_expected, k_expected = apply_rotary_pos_emb(heads[:, :6], heads[:, 6:8], both.cos(), both.sin())
+    torch.testing.assert_close(q, q_expected[0].transpose(0, 1))
+    for token, (block, offset) in {0: (2, 1), 2: (0, 0), 3: (0, 15)}.items():
+        torch.testing.assert_close(k_cache[block, :, offset], k_expected[0, :, token])
+        assert torch.equal(v_cache[block, :, offset], qkv[token, 8:])
+    assert int((k_cache != 0).any(dim=-1).sum()) == 3 * 2  # three tokens, two heads
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_attention_is_torchs(window: int | None) -> None:
+    """A chunk of 7 queries behind 13 cached keys, and a decode row, through a shuffled block table."""
+    k_cache, v_cache = torch.randn(6, 2, 16, 32), torch.randn(6, 2, 16, 32)
+    q = torch.randn(8, 4, 32)
+    tables = torch.tensor([[4, 1], [0, 5]], dtype=torch.int32)
+    out = paged_attention(
+        q,
+        k_cache,
+        v_cache,
+        block_tables=tables,
+        seq_lens=torch.tensor([20, 18], dtype=torch.int32),
+        query_start_loc=torch.tensor([0, 7, 8], dtype=torch.int32),
+        max_query_len=7,
+        max_seq_len=20,
+        scale=0.2,
+        window=window,
+    )
+    for start, stop, seq_len, blocks in ((0, 7, 20, [4, 1]), (7, 8, 18, [0, 5])):
+        keys, values = (cache[blocks].transpose(0, 1).flatten(1, 2)[:, :seq_len] for cache in (k_cache, v_cache))
+        distance = torch.arange(seq_len - (stop - start), seq_len).unsqueeze(1) - torch.arange(seq_len)
+        is_seen = (distance >= 0) & (distance < (window or seq_len))
+        queries = q[start:stop].transpose(0, 1)
+        expected = scaled_dot_product_attention(
+            queries, keys.repeat_interleave(2, 0), values.repeat_interleave(2, 0), attn_mask=is_seen, scale=0.2
+        )
+        torch.testing.assert_close(out[start:stop], expected.transpose(0, 1))
