@@ -25,7 +25,7 @@ sources = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.rel
 
 
 def read_map(text: str) -> dict[str, str]:
-    """Room -> kind, top to bottom, from the first fenced block: ``name[, name...]  [KIND ...]``; no indent, or no room."""
+    """Room -> kind, top to bottom, from the first fenced block: ``name[, name...]  [KIND ...]``, without indent."""
     block = text.split("```")[1]
     rooms: dict[str, str] = {}
     for line in block.splitlines():
@@ -39,7 +39,7 @@ ROOMS = read_map((ROOT / "ARCHITECTURE.md").read_text())
 
 
 def room_of(path: Path) -> str:
-    """``src/aphro_core/engine/entry.py`` -> engine; ``src/aphro_core/api.py`` -> api; ``src/aphro_cli/x.py`` -> aphro_cli."""
+    """``src/aphro_core/engine/entry.py`` -> engine, ``src/aphro_core/api.py`` -> api, else the package."""
     parts = path.relative_to(ROOT).with_suffix("").parts[1:]
     return parts[1] if parts[0] == "aphro_core" else parts[0]
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import transformers
 from gguf import GGMLQuantizationType, quants
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 # 9 heads on 3 KV heads, a head wider than the hidden size allows, vocabularies that nothing divides, windows shorter
 # than a test's prompt: what a sharding bug trips over.
@@ -184,6 +185,8 @@ def write_tiny_gguf(
         )
         values = torch.from_numpy(np.array(quants.dequantize(blocks, of_type), dtype=np.float32))
         dequantised[name] = _deinterleave(values, num_heads) if num_heads else values
+    if config.rope_parameters["rope_type"] == "llama3":
+        writer.add_tensor("rope_freqs.weight", _rope_factors(config))
     if config.tie_word_embeddings:
         dequantised["lm_head.weight"] = dequantised["model.embed_tokens.weight"]
     writer.write_header_to_file()
@@ -237,6 +240,13 @@ def _write_metadata(writer: gguf.GGUFWriter, config: Any, family: str) -> None:
     writer.add_eos_token_id(config.eos_token_id)
     if family == "llama":
         writer.add_rope_dimension_count(head_dim)
+
+
+def _rope_factors(config: Any) -> np.ndarray:
+    """What llama.cpp divides each rotated pair's frequency by, taken from transformers' scaled frequencies."""
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
+    pairs = torch.arange(0, config.head_dim, 2) / config.head_dim
+    return (config.rope_parameters["rope_theta"] ** -pairs / scaled).numpy()
 
 
 def _interleave(data: np.ndarray, num_heads: int) -> np.ndarray:

@@ -3,25 +3,25 @@
 
 from __future__ import annotations
 
-from aphro_kernels.language import Pointer, Scalar, jit, tl
+from aphro_kernels.language import jit, tl
 
 
 @jit(do_not_specialize=["num_seqs", "piece", "table_stride", "scale"])
 def attention_kernel(
-    q: Pointer,
-    k_cache: Pointer,
-    v_cache: Pointer,
-    out: Pointer,
-    weights: Pointer,
-    block_tables: Pointer,
-    seq_lens: Pointer,
-    query_start_loc: Pointer,
-    num_seqs: Scalar,
-    piece: Scalar,
-    q_stride: Scalar,
-    block_stride: Scalar,
-    table_stride: Scalar,
-    scale: Scalar,
+    q: tl.tensor,
+    k_cache: tl.tensor,
+    v_cache: tl.tensor,
+    out: tl.tensor,
+    weights: tl.tensor,
+    block_tables: tl.tensor,
+    seq_lens: tl.tensor,
+    query_start_loc: tl.tensor,
+    num_seqs: tl.tensor,
+    piece: tl.tensor,
+    q_stride: tl.tensor,
+    block_stride: tl.tensor,
+    table_stride: tl.tensor,
+    scale: tl.tensor,
     QUERIES: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
@@ -39,7 +39,7 @@ def attention_kernel(
 
     Rows of the tile are queries times heads of the group. Decode: tile = sequence = its only query.
     """
-    tile = tl.program_id(0)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # of a prefill the last tiles see most keys: they go first
     kv_head = tl.program_id(1)
     if IS_DECODE:
         seq, start, query_len, first = tile, tile, 1, 0
@@ -71,22 +71,24 @@ def attention_kernel(
     is_inside = is_row[:, None] & (dims < HEAD_DIM)[None, :]
     token = (start + first + query).to(tl.int64)
     q_at = q + token[:, None] * q_stride + head[:, None] * HEAD_DIM + dims[None, :]
+    q_tile = tl.load(q_at, mask=is_inside, other=0.0)
+    positions = first_position + query
+    k_cache += kv_head * BLOCK_SIZE * HEAD_DIM
+    v_cache += kv_head * BLOCK_SIZE * HEAD_DIM
+    table = block_tables + seq.to(tl.int64) * table_stride
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    mixed = tl.zeros([ROWS, DIMS], tl.float32)
+    # keys that every row of the tile sees need no masks; with a window, all are masked
+    plain_high = 0 if WINDOW > 0 else tl.minimum(first_position + 1, high) // KEYS * KEYS
     mixed, largest, total = _attend(
-        tl.load(q_at, mask=is_inside, other=0.0),
-        first_position + query,
-        k_cache + kv_head * BLOCK_SIZE * HEAD_DIM,
-        v_cache + kv_head * BLOCK_SIZE * HEAD_DIM,
-        block_tables + seq.to(tl.int64) * table_stride,
-        block_stride,
-        low,
-        high,
-        scale,
-        HEAD_DIM,
-        BLOCK_SIZE,
-        WINDOW,
-        PRECISION,
-        KEYS,
-    )
+        mixed, largest, total, q_tile, positions, k_cache, v_cache, table, block_stride, low, plain_high, scale,
+        HEAD_DIM, BLOCK_SIZE, WINDOW, PRECISION, KEYS, IS_MASKED=False,
+    )  # fmt: skip
+    mixed, largest, total = _attend(
+        mixed, largest, total, q_tile, positions, k_cache, v_cache, table, block_stride, tl.maximum(low, plain_high),
+        high, scale, HEAD_DIM, BLOCK_SIZE, WINDOW, PRECISION, KEYS, IS_MASKED=True,
+    )  # fmt: skip
 
     row = token * (tl.num_programs(1) * GROUP) + head
     if IS_SPLIT:
@@ -98,46 +100,55 @@ def attention_kernel(
 
 @jit()
 def _attend(
-    q: Scalar,
-    positions: Scalar,
-    k_cache: Pointer,
-    v_cache: Pointer,
-    block_table: Pointer,
-    block_stride: Scalar,
-    low: Scalar,
-    high: Scalar,
-    scale: Scalar,
+    mixed: tl.tensor,
+    largest: tl.tensor,
+    total: tl.tensor,
+    q: tl.tensor,
+    positions: tl.tensor,
+    k_cache: tl.tensor,
+    v_cache: tl.tensor,
+    block_table: tl.tensor,
+    block_stride: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    scale: tl.tensor,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
     KEYS: tl.constexpr,
-) -> Scalar:
-    """Softmax-weighted sum of values (not yet divided), largest score and sum of weights of each row, online.
+    IS_MASKED: tl.constexpr,
+) -> tl.tensor:
+    """Go on with an online softmax over keys ``low`` to ``high``; scores in units of log2.
 
-    Keys from ``low`` to ``high``; scores in units of log2. Nothing outside that range is read: it may be anything.
+    ``mixed``: sum of values by weight, ``largest`` score, ``total`` weight of each row so far. Nothing outside the
+    range is read: it may be anything. Without masks the range is whole tiles of KEYS.
     """
-    largest = tl.full([q.shape[0]], float("-inf"), tl.float32)
-    total = tl.zeros([q.shape[0]], tl.float32)
-    mixed = tl.zeros([q.shape[0], q.shape[1]], tl.float32)
     dims = tl.arange(0, q.shape[1])[None, :]
     for start in range(low // KEYS * KEYS, high, KEYS):
         keys = start + tl.arange(0, KEYS)
-        is_key = (keys >= low) & (keys < high)
-        block = tl.load(block_table + keys // BLOCK_SIZE, mask=is_key, other=0).to(tl.int64)
+        if IS_MASKED:
+            is_key = (keys >= low) & (keys < high)
+            is_inside = is_key[:, None] & (dims < HEAD_DIM)
+            block = tl.load(block_table + keys // BLOCK_SIZE, mask=is_key, other=0).to(tl.int64)
+        else:
+            is_inside = (keys >= 0)[:, None] & (dims < HEAD_DIM)
+            block = tl.load(block_table + keys // BLOCK_SIZE).to(tl.int64)
         at = (block * block_stride + keys % BLOCK_SIZE * HEAD_DIM)[:, None] + dims
-        is_inside = is_key[:, None] & (dims < HEAD_DIM)
-        k = tl.load(k_cache + at, mask=is_inside, other=0.0)
+        k = _load(k_cache + at, is_inside, IS_MASKED or q.shape[1] > HEAD_DIM)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        is_seen = is_key[None, :] & (keys[None, :] <= positions[:, None])
-        if WINDOW > 0:
-            is_seen = is_seen & (keys[None, :] > positions[:, None] - WINDOW)
-        scores = tl.where(is_seen, scores, float("-inf"))
+        if IS_MASKED:
+            is_seen = is_key[None, :] & (keys[None, :] <= positions[:, None])
+            if WINDOW > 0:
+                is_seen = is_seen & (keys[None, :] > positions[:, None] - WINDOW)
+            scores = tl.where(is_seen, scores, float("-inf"))
         peak = tl.maximum(largest, tl.max(scores, axis=1))
-        shift = tl.where(peak == float("-inf"), 0.0, peak)  # a row that has seen no key yet
+        shift = peak
+        if IS_MASKED:
+            shift = tl.where(peak == float("-inf"), 0.0, peak)  # a row that has seen no key yet
         weight = tl.exp2(scores - shift[:, None])
         decay = tl.exp2(largest - shift)
-        v = tl.load(v_cache + at, mask=is_inside, other=0.0)
+        v = _load(v_cache + at, is_inside, IS_MASKED or q.shape[1] > HEAD_DIM)
         mixed = mixed * decay[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=PRECISION)
         total = total * decay + tl.sum(weight, axis=1)
         largest = peak
@@ -145,7 +156,17 @@ def _attend(
 
 
 @jit()
-def _sequence_of_tile(query_start_loc: Pointer, tile: Scalar, num_seqs: Scalar, QUERIES: tl.constexpr) -> Scalar:
+def _load(at: tl.tensor, is_inside: tl.tensor, IS_MASKED: tl.constexpr) -> tl.tensor:
+    if IS_MASKED:
+        return tl.load(at, mask=is_inside, other=0.0)
+    else:
+        return tl.load(at)
+
+
+@jit()
+def _sequence_of_tile(
+    query_start_loc: tl.tensor, tile: tl.tensor, num_seqs: tl.tensor, QUERIES: tl.constexpr
+) -> tl.tensor:
     """The last sequence whose tiles begin at or before ``tile``; sequence s begins at start // QUERIES + s."""
     low = 0
     high = num_seqs
@@ -160,12 +181,12 @@ def _sequence_of_tile(query_start_loc: Pointer, tile: Scalar, num_seqs: Scalar, 
 
 @jit(do_not_specialize=["num_pieces", "piece"])
 def combine_kernel(
-    parts: Pointer,
-    weights: Pointer,
-    out: Pointer,
-    seq_lens: Pointer,
-    num_pieces: Scalar,
-    piece: Scalar,
+    parts: tl.tensor,
+    weights: tl.tensor,
+    out: tl.tensor,
+    seq_lens: tl.tensor,
+    num_pieces: tl.tensor,
+    piece: tl.tensor,
     HEAD_DIM: tl.constexpr,
     DIMS: tl.constexpr,
     WINDOW: tl.constexpr,

@@ -13,11 +13,7 @@ try:
 except ImportError:  # a CPU build of torch comes without it
     triton = tl = None
 
-__all__ = ["Pointer", "Scalar", "jit", "next_power_of_2", "runs_kernels", "tl", "triton"]
-
-# annotations of kernel parameters; Triton itself goes by constexpr alone
-Pointer = Any
-Scalar = Any
+__all__ = ["jit", "next_power_of_2", "runs_kernels", "tl", "triton"]
 
 
 def jit(**options: Any) -> Callable[[Callable[..., None]], Any]:

@@ -114,6 +114,7 @@ def _launch(
     dims = next_power_of_2(head_dim)
     tile = _tile(is_decode, group_padded, dims, q.dtype)
     piece = max(_PIECE, next_power_of_2(triton.cdiv(max_seq_len, _MAX_PIECES)))
+    assert piece % tile["KEYS"] == 0
     num_pieces = triton.cdiv(max_seq_len, piece) if is_decode else 1
     is_split = num_pieces > 1
     parts = q.new_empty(num_tokens, num_heads, num_pieces, head_dim, dtype=torch.float32) if is_split else out

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aphro_kernels.language import Pointer, Scalar, jit, next_power_of_2, runs_kernels, tl
+from aphro_kernels.language import jit, next_power_of_2, runs_kernels, tl
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -61,15 +61,15 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out:
 
 @jit(do_not_specialize=["eps"])
 def _rms_norm_kernel(
-    x: Pointer,
-    residual: Pointer,
-    weight: Pointer,
-    out: Pointer,
-    width: Scalar,
-    x_stride: Scalar,
-    residual_stride: Scalar,
-    out_stride: Scalar,
-    eps: Scalar,
+    x: tl.tensor,
+    residual: tl.tensor,
+    weight: tl.tensor,
+    out: tl.tensor,
+    width: tl.tensor,
+    x_stride: tl.tensor,
+    residual_stride: tl.tensor,
+    out_stride: tl.tensor,
+    eps: tl.tensor,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aphro_kernels.language import Pointer, Scalar, jit, next_power_of_2, runs_kernels, tl, triton
+from aphro_kernels.language import jit, next_power_of_2, runs_kernels, tl, triton
 from aphro_kernels.rms_norm import rms_norm_reference
 
 
@@ -121,18 +121,18 @@ def _launch(
 
 @jit(do_not_specialize=["eps"])
 def _rotary_and_cache_kernel(
-    qkv: Pointer,
-    cos: Pointer,
-    sin: Pointer,
-    q_norm: Pointer,
-    k_norm: Pointer,
-    slot_mapping: Pointer,
-    q_out: Pointer,
-    k_cache: Pointer,
-    v_cache: Pointer,
-    token_stride: Scalar,
-    block_stride: Scalar,
-    eps: Scalar,
+    qkv: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    q_norm: tl.tensor,
+    k_norm: tl.tensor,
+    slot_mapping: tl.tensor,
+    q_out: tl.tensor,
+    k_cache: tl.tensor,
+    v_cache: tl.tensor,
+    token_stride: tl.tensor,
+    block_stride: tl.tensor,
+    eps: tl.tensor,
     HAS_NORM: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,

@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import silu
 
-from aphro_kernels.language import Pointer, Scalar, jit, runs_kernels, tl, triton
+from aphro_kernels.language import jit, runs_kernels, tl, triton
 
 
 def silu_and_mul_reference(x: Tensor) -> Tensor:
@@ -32,11 +32,11 @@ def _launch(x: Tensor, out: Tensor) -> Tensor:
 
 @jit()
 def _silu_and_mul_kernel(
-    x: Pointer,
-    out: Pointer,
-    width: Scalar,
-    x_stride: Scalar,
-    out_stride: Scalar,
+    x: tl.tensor,
+    out: tl.tensor,
+    width: tl.tensor,
+    x_stride: tl.tensor,
+    out_stride: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
     token = tl.program_id(0).to(tl.int64)

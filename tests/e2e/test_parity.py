@@ -68,9 +68,10 @@ def test_every_family_and_shape(
     check(outputs, reference)
 
 
-def test_preempted_and_prefix_cached_requests(checkpoints: dict[str, Path], references: dict[str, Reference]) -> None:
+def test_preempted_and_prefix_cached_requests(checkpoints: dict[str, Path]) -> None:
     """Blocks for a fraction of the demand, and prompts that repeat: preemption and prefix hits change no token."""
-    reference = references["llama"]
+    model = AutoModelForCausalLM.from_pretrained(checkpoints["llama"], dtype=torch.float32)
+    reference = Reference(model, prompt_lengths=(14, 15, 13, 40, 12, 14), new=20)
     with LLM(
         str(checkpoints["llama"]),
         tensor_parallel_size=2,

@@ -84,7 +84,7 @@ class GGUFHeader:
         try:
             self._values, at = self._index_values()
             self.tensors = self._read_tensors(at)
-        except (struct.error, IndexError) as error:
+        except (struct.error, IndexError, OverflowError) as error:
             self.close()
             raise self.damaged(f"its header does not end within its {file.size} bytes") from error
         except BaseException:
@@ -120,6 +120,8 @@ class GGUFHeader:
             (kind,), at = _U32.unpack_from(self._data, at), at + 4
             values[key] = (kind, at)
             at = self._skip(kind, at)
+            if at > len(self._data):
+                raise IndexError(at)
         return values, at
 
     def _read_tensors(self, at: int) -> dict[str, TensorInfo]:

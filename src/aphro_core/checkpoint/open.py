@@ -25,10 +25,12 @@ def resolve_model(model: str, *, revision: str | None = None, on_progress: Calla
 
     ``on_progress`` is told, in a line, before anything is fetched. Raises ModelError with the next step.
     """
+    if not model.strip():
+        raise ModelError("the model's name is empty", hint="give a folder, a .gguf file or a Hugging Face id")
     path = Path(model).expanduser()
     if path.exists():
         return path
-    if not model or _looks_local(model):
+    if _looks_local(model):
         raise _no_such_path(path)
     return download(model, revision=revision, on_progress=on_progress)
 

@@ -12,9 +12,9 @@ from aphro_core.models.spec import DecoderSpec
 from aphro_core.models.tensors import parameter_shapes
 from aphro_core.parallel.shard import RankShard
 
-# Float32 copies of the sampled rows' logits that live at once: as gathered, with penalties and temperature, and two
-# more inside a sort or a log-softmax.
-LOGITS_COPIES: Final = 4
+# Float32 copies of the sampled rows' logits that live at once in the worst step, one with top-p and penalties: the
+# ranks' parts, gathered, with penalties, divided by the temperature, with noise, probabilities, and two while cutting.
+LOGITS_COPIES: Final = 8
 
 
 @dataclass(frozen=True, slots=True)

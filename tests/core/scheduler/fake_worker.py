@@ -32,9 +32,7 @@ def draw(history: int, vocab_size: int) -> int:
     return (history >> 7) % vocab_size
 
 
-def run_alone(
-    add: AddSequence, vocab_size: int, max_model_len: int
-) -> tuple[list[int], FinishReason, int | None]:
+def run_alone(add: AddSequence, vocab_size: int, max_model_len: int) -> tuple[list[int], FinishReason, int | None]:
     """The output tokens of a sequence, why it ended, and its stop token, computed without any scheduler."""
     history, output_token_ids = root(add.cache_salt), list(add.output_token_ids)
     for token_id in add.prompt_token_ids + output_token_ids:

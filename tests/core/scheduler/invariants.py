@@ -26,7 +26,9 @@ def check_state(scheduler: Scheduler, max_num_seqs: int) -> None:
         assert not (sequence.is_running or sequence.is_in_flight or sequence.num_computed)
 
     assert len(in_flight) == len(set(map(id, in_flight)))
-    assert {id(s) for s in scheduler._running if s.is_in_flight} == {id(s) for s in in_flight} - {id(s) for s in leaving}
+    assert {id(s) for s in scheduler._running if s.is_in_flight} == {id(s) for s in in_flight} - {
+        id(s) for s in leaving
+    }
     for sequence in [*scheduler._running, *leaving]:
         assert sequence.is_running
         assert sequence.num_pending >= (0 if sequence.is_in_flight else 1)

@@ -143,13 +143,17 @@ class Simulation:
             if new.seq_id in self._not_started:
                 assert new.seq_id == self._not_started.popleft()
             else:
-                assert new.token_ids == self.clients[new.seq_id].add.prompt_token_ids + self.clients[new.seq_id].token_ids
+                assert (
+                    new.token_ids == self.clients[new.seq_id].add.prompt_token_ids + self.clients[new.seq_id].token_ids
+                )
 
     def answer(self) -> list[SequenceOutput]:
         plan, result = self.in_flight.popleft()
         outputs = self.scheduler.update(result)
         drawn = [row.seq_id for row in plan.scheduled if row.samples]
-        assert [output.seq_id for output in outputs] == [i for i in drawn if (plan.step_id, i) not in self._aborted_rows]
+        assert [output.seq_id for output in outputs] == [
+            i for i in drawn if (plan.step_id, i) not in self._aborted_rows
+        ]
         for output in outputs:
             self._take(output)
         check_state(self.scheduler, self.setup.max_num_seqs)

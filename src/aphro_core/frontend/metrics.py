@@ -1,0 +1,173 @@
+"""What Prometheus is told, under the names that vLLM uses today; and the health record."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Final, Literal
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from aphro_core.messages.requests import EngineStats
+from aphro_core.request import FinishReason
+
+# upper bounds, seconds: vLLM's, with finer ones for small models between tokens
+_FIRST_TOKEN: Final = (
+    (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
+    + (160.0, 640.0, 2560.0)
+)
+_BETWEEN_TOKENS: Final = (
+    (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+    + (20.0, 40.0, 80.0)
+)
+_WHOLE_REQUEST: Final = (
+    (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0)
+    + (1920.0, 7680.0)
+)
+_TOKENS: Final = tuple(float(digit * 10**power) for power in range(7) for digit in (1, 2, 5))
+
+Phase = Literal["starting", "ready", "dead"]
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """``ready``: requests are answered. ``seconds_since_step`` is None before the first step."""
+
+    phase: Phase
+    ready: bool
+    detail: str
+    step: int
+    seconds_since_step: float | None
+
+
+class Histogram:
+    """Counts by upper bound. Unlike the client library's it takes many equal values in one call, and no lock."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._sum += value * times
+
+    def family(self, name: str, text: str, model_name: str) -> HistogramMetricFamily:
+        labels = [*map(str, self._bounds), "+Inf"]
+        buckets = list(zip(labels, map(float, accumulate(self._counts)), strict=True))
+        family = HistogramMetricFamily(name, text, labels=["model_name"])
+        family.add_metric([model_name], buckets, self._sum)
+        return family
+
+
+class Metrics(Collector):
+    """Plain numbers, turned into families when somebody asks. One event loop writes and reads them."""
+
+    content_type: Final = CONTENT_TYPE_LATEST
+
+    def __init__(self, model_name: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._model_name = model_name
+        self._clock = clock
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+        self.stats: EngineStats | None = None
+        self.num_blocks = 0
+        self._last_step_at: float | None = None
+        self._num_open = 0  # choices
+        self._num_prompt_tokens = 0
+        self._num_generation_tokens = 0
+        self._finished: Counter[FinishReason] = Counter(stop=0, length=0, abort=0)
+        self._first_token = Histogram(_FIRST_TOKEN)
+        self._between_tokens = Histogram(_BETWEEN_TOKENS)
+        self._whole_request = Histogram(_WHOLE_REQUEST)
+        self._prompt_sizes = Histogram(_TOKENS)
+        self._generation_sizes = Histogram(_TOKENS)
+
+    @property
+    def seconds_since_step(self) -> float | None:
+        return None if self._last_step_at is None else self._clock() - self._last_step_at
+
+    def take_request(self, num_choices: int) -> None:
+        self._num_open += num_choices
+
+    def take_first_token(self, num_prompt_tokens: int, seconds: float) -> None:
+        self._num_prompt_tokens += num_prompt_tokens
+        self._first_token.observe(seconds)
+
+    def take_step(self, stats: EngineStats, now: float, num_tokens: int, intervals: Mapping[float, int]) -> None:
+        """``intervals``: seconds since a choice's token before -> how many choices."""
+        self.stats = stats
+        self._last_step_at = now
+        self._num_generation_tokens += num_tokens
+        for seconds, times in intervals.items():
+            self._between_tokens.observe(seconds, times)
+
+    def take_finished(self, reason: FinishReason) -> None:
+        """One choice is done, or given up."""
+        self._num_open -= 1
+        self._finished[reason] += 1
+
+    def take_answered(self, num_prompt_tokens: int, num_output_tokens: int, seconds: float) -> None:
+        """All choices of a request have finished."""
+        self._whole_request.observe(seconds)
+        self._prompt_sizes.observe(num_prompt_tokens)
+        self._generation_sizes.observe(num_output_tokens)
+
+    def render(self) -> bytes:
+        """The text that a scrape gets, as ``content_type`` says."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._gauges()
+        yield from self._counters()
+        for name, text, histogram in (
+            ("time_to_first_token_seconds", "From the request taken to its first token.", self._first_token),
+            ("inter_token_latency_seconds", "Between two tokens of one choice.", self._between_tokens),
+            ("e2e_request_latency_seconds", "From the request taken to its last token.", self._whole_request),
+            ("request_prompt_tokens", "Prompt tokens of an answered request.", self._prompt_sizes),
+            ("request_generation_tokens", "Generated tokens of an answered request.", self._generation_sizes),
+        ):
+            yield histogram.family(f"aphro:{name}", text, self._model_name)
+
+    def _gauges(self) -> Iterator[Metric]:
+        # the engine speaks only when it steps: what was aborted since then is not running any more
+        stats = self.stats
+        num_running = min(stats.num_running, self._num_open) if stats else 0
+        used = stats.num_blocks_used / self.num_blocks if stats and self.num_blocks and self._num_open else 0.0
+        for name, text, value in (
+            ("num_requests_running", "Choices of requests that the engine computes.", num_running),
+            ("num_requests_waiting", "Choices of requests that wait for the engine.", self._num_open - num_running),
+            ("kv_cache_usage_perc", "Share of the KV cache blocks in use, 1 = all.", used),
+            ("kv_cache_num_blocks", "KV cache blocks of the engine.", self.num_blocks),
+            ("engine_step_age_seconds", "Since the last step; grows while idle.", self.seconds_since_step),
+        ):
+            if value is not None:
+                family = GaugeMetricFamily(f"aphro:{name}", text, labels=["model_name"])
+                family.add_metric([self._model_name], value)
+                yield family
+
+    def _counters(self) -> Iterator[Metric]:
+        stats = self.stats
+        for name, text, value in (
+            ("engine_steps", "Steps of the engine.", stats.step if stats else 0),
+            ("num_preemptions", "Sequences that gave up their blocks to others.", stats.num_preemptions if stats else 0),
+            ("prefix_cache_queries", "Prompt tokens looked up.", stats.num_prefix_queries if stats else 0),
+            ("prefix_cache_hits", "Prompt tokens found.", stats.num_prefix_hits if stats else 0),
+            ("prompt_tokens", "Prompt tokens computed or found in the cache.", self._num_prompt_tokens),
+            ("generation_tokens", "Tokens generated.", self._num_generation_tokens),
+        ):
+            family = CounterMetricFamily(f"aphro:{name}", text, labels=["model_name"])
+            family.add_metric([self._model_name], value)
+            yield family
+        finished = CounterMetricFamily(
+            "aphro:request_success", "Finished choices of requests.", labels=["model_name", "finished_reason"]
+        )
+        for reason, count in self._finished.items():
+            finished.add_metric([self._model_name, reason], count)
+        yield finished

@@ -1,0 +1,196 @@
+"""The fields of OpenAI's request bodies: what is taken, what is refused by name, what is ignored."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, TypeVar
+
+import msgspec
+
+from aphro_core.errors import RequestError
+
+_LOG: Final = logging.getLogger(__name__)
+
+Int = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+TokenIds = list[Int]
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+
+
+class SamplingFields(msgspec.Struct, kw_only=True):
+    """What a completion and a chat share. ``None`` is "not given"; the ranges are those of SamplingParams."""
+
+    model: str | None = None
+    n: Int | None = None
+    max_tokens: Int | None = None
+    min_tokens: Int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: Int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: TokenIds | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    logit_bias: dict[str, float] | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    cache_salt: str | None = None
+    best_of: Int | None = None
+
+
+class CompletionBody(SamplingFields, kw_only=True):
+    prompt: str | list[str | Int | TokenIds]
+    echo: bool | None = None
+    logprobs: Int | None = None
+
+
+class ContentPart(msgspec.Struct):
+    type: str
+    text: str | None = None
+
+
+class Message(msgspec.Struct):
+    role: str
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: Any = None
+    function_call: Any = None
+
+
+class ChatBody(SamplingFields, kw_only=True):
+    messages: list[Message]
+    max_completion_tokens: Int | None = None
+    logprobs: bool | None = None
+    top_logprobs: Int | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class TokenizeBody(msgspec.Struct, kw_only=True):
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeBody(msgspec.Struct, kw_only=True):
+    model: str | None = None
+    tokens: TokenIds
+
+
+# field -> the values that ask for nothing; any other is refused, since leaving it out would change the answer
+REFUSED: Final[Mapping[str, tuple[object, ...]]] = {
+    "allowed_token_ids": (None, []),
+    "audio": (None,),
+    "bad_words": (None, []),
+    "chat_template": (None,),  # a client's template would be code
+    "continue_final_message": (None, False),
+    "custom_token_bans": (None, []),
+    "documents": (None, []),
+    "dry_multiplier": (None, 0),
+    "dynatemp_max": (None, 0),
+    "dynatemp_min": (None, 0),
+    "epsilon_cutoff": (None, 0),
+    "eta_cutoff": (None, 0),
+    "function_call": (None, "none", "auto"),
+    "functions": (None, []),
+    "guided_choice": (None, []),
+    "guided_grammar": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "length_penalty": (None, 1),
+    "logits_processors": (None, []),
+    "mirostat_mode": (None, 0),
+    "modalities": (None, ["text"]),
+    "no_repeat_ngram_size": (None, 0),
+    "nsigma": (None, 0),
+    "prediction": (None,),
+    "prompt_embeds": (None,),
+    "prompt_logprobs": (None,),  # echo with logprobs has them
+    "reasoning_effort": (None, "none"),
+    "response_format": (None, {"type": "text"}),
+    "smoothing_factor": (None, 0),
+    "structured_outputs": (None,),
+    "suffix": (None, ""),
+    "tfs": (None, 1),
+    "tool_choice": (None, "none", "auto"),
+    "tools": (None, []),
+    "top_a": (None, 0),
+    "truncate_prompt_tokens": (None,),
+    "typical_p": (None, 1),
+    "use_beam_search": (None, False),
+    "web_search_options": (None,),
+    "xtc_probability": (None, 0),
+}
+IGNORED: Final = frozenset(
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+        "verbosity",
+    }
+)
+_MAX_NAMES_LOGGED: Final = 100
+
+Body = TypeVar("Body", bound=msgspec.Struct)
+
+
+class BodyParser:
+    """Bytes of JSON to a typed body. An unknown field is named in the log, once, at debug level."""
+
+    def __init__(self) -> None:
+        self._unknown: set[str] = set()
+
+    def parse(self, data: bytes, kind: type[Body]) -> Body:
+        """Raises RequestError: malformed, of a wrong type, or asking for what is not supported."""
+        try:
+            fields = msgspec.json.decode(data)
+            body = msgspec.convert(fields, kind)
+        except msgspec.ValidationError as error:
+            raise _explain(error) from None
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise RequestError(f"the body is not JSON: {error}") from None
+        except RecursionError:
+            raise RequestError("the body is nested too deeply") from None
+        for name in fields.keys() - set(kind.__struct_fields__) - IGNORED:
+            if name not in REFUSED:
+                self._note_unknown(name)
+            elif fields[name] not in REFUSED[name]:
+                raise RequestError(f"{name} is not supported by this server, leave it out", field=name)
+        return body
+
+    def _note_unknown(self, name: str) -> None:
+        if name not in self._unknown and len(self._unknown) < _MAX_NAMES_LOGGED:
+            self._unknown.add(name)
+            _LOG.debug("ignoring the unknown field %.80r", name)
+
+
+def _explain(error: msgspec.ValidationError) -> RequestError:
+    """``Expected `float`, got `str` - at `$.temperature``` -> ``temperature: expected float, got str``."""
+    text, _, path = str(error).replace("`", "").partition(" - at $")
+    field = path.removeprefix(".")
+    if text.startswith("Object missing required field "):
+        name = text.removeprefix("Object missing required field ")
+        field = f"{field}.{name}" if field else name
+        return RequestError(f"{field} is missing", field=field)
+    text = text[0].lower() + text[1:].replace(" | ", " or ")
+    return RequestError(f"{field or 'the body'}: {text}", field=field or None)
