@@ -136,17 +136,17 @@ def _attend(
             block = tl.load(block_table + keys // BLOCK_SIZE).to(tl.int64)
         at = (block * block_stride + keys % BLOCK_SIZE * HEAD_DIM)[:, None] + dims
         k = _load(k_cache + at, is_inside, IS_MASKED or q.shape[1] > HEAD_DIM)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if IS_MASKED:
             is_seen = is_key[None, :] & (keys[None, :] <= positions[:, None])
             if WINDOW > 0:
                 is_seen = is_seen & (keys[None, :] > positions[:, None] - WINDOW)
             scores = tl.where(is_seen, scores, float("-inf"))
-        peak = tl.maximum(largest, tl.max(scores, axis=1))
+        peak = tl.maximum(largest, tl.max(scores, axis=1) * scale)
         shift = peak
         if IS_MASKED:
             shift = tl.where(peak == float("-inf"), 0.0, peak)  # a row that has seen no key yet
-        weight = tl.exp2(scores - shift[:, None])
+        weight = tl.exp2(scores * scale - shift[:, None])
         decay = tl.exp2(largest - shift)
         v = _load(v_cache + at, is_inside, IS_MASKED or q.shape[1] > HEAD_DIM)
         mixed = mixed * decay[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=PRECISION)
@@ -190,6 +190,7 @@ def combine_kernel(
     HEAD_DIM: tl.constexpr,
     DIMS: tl.constexpr,
     WINDOW: tl.constexpr,
+    PIECES: tl.constexpr,
 ) -> None:
     """Add the pieces of one row and head, each weighted by exp2 of its log-sum-exp, always in the same order."""
     row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
@@ -202,8 +203,8 @@ def combine_kernel(
     largest = float("-inf")
     total = 0.0
     mixed = tl.zeros([DIMS], tl.float32)
-    for start in range(low, high, 16):
-        pieces = start + tl.arange(0, 16)
+    for start in range(low, high, PIECES):
+        pieces = start + tl.arange(0, PIECES)
         at = row * num_pieces + pieces
         weight = tl.load(weights + at, mask=pieces < high, other=float("-inf"))
         part_at = parts + at[:, None] * HEAD_DIM + dims[None, :]

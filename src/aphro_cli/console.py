@@ -48,7 +48,8 @@ class Console:
         share = min(done / total, 1.0) if total > 0 else 1.0
         if self._is_due(key, share):
             self._reported[key] = (self._clock(), share)
-            self.line(f"{text}: {share:.0%}")
+            in_one_go = " ..." if share < 1 else ": done"
+            self.line(f"{text}: {share:.0%}" if total > 1 else f"{text}{in_one_go}")
 
     def _is_due(self, key: str, share: float) -> bool:
         if key not in self._reported:
@@ -106,14 +107,31 @@ class TerminalConsole(Console):
             return
         bars = self._bars or self._start_bars()
         if key not in self._tasks:
-            self._tasks[key] = bars.add_task(printable(text), total=max(total, 1))
-        bars.update(self._tasks[key], completed=done if total > 0 else 1, total=max(total, 1))
+            self._tasks[key] = bars.add_task(printable(text), total=None)
+        if total > 1 or done >= total:  # work in one go has no share: its bar pulses until it is done
+            bars.update(self._tasks[key], completed=done if total > 0 else 1, total=max(total, 1))
         if bars.finished:
             self.close()
 
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        self._drop_open_bars()
+        super().table(title, columns, rows)
+
+    def ready(self, url: str, model: str, curl: str) -> None:
+        self._drop_open_bars()
+        super().ready(url, model, curl)
+
+    def _drop_open_bars(self) -> None:
+        """Results are in: work that never said that it was done must not look as if it were waited for."""
+        if self._bars is not None:
+            for task in self._bars.tasks:
+                self._bars.update(task.id, visible=task.finished)
+        self.close()
+
     def close(self) -> None:
         if self._bars is not None:
-            self._bars.stop()
+            with contextlib.suppress(OSError, ValueError):  # the terminal is gone
+                self._bars.stop()
         self._bars = None
         self._tasks = {}
 

@@ -59,8 +59,9 @@ def run(
     console = open_console(log_level, term=os.environ.get("TERM", ""))
     for warning in opt.unknown_variables(os.environ):
         console.warn(warning)
-    if log_level == "debug":
-        logging.basicConfig(level=logging.DEBUG, format="%(asctime)s %(name)s: %(message)s")
+    # the libraries' own logs, and the traceback behind an HTTP 500
+    library_level = {"debug": logging.DEBUG, "error": logging.ERROR}.get(log_level, logging.WARNING)
+    logging.basicConfig(level=library_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def serve() -> int:
         api_keys = tuple(api_key or ())

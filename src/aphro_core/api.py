@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ from aphro_core.prepare import EngineOptions, Prepared, prepare
 from aphro_core.reporter import Reporter
 from aphro_core.request import SamplingParams
 from aphro_core.server.app import build_app
-from aphro_core.server.serve import Server, bind, url_of
+from aphro_core.server.bind import bind, url_of
+from aphro_core.server.serve import Server
 from aphro_core.session import Session, open_session
 
 __all__ = ["LLM", "EngineOptions", "SamplingParams", "ServeOptions", "serve"]
@@ -65,7 +67,7 @@ async def _serve(
     options: ServeOptions,
     config: ServerConfig,
     prepared: Prepared,
-    sockets: Sequence[object],
+    sockets: Sequence[socket.socket],
     reporter: Reporter,
 ) -> int:
     opened = open_session(prepared, options, reporter, max_queued_requests=config.max_queued_requests)

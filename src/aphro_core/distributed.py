@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from aphro_core.parallel.shard import ShardingPlan
 
@@ -28,7 +29,7 @@ class TensorParallelGroup:
         return x
 
     def gather_columns(self, x: Tensor) -> Tensor | None:
-        """``[rows, columns]`` of every rank side by side on tp rank 0, None on the others. Equal shapes on all ranks."""
+        """``[rows, columns]`` of every rank side by side on tp rank 0, None on the others; equal shapes."""
         if self.size == 1:
             return x
         first = dist.get_global_rank(self._group, 0) if self._group is not None else 0
@@ -81,7 +82,7 @@ def join(plan: ShardingPlan, rank: int, store: str, device: torch.device, timeou
         return Links(TensorParallelGroup(0, 1), StageLink(None, None))
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=dist.FileStore(store, world_size),
+        store=FileStore(store, world_size),
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=timeout_seconds),

@@ -73,8 +73,18 @@ def test_finished_progress_is_said_once_and_work_may_begin_again() -> None:
     for done in (0, 10, 10, 10, 0, 10):
         console.progress("key", done, 10, "work")
     assert re.findall(r"(\d+)%", stream.getvalue()) == ["0", "100", "0", "100"]
-    console.progress("empty", 0, 0, "nothing to do")
-    assert "nothing to do: 100%" in stream.getvalue()
+
+
+def test_work_in_one_go_has_no_share() -> None:
+    console, stream = plain()
+    console.progress("meet", 0, 1, "rank 0: rendezvous")
+    console.progress("meet", 1, 1, "rank 0: rendezvous")
+    console.progress("empty", 0, 0, "nothing")
+    assert [line[20:] for line in stream.getvalue().splitlines()] == [
+        "rank 0: rendezvous ...",
+        "rank 0: rendezvous: done",
+        "nothing: done",
+    ]
 
 
 def test_levels() -> None:
@@ -101,6 +111,19 @@ def test_terminal_shows_bars_and_text_above_them() -> None:
     assert "100%" in text
     assert "a line between" in text
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # the cursor is back
+
+
+def test_bars_end_when_results_are_in() -> None:
+    console, stream = terminal()
+    console.progress("0", 0, 1, "never finished")
+    console.progress("1", 5, 5, "finished")
+    console.table("title", ("a",), [("1",)])
+    console.ready("http://127.0.0.1:2242", "smollm2", CURL)
+    end = stream.getvalue().rindex("\x1b[?25h")
+    assert end < stream.getvalue().index("title")
+    last_frame = stream.getvalue()[:end].rsplit("\x1b[2K", maxsplit=1)[-1]
+    assert "finished" in last_frame
+    assert "never" not in last_frame
 
 
 def test_an_error_stops_the_bars() -> None:

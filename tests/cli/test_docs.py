@@ -13,7 +13,10 @@ import typer
 from aphro_cli.main import app
 from aphro_cli.options import ENVIRONMENT
 from aphro_cli.run import run
+from aphro_core.config import ServerConfig
 from aphro_core.errors import ExitCode
+from aphro_core.server.app import build_app
+from aphro_core.server.schema import ChatBody, CompletionBody
 
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -79,6 +82,21 @@ def test_readme_flags_exist() -> None:
     unknown = {name for name in named if name.replace("_", "-") not in {*PARAMETERS, *foreign}}
     assert unknown == set()
     assert len(named) > 10
+
+
+def test_api_page_has_every_field() -> None:
+    documented = {name for row in rows_of("docs/api.md") for name in re.findall(r"`([a-z_]+)`", row[0])}
+    assert documented == {*CompletionBody.__struct_fields__, *ChatBody.__struct_fields__}
+
+
+def test_api_page_has_every_route() -> None:
+    class Frontend:
+        served_name = "model"
+
+    routes = build_app(Frontend(), ServerConfig())._routes()  # type: ignore[arg-type]
+    served = {route.path.replace("{model:path}", "{id}") for route in routes}
+    documented = re.findall(r"`(?:GET|POST) (/[^`]+)`", (ROOT / "docs" / "api.md").read_text())
+    assert sorted(documented) == sorted(served)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

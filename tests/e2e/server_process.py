@@ -41,18 +41,20 @@ class ServerProcess:
         return True
 
 
-def command(model: Path, arguments: Sequence[str]) -> list[str]:
-    return [sys.executable, "-m", "aphro_cli.main", "run", str(model), "--device", "cpu", *arguments]
+def command(model: Path, arguments: Sequence[str], device: str = "cpu") -> list[str]:
+    return [sys.executable, "-m", "aphro_cli.main", "run", str(model), "--device", device, *arguments]
 
 
 @contextmanager
-def running_server(folder: Path, model: Path, *arguments: str, seconds: float = 90.0) -> Iterator[ServerProcess]:
+def running_server(
+    folder: Path, model: Path, *arguments: str, seconds: float = 90.0, device: str = "cpu"
+) -> Iterator[ServerProcess]:
     """A ready server on a free port; killed with all its children when the block is left."""
     ready, log = folder / "ready.json", folder / "server.log"
     ready.unlink(missing_ok=True)
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command(model, ["--port", "0", "--json-ready", str(ready), *arguments]), stdout=out, stderr=out
+            command(model, ["--port", "0", "--json-ready", str(ready), *arguments], device), stdout=out, stderr=out
         )
     deadline = time.monotonic() + seconds
     while not ready.exists():

@@ -117,7 +117,7 @@ def compare_attention(
     device: str,
     window: int | None = None,
 ) -> Tensor:
-    """Returns the kernel's output, for comparisons of our own."""
+    """Returns the kernel's output."""
     blocks_of = [-(-seq_len // BLOCK_SIZE) for seq_len in seq_lens]
     num_blocks = sum(blocks_of) + 2
     shuffled = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(5)).tolist()

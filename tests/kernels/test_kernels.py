@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +41,57 @@ def test_kernels_in_tritons_interpreter() -> None:
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout
+
+
+ATTENTION = {
+    **dict.fromkeys(["q", "k_cache", "v_cache"], "*bf16"),
+    **dict.fromkeys(["block_tables", "seq_lens", "query_start_loc"], "*i32"),
+    **dict.fromkeys(["num_seqs", "piece", "q_stride", "block_stride", "table_stride"], "i32"),
+    **{"scale": "fp32", "GROUP": 4, "GROUP_PADDED": 4, "HEAD_DIM": 80, "DIMS": 128, "BLOCK_SIZE": 16},
+    **{"WINDOW": 100, "PRECISION": "tf32", "KEYS": 64},
+}
+DECODE = {"out": "*fp32", "weights": "*fp32", "QUERIES": 1, "IS_DECODE": True, "IS_SPLIT": True, "ROWS": 16}
+PREFILL = {"out": "*bf16", "weights": "*bf16", "QUERIES": 32, "IS_DECODE": False, "IS_SPLIT": False, "ROWS": 128}
+KERNELS: dict[str, dict[str, Any]] = {  # "module.kernel": types of its arguments, values of its constants
+    "attention_kernels.attention_kernel decode": ATTENTION | DECODE,
+    "attention_kernels.attention_kernel prefill": ATTENTION | PREFILL,
+    "attention_kernels.combine_kernel": {
+        **{"parts": "*fp32", "weights": "*fp32", "out": "*bf16", "seq_lens": "*i32", "num_pieces": "i32"},
+        **{"piece": "i32", "HEAD_DIM": 80, "DIMS": 128, "WINDOW": 100, "PIECES": 4},
+    },
+    "rms_norm._rms_norm_kernel": {
+        **dict.fromkeys(["x", "residual", "weight", "out"], "*bf16"),
+        **dict.fromkeys(["width", "x_stride", "residual_stride", "out_stride"], "i32"),
+        **{"eps": "fp32", "HAS_RESIDUAL": True, "BLOCK": 1024},
+    },
+    "silu_and_mul._silu_and_mul_kernel": {
+        **{"x": "*bf16", "out": "*bf16", "width": "i32", "x_stride": "i32", "out_stride": "i32", "BLOCK": 1024}
+    },
+    "rotary._rotary_and_cache_kernel": {
+        **dict.fromkeys(["qkv", "q_norm", "k_norm", "q_out", "k_cache", "v_cache"], "*bf16"),
+        **{"cos": "*fp32", "sin": "*fp32", "slot_mapping": "*i64", "token_stride": "i32", "block_stride": "i32"},
+        **{"eps": "fp32", "HAS_NORM": True, "NUM_HEADS": 9, "NUM_KV_HEADS": 3, "HEAD_DIM": 80, "HALF": 40},
+        **{"BLOCK_SIZE": 16, "HEADS": 16, "DIMS": 128},
+    },
+}
+
+
+@pytest.mark.skipif(triton_version() < (3, 4), reason="Triton is not installed")
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_compile_for_a_gpu_that_is_not_there(name: str) -> None:
+    """The interpreter takes Python that the compiler refuses; compiling to machine code needs no GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, kernel_name = name.split(maxsplit=1)[0].split(".")
+    kernel = getattr(importlib.import_module(f"aphro_kernels.{module}"), kernel_name)
+    given = KERNELS[name]
+    is_type = {argument: isinstance(value, str) and value != "tf32" for argument, value in given.items()}
+    signature = {argument: given[argument] if is_type[argument] else "constexpr" for argument in kernel.arg_names}
+    constants = {(i,): given[argument] for i, argument in enumerate(kernel.arg_names) if not is_type[argument]}
+    compiled = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
+    assert len(compiled.asm["cubin"]) > 1000
 
 
 def test_modules_import_without_triton() -> None:

@@ -15,12 +15,12 @@ class Answer:
     """An async iterator of deltas, ending when all ``num_choices`` choices have finished.
 
     At most one delta a choice waits here, so that a slow reader costs no more memory than its tokens. A delta that
-    shows nothing waits for the next one of its choice. ``before_wait`` runs in the reader's task when it comes for more.
+    shows nothing waits for the next one of its choice. ``before_read`` runs in the reader's task before it looks.
     """
 
-    def __init__(self, num_choices: int, before_wait: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, num_choices: int, before_read: Callable[[], Awaitable[None]]) -> None:
         self._num_open = num_choices
-        self._before_wait = before_wait
+        self._before_read = before_read
         self._ready: dict[int, OutputDelta] = {}  # by choice, oldest first
         self._quiet: dict[int, OutputDelta] = {}
         self._failure: EngineDeadError | None = None
@@ -49,18 +49,18 @@ class Answer:
         return self
 
     async def __anext__(self) -> OutputDelta:
-        while not self._ready:
+        while True:
+            await self._before_read()
+            if self._ready:
+                delta = self._ready.pop(next(iter(self._ready)))
+                self._num_open -= delta.finish_reason is not None
+                return delta
             if self._num_open == 0:
                 raise StopAsyncIteration
             if self._failure is not None:
                 raise self._failure
-            await self._before_wait()
-            if not self._ready and self._failure is None:
-                self._news = anyio.Event()
-                await self._news.wait()
-        delta = self._ready.pop(next(iter(self._ready)))
-        self._num_open -= delta.finish_reason is not None
-        return delta
+            self._news = anyio.Event()
+            await self._news.wait()
 
 
 def _merge(earlier: OutputDelta, later: OutputDelta) -> None:

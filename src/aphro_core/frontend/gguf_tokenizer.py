@@ -1,4 +1,4 @@
-"""A tokenizer from a GGUF file: its vocabulary, merges and flags turned into the pipeline of the ``tokenizers`` library."""
+"""A tokenizer from a GGUF file: its vocabulary, merges and flags as a pipeline of the ``tokenizers`` library."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from aphro_core.checkpoint.file import ModelFile
 from aphro_core.checkpoint.gguf_header import GGUFHeader
 from aphro_core.errors import ModelError
+from aphro_core.frontend.tokenizer_data import TokenizerData
 
 _KEY: Final = "tokenizer.ggml."
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6  # token types
@@ -71,17 +72,6 @@ PRE_TOKENIZERS: Final[dict[str, PreTokenizer]] = {
 }
 
 
-@dataclass(frozen=True)
-class GGUFTokenizer:
-    """``special_tokens`` by the names that chat templates use (``bos_token``, ...)."""
-
-    backend: Tokenizer
-    special_tokens: dict[str, str]
-    bos_token_id: int | None
-    eos_token_ids: tuple[int, ...]
-    chat_templates: dict[str, str]
-
-
 class _Metadata:
     """The tokenizer's keys of one file, checked: the file is untrusted."""
 
@@ -123,7 +113,7 @@ class _Metadata:
         return ModelError(f"{self.path}: {problem}", hint=_CONVERT_AGAIN)
 
 
-def read_gguf_tokenizer(path: Path) -> GGUFTokenizer:
+def read_gguf_tokenizer(path: Path) -> TokenizerData:
     """Raises ModelError that names the key: not there, of a wrong type, or a tokenizer that is not known here."""
     with ModelFile(path) as file:
         header = GGUFHeader(file)
@@ -133,7 +123,7 @@ def read_gguf_tokenizer(path: Path) -> GGUFTokenizer:
             header.close()
 
 
-def _build(data: _Metadata) -> GGUFTokenizer:
+def _build(data: _Metadata) -> TokenizerData:
     try:
         if data.model == "gpt2":
             backend, add_bos = _byte_level_bpe(data)
@@ -155,7 +145,7 @@ def _build(data: _Metadata) -> GGUFTokenizer:
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     special = {label: data.tokens[found] for name, label in names.items() if (found := ids[name]) is not None}
     ends = dict.fromkeys(found for name in ("eos", "eot", "eom") if (found := ids[name]) is not None)
-    return GGUFTokenizer(backend, special, ids["bos"], tuple(ends), data.chat_templates())
+    return TokenizerData(backend, special, ids["bos"], tuple(ends), data.chat_templates())
 
 
 def _byte_level_bpe(data: _Metadata) -> tuple[Tokenizer, bool]:
@@ -243,4 +233,6 @@ def _frame(backend: Tokenizer, tokens: Sequence[str], front: int | None, back: i
     ids = [(tokens[token_id], token_id) for token_id in (front, back) if token_id is not None]
     if ids:
         single = [*before, "$A", *behind]
-        backend.post_processor = processors.TemplateProcessing(single=single, pair=[*single, "$B:1"], special_tokens=ids)
+        backend.post_processor = processors.TemplateProcessing(
+            single=single, pair=[*single, "$B:1"], special_tokens=ids
+        )

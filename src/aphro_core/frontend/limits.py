@@ -43,16 +43,6 @@ class ModelLimits:
             raise RequestError(f"min_tokens is {sampling.min_tokens}, allowed: 0 to {max_tokens}", field="min_tokens")
         return max_tokens
 
-    def stop_token_ids(self, request: Request) -> list[int]:
-        """Tokens that end an answer, each once."""
-        ends = () if request.sampling.ignore_eos else self.eos_token_ids
-        return list(dict.fromkeys([*ends, *request.sampling.stop_token_ids]))
-
-    def stop_reason(self, request: Request, stop_token_id: int | None) -> int | None:
-        """The stop token that the client asked for; None for the model's own end of sequence."""
-        is_end = stop_token_id in self.eos_token_ids and not request.sampling.ignore_eos
-        return None if is_end else stop_token_id
-
     def _check_prompt(self, num_prompt_tokens: int) -> None:
         if num_prompt_tokens < 1:
             raise RequestError("the prompt has no tokens, allowed: 1 and up", field="prompt")
@@ -70,7 +60,7 @@ class ModelLimits:
         for token_id in (min(token_ids, default=0), max(token_ids, default=0)):
             if not 0 <= token_id < self.vocab_size:
                 raise RequestError(
-                    f"{field} has the token id {token_id}, allowed: 0 to {self.vocab_size - 1} (the model's vocabulary)",
+                    f"{field} has the token id {token_id}, allowed: 0 to {self.vocab_size - 1} (its vocabulary)",
                     field=field,
                 )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -17,19 +16,15 @@ from prometheus_client.registry import Collector
 from aphro_core.messages.requests import EngineStats
 from aphro_core.request import FinishReason
 
-# upper bounds, seconds: vLLM's, with finer ones for small models between tokens
-_FIRST_TOKEN: Final = (
-    (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
-    + (160.0, 640.0, 2560.0)
-)
-_BETWEEN_TOKENS: Final = (
-    (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
-    + (20.0, 40.0, 80.0)
-)
-_WHOLE_REQUEST: Final = (
-    (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0)
-    + (1920.0, 7680.0)
-)
+
+def _bounds(text: str) -> tuple[float, ...]:
+    return tuple(map(float, text.split()))
+
+
+# upper bounds, seconds: vLLM's, with finer ones between tokens for small models
+_FIRST_TOKEN: Final = _bounds(".001 .005 .01 .02 .04 .06 .08 .1 .25 .5 .75 1 2.5 5 7.5 10 20 40 80 160 640 2560")
+_BETWEEN_TOKENS: Final = _bounds(".001 .0025 .005 .01 .025 .05 .075 .1 .15 .2 .3 .4 .5 .75 1 2.5 5 7.5 10 20 40 80")
+_WHOLE_REQUEST: Final = _bounds(".3 .5 .8 1 1.5 2 2.5 5 10 15 20 30 40 50 60 120 240 480 960 1920 7680")
 _TOKENS: Final = tuple(float(digit * 10**power) for power in range(7) for digit in (1, 2, 5))
 
 Phase = Literal["starting", "ready", "dead"]
@@ -82,7 +77,7 @@ class Metrics(Collector):
         self._num_open = 0  # choices
         self._num_prompt_tokens = 0
         self._num_generation_tokens = 0
-        self._finished: Counter[FinishReason] = Counter(stop=0, length=0, abort=0)
+        self._finished: dict[FinishReason, int] = {"stop": 0, "length": 0, "abort": 0}
         self._first_token = Histogram(_FIRST_TOKEN)
         self._between_tokens = Histogram(_BETWEEN_TOKENS)
         self._whole_request = Histogram(_WHOLE_REQUEST)
@@ -156,7 +151,11 @@ class Metrics(Collector):
         stats = self.stats
         for name, text, value in (
             ("engine_steps", "Steps of the engine.", stats.step if stats else 0),
-            ("num_preemptions", "Sequences that gave up their blocks to others.", stats.num_preemptions if stats else 0),
+            (
+                "num_preemptions",
+                "Sequences that gave up their blocks to others.",
+                stats.num_preemptions if stats else 0,
+            ),
             ("prefix_cache_queries", "Prompt tokens looked up.", stats.num_prefix_queries if stats else 0),
             ("prefix_cache_hits", "Prompt tokens found.", stats.num_prefix_hits if stats else 0),
             ("prompt_tokens", "Prompt tokens computed or found in the cache.", self._num_prompt_tokens),

@@ -26,12 +26,12 @@ class Choice:
 
 @dataclass(slots=True)
 class Row:
-    """One request. ``max_tokens`` counts the output tokens of each choice."""
+    """One request. ``max_tokens`` counts the output tokens of each choice; ``eos_token_ids`` end it, unless ignored."""
 
     request: Request
     prompt_token_ids: list[int]
     max_tokens: int
-    stop_token_ids: list[int]
+    eos_token_ids: tuple[int, ...]
     choices: list[Choice]
 
     @property
@@ -53,7 +53,7 @@ class Row:
             sampling=sampling,
             seed=choice.seed,
             max_tokens=self.max_tokens,
-            stop_token_ids=self.stop_token_ids,
+            stop_token_ids=list(dict.fromkeys([*self.eos_token_ids, *sampling.stop_token_ids])),
             output_token_ids=choice.output_token_ids.copy(),
             cache_salt=self.request.cache_salt,
         )
@@ -75,13 +75,13 @@ class RequestTable:
         if len(self._rows) >= self._max_rows:
             raise OverloadedError(f"{len(self._rows)} requests are open, allowed: {self._max_rows}; try again later")
 
-    def open(self, request: Request, *, max_tokens: int, stop_token_ids: list[int], seed: int) -> Row:
+    def open(self, request: Request, *, max_tokens: int, eos_token_ids: tuple[int, ...], seed: int) -> Row:
         """A new row; its choices are seeded from ``seed``. Raises OverloadedError when the table is full."""
         self.check_room()
         first = self._last_seq_id + 1
         choices = [Choice(first + index, index, choice_seed(seed, index)) for index in range(request.sampling.n)]
         self._last_seq_id += len(choices)
-        row = Row(request, list(request.prompt_token_ids), max_tokens, stop_token_ids, choices)
+        row = Row(request, list(request.prompt_token_ids), max_tokens, eos_token_ids, choices)
         self._rows[first] = row
         return row
 

@@ -8,16 +8,14 @@ from torch import Tensor
 
 from aphro_core.distributed import TensorParallelGroup
 from aphro_core.layers.attention import Attention
-from aphro_core.layers.batch import Batch
+from aphro_core.layers.batch import Batch, GatheredRows, PagedRows
 from aphro_core.layers.embedding import VocabEmbedding, VocabHead
 from aphro_core.layers.linear import Linear
 from aphro_core.layers.mlp import GatedMLP
 from aphro_core.layers.norm import RMSNorm
-from aphro_core.layers.rotary import RotaryEmbedding
+from aphro_core.layers.rotary import RotaryEmbedding, Rotation
 from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel.shard import RankShard
-
-KVCache = tuple[Tensor, Tensor]
 
 
 class Block:
@@ -26,8 +24,8 @@ class Block:
     def __init__(self, input_norm: RMSNorm, attention: Attention, post_norm: RMSNorm, mlp: GatedMLP) -> None:
         self._input_norm, self._attention, self._post_norm, self._mlp = input_norm, attention, post_norm, mlp
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, batch: Batch, cache: KVCache) -> None:
-        x += self._attention(self._input_norm(x), cos, sin, batch, *cache)
+    def __call__(self, x: Tensor, rotation: Rotation, rows: GatheredRows | PagedRows, cache: Tensor) -> None:
+        x += self._attention(self._input_norm(x), rotation, rows, cache)
         x += self._mlp(self._post_norm(x))
 
 
@@ -47,7 +45,7 @@ class Decoder:
             self._norm = RMSNorm(weights["norm.weight"], spec.norm_eps)
             self._head = VocabHead(weights["lm_head.weight"], spec.vocab_size, group)
 
-    def __call__(self, batch: Batch, hidden_states: Tensor | None, caches: Sequence[KVCache]) -> Tensor:
+    def __call__(self, batch: Batch, hidden_states: Tensor | None, caches: Sequence[Tensor]) -> Tensor:
         """The residual stream behind this stage's layers, ``[num_tokens, hidden_size]``.
 
         ``hidden_states`` is what the stage before handed on (written in place), None on the first stage.
@@ -56,9 +54,9 @@ class Decoder:
         if x is None:
             assert self._embedding is not None, "only the first stage starts from token ids"
             x = self._embedding(batch.token_ids)
-        cos, sin = self._rotary.rows(batch.positions)
+        rotation = self._rotary.at(batch.positions)
         for block, cache in zip(self._blocks, caches, strict=True):
-            block(x, cos, sin, batch, cache)
+            block(x, rotation, batch.cache_rows, cache)
         return x
 
     def logits(self, rows: Tensor) -> Tensor | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from aphro_core.distributed import TensorParallelGroup
 from aphro_core.layers.linear import Linear
@@ -18,10 +18,10 @@ class VocabEmbedding:
     def __call__(self, token_ids: Tensor) -> Tensor:
         """``[num_tokens]`` int64 to ``[num_tokens, hidden_size]``."""
         if self._group.size == 1:
-            return F.embedding(token_ids, self._weight)
+            return embedding(token_ids, self._weight)
         local = token_ids - self._rows.start
         foreign = (local < 0) | (local >= len(self._rows))
-        x = F.embedding(local.masked_fill(foreign, 0), self._weight)
+        x = embedding(local.masked_fill(foreign, 0), self._weight)
         return self._group.all_reduce_(x.masked_fill_(foreign[:, None], 0.0))
 
 

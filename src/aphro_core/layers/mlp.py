@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from aphro_kernels.silu_and_mul import silu_and_mul
 from torch import Tensor
+from torch.nn.functional import silu
 
 from aphro_core.distributed import TensorParallelGroup
 from aphro_core.layers.linear import Linear
@@ -18,5 +19,8 @@ class GatedMLP:
         self._group = group
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up = self._gate_up(x).chunk(2, dim=-1)
-        return self._group.all_reduce_(self._down(F.silu(gate).mul_(up)))
+        gate_up = self._gate_up(x)
+        if gate_up.is_cuda:
+            return self._group.all_reduce_(self._down(silu_and_mul(gate_up)))
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self._group.all_reduce_(self._down(silu(gate).mul_(up)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,25 +12,38 @@ from aphro_core.models.spec import RopeSpec
 
 
 class RotaryEmbedding:
-    """Cosines and sines of every position, made once. The first half of a sine row is negated for rotate-half."""
+    """Cosines and sines of every position, made once."""
 
     def __init__(self, rope: RopeSpec, max_positions: int, dtype: torch.dtype, device: torch.device) -> None:
         angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), inverse_frequencies(rope))
         scale = rope.factors.get("attention_factor", 1.0)
         cos, sin = angles.cos() * scale, angles.sin() * scale
-        self._cos = torch.cat((cos, cos), dim=-1).to(device, dtype)
-        self._sin = torch.cat((-sin, sin), dim=-1).to(device, dtype)
+        if device.type == "cpu":  # a whole head at once, see Rotation
+            self._cos, self._sin = torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+        else:
+            self._cos, self._sin = cos.to(device), sin.to(device)
 
-    def rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """``[num_tokens, 1, rotary_dim]`` each, for tokens at ``positions``."""
-        return self._cos.index_select(0, positions)[:, None], self._sin.index_select(0, positions)[:, None]
+    def at(self, positions: Tensor) -> Rotation:
+        """The rotation of tokens at ``positions`` [num_tokens], for all layers of a step."""
+        return Rotation(self._cos.index_select(0, positions), self._sin.index_select(0, positions))
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``x`` [num_tokens, heads, head_dim] rotated by its rows of cosines and (half negated) sines; a new tensor."""
-    half = x.shape[-1] // 2
-    swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
-    return torch.addcmul(x * cos, swapped, sin)
+@dataclass(slots=True)
+class Rotation:
+    """The angles of a step's tokens.
+
+    On a GPU ``cos`` and ``sin`` are [num_tokens, rotary_dim / 2] float32, as the kernel takes them. On a CPU they are
+    [num_tokens, rotary_dim] in the run's dtype: one for each dim, those of the first half of ``sin`` negated.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def apply_(self, x: Tensor) -> None:
+        """Rotate ``x`` [num_tokens, heads, head_dim] in place (CPU): dim i with dim i + head_dim / 2."""
+        half = x.shape[-1] // 2
+        swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
+        x.mul_(self.cos[:, None]).addcmul_(swapped, self.sin[:, None])
 
 
 def inverse_frequencies(rope: RopeSpec) -> Tensor:

@@ -144,18 +144,17 @@ class Scheduler:
             if not sequence.is_in_flight:
                 (decodes if sequence.num_pending == 1 else prefills).append(sequence)
         draft = Draft(self._max_num_batched_tokens)
-        has_blocks = self._schedule_decodes(draft, decodes, prefills)
+        self._schedule_decodes(draft, decodes, prefills)
         prefill_share = self._prefill_share(prefills)
         for sequence in prefills:
             if draft.tokens_left and draft.num_prefill_tokens < prefill_share:
                 draft.place_prefill(sequence, [])
                 self._tables.register(sequence)
-        if has_blocks:
-            self._admit(draft, prefill_share)
+        self._admit(draft, prefill_share)
         return self._hand_out(draft) if draft.scheduled else None
 
-    def _schedule_decodes(self, draft: Draft, decodes: list[Sequence], prefills: list[Sequence]) -> bool:
-        """One row each, oldest first, an even part of them to each plan in flight. False if blocks were short.
+    def _schedule_decodes(self, draft: Draft, decodes: list[Sequence], prefills: list[Sequence]) -> None:
+        """One row each, oldest first, an even part of them to each plan in flight.
 
         A missing block is taken from the youngest sequence behind that is in no plan. If there is none, the row waits:
         those in flight come back, and then the oldest of all is first and may take from every other.
@@ -164,18 +163,17 @@ class Scheduler:
         # an older prompt gets a token at least, so that no number of younger rows can hold it up
         is_behind = bool(prefills and decodes and prefills[0].arrival < decodes[0].arrival)
         limit = min(share, draft.tokens_left - is_behind)
-        num_preemptions, index = self._num_preemptions, 0
+        index = 0
         while index < limit and index < len(decodes):
             sequence = decodes[index]
             while (new_block_ids := self._tables.grow(sequence)) is None:
                 victim = _take_youngest(decodes, prefills, than=sequence)
                 if victim is None:
-                    return False
+                    return
                 self._preempt(victim)
             draft.place(sequence, 1, new_block_ids)
             self._tables.register(sequence)
             index += 1
-        return self._num_preemptions == num_preemptions
 
     def _prefill_share(self, prefills: list[Sequence]) -> int:
         """Prompt tokens after which a plan takes up no further prompt, so that each free pipeline slot gets some.
@@ -259,6 +257,6 @@ class Scheduler:
 
 
 def _take_youngest(decodes: list[Sequence], prefills: list[Sequence], *, than: Sequence) -> Sequence | None:
-    """Remove the youngest of two lists, both oldest first, if it is younger than ``than``, one of ``decodes``."""
+    """Remove the youngest of two lists, both oldest first, unless it is ``than``, one of ``decodes``, or older."""
     youngest = prefills if prefills and prefills[-1].arrival > decodes[-1].arrival else decodes
-    return youngest.pop() if youngest[-1].arrival > than.arrival else None
+    return youngest.pop() if youngest[-1] is not than else None

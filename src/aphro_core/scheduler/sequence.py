@@ -104,7 +104,7 @@ class Sequence:
 
     def restart(self) -> None:
         """Nothing is computed any more, its blocks are gone: the tokens so far are computed again, like a prompt."""
-        self.num_computed = self.num_registered = 0
+        self.num_computed = 0
         if self.prompt_logprobs is not None:
             self.prompt_logprobs = []
 

@@ -10,7 +10,7 @@ from typing import Final
 from starlette.types import Scope
 
 from aphro_core.errors import UsageError
-from aphro_core.server.refusals import Refusal
+from aphro_core.server.refusals import HttpError
 
 OPEN_PATHS: Final = frozenset({"/livez", "/readyz", "/health"})
 
@@ -24,13 +24,13 @@ class Keys:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     def admit(self, scope: Scope) -> str:
-        """The cache salt of the caller, the same for all its requests. Raises Refusal (401)."""
+        """The cache salt of the caller, the same for all its requests. Raises HttpError (401)."""
         if not self._digests or scope["path"] in OPEN_PATHS:
             return ""
         given = hashlib.sha256(_bearer_token(scope)).digest()
         # every key is compared whatever the others said: time tells nothing about any of them
         if not any([hmac.compare_digest(digest, given) for digest in self._digests]):
-            raise Refusal(
+            raise HttpError(
                 401,
                 "missing or wrong API key, expected the header 'Authorization: Bearer YOUR_API_KEY'",
                 code="invalid_api_key",

@@ -10,7 +10,7 @@ import anyio
 from starlette.types import Message, Receive, Scope, Send
 
 from aphro_core.errors import OverloadedError
-from aphro_core.server.refusals import Refusal
+from aphro_core.server.refusals import HttpError
 
 MAX_BODY_BYTES: Final = 32 * 2**20
 MAX_UNPARSED_BYTES: Final = 8 * MAX_BODY_BYTES  # of all bodies that are being read at one time
@@ -61,13 +61,13 @@ class Exchange:
 
 
 def check_head(scope: Scope) -> None:
-    """Raises Refusal (431) for a header bomb."""
+    """Raises HttpError (431) for a header bomb."""
     headers = scope["headers"]
     size = sum(len(name) + len(value) for name, value in headers)
     if len(headers) > MAX_HEADERS or size > MAX_HEADER_BYTES:
-        raise Refusal(
+        raise HttpError(
             431,
-            f"{len(headers)} headers of {size} bytes, allowed: up to {MAX_HEADERS} of {MAX_HEADER_BYTES} bytes together",
+            f"{len(headers)} headers of {size} bytes, allowed: {MAX_HEADERS} headers of {MAX_HEADER_BYTES} bytes in all",
             code="headers_too_large",
             closes=True,
         )
@@ -89,7 +89,7 @@ class BodyReader:
         self._unparsed_bytes = 0
 
     async def read(self, scope: Scope, receive: Receive) -> bytes:
-        """The body. Raises Refusal (408, 413, 415; 499: nobody waits for the answer) or OverloadedError."""
+        """The body. Raises HttpError (408, 413, 415; 499: nobody waits for the answer) or OverloadedError."""
         headers = dict(scope["headers"])
         _check_type(headers)
         announced = headers.get(b"content-length", b"0")
@@ -101,7 +101,7 @@ class BodyReader:
                 await self._fill(body, receive)
         except TimeoutError:
             message = f"the body did not arrive within {self._seconds:g} s"
-            raise Refusal(408, message, code="body_timeout", closes=True) from None
+            raise HttpError(408, message, code="body_timeout", closes=True) from None
         finally:
             self._unparsed_bytes -= len(body)
         return bytes(body)
@@ -110,7 +110,7 @@ class BodyReader:
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise Refusal(499, "the client left before its request was complete", code="client_left", closes=True)
+                raise HttpError(499, "the client left before its request was complete", code="client_left", closes=True)
             piece = message.get("body", b"")
             if len(body) + len(piece) > self._max_bytes:
                 raise self._too_large()
@@ -121,9 +121,9 @@ class BodyReader:
             if not message.get("more_body", False):
                 return
 
-    def _too_large(self) -> Refusal:
+    def _too_large(self) -> HttpError:
         message = f"the body is too large, allowed: up to {self._max_bytes} bytes"
-        return Refusal(413, message, code="body_too_large", closes=True)
+        return HttpError(413, message, code="body_too_large", closes=True)
 
 
 def _check_type(headers: dict[bytes, bytes]) -> None:
@@ -131,12 +131,12 @@ def _check_type(headers: dict[bytes, bytes]) -> None:
     if given != b"application/json":
         named = given.decode("latin-1")[:80] or "missing"
         message = f"Content-Type is {named}, allowed: application/json"
-        raise Refusal(415, message, code="unsupported_media_type")
+        raise HttpError(415, message, code="unsupported_media_type")
     encoding = headers.get(b"content-encoding", b"identity").strip().lower()
     if encoding != b"identity":
         named = encoding.decode("latin-1")[:80]
         message = f"Content-Encoding is {named}, allowed: none (send the body uncompressed)"
-        raise Refusal(415, message, code="unsupported_content_encoding")
+        raise HttpError(415, message, code="unsupported_content_encoding")
 
 
 @asynccontextmanager

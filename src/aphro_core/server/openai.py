@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 from uuid import uuid4
 
@@ -12,7 +12,7 @@ from aphro_core.errors import RequestError
 from aphro_core.request import MAX_LOGPROBS, Request, SamplingParams
 from aphro_core.server.contract import Frontend
 from aphro_core.server.prompts import PromptEncoder
-from aphro_core.server.refusals import Refusal
+from aphro_core.server.refusals import HttpError
 from aphro_core.server.schema import ChatBody, CompletionBody, Message, SamplingFields
 
 MAX_PROMPTS: Final = 1024
@@ -59,17 +59,26 @@ class Generation:
     hides_output: bool = False  # only the echo was asked for
     return_token_ids: bool = False
     tokens_as_ids: bool = False
+    spelled: Mapping[str, str] = field(default_factory=dict)  # a field of ours -> what the client calls it
+
+
+def spell(error: RequestError, spelled: Mapping[str, str]) -> RequestError:
+    """The same complaint in the client's words."""
+    ours = error.field or ""
+    return (
+        RequestError(error.message.replace(ours, spelled[ours], 1), field=spelled[ours]) if ours in spelled else error
+    )
 
 
 def check_model(model: str | None, frontend: Frontend) -> None:
-    """Raises Refusal (404) for another model than the one that is served; leaving the name out is fine."""
+    """Raises HttpError (404) for another model than the one that is served; leaving the name out is fine."""
     if model is not None and model != frontend.served_name:
         message = f"the model {model[:200]!r} is not served here, allowed: {frontend.served_name!r}"
-        raise Refusal(404, message, kind="invalid_request_error", param="model", code="model_not_found")
+        raise HttpError(404, message, kind="invalid_request_error", param="model", code="model_not_found")
 
 
 async def completion_of(body: CompletionBody, frontend: Frontend, encoder: PromptEncoder, salt: str) -> Generation:
-    """Raises RequestError, or Refusal (404)."""
+    """Raises RequestError, or HttpError (404)."""
     check_model(body.model, frontend)
     hides_output = bool(body.echo) and body.max_tokens == 0
     sampling = _sampling(
@@ -104,17 +113,16 @@ async def completion_of(body: CompletionBody, frontend: Frontend, encoder: Promp
 
 
 async def chat_of(body: ChatBody, frontend: Frontend, encoder: PromptEncoder, salt: str) -> Generation:
-    """Raises RequestError, or Refusal (404)."""
+    """Raises RequestError, or HttpError (404)."""
     check_model(body.model, frontend)
     num_logprobs = _chat_logprobs(body)
-    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    max_tokens, spelled = body.max_tokens, {"prompt": "messages"}
+    if body.max_completion_tokens is not None:
+        max_tokens, spelled = body.max_completion_tokens, {**spelled, "max_tokens": "max_completion_tokens"}
     try:
         sampling = _sampling(body, max_tokens=max_tokens, logprobs=num_logprobs, default_max_tokens=None)
     except RequestError as error:
-        if error.field == "max_tokens" and body.max_completion_tokens is not None:
-            message = error.message.replace("max_tokens", "max_completion_tokens", 1)
-            raise RequestError(message, field="max_completion_tokens") from None
-        raise
+        raise spell(error, spelled) from None
     ids = await encoder.encode_chat(
         template_messages(body.messages), body.add_generation_prompt is not False, template_kwargs(body)
     )
@@ -127,6 +135,7 @@ async def chat_of(body: ChatBody, frontend: Frontend, encoder: PromptEncoder, sa
         num_logprobs=num_logprobs,
         return_token_ids=bool(body.return_token_ids),
         tokens_as_ids=bool(body.return_tokens_as_token_ids),
+        spelled=spelled,
     )
 
 
@@ -145,7 +154,9 @@ def template_kwargs(body: Any) -> dict[str, Any]:
         raise RequestError(f"{field} has {len(given)} entries, allowed: up to {MAX_TEMPLATE_KWARGS}", field=field)
     for name in given:
         if name in _NOT_FOR_TEMPLATES or not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", name):
-            raise RequestError(f"{field} has {name[:80]!r}, allowed: names of the template's own variables", field=field)
+            raise RequestError(
+                f"{field} has {name[:80]!r}, allowed: names of the template's own variables", field=field
+            )
     return dict(given)
 
 
@@ -217,7 +228,9 @@ def _split_prompts(prompt: str | list[Any]) -> list[str | list[int]]:
     if kinds == {int}:
         return [prompt]
     if not prompt or len(kinds) > 1:
-        raise RequestError("prompt is an empty or a mixed list, allowed: texts, token ids, or lists of ids", field="prompt")
+        raise RequestError(
+            "prompt is an empty or a mixed list, allowed: texts, token ids, or lists of ids", field="prompt"
+        )
     if len(prompt) > MAX_PROMPTS:
         raise RequestError(f"prompt has {len(prompt)} prompts, allowed: up to {MAX_PROMPTS}", field="prompt")
     return prompt

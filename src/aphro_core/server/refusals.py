@@ -1,4 +1,4 @@
-"""Every way to say no: one table from an exception to a status and OpenAI's error body, with nothing of the host in it."""
+"""Every way to say no: from an exception to a status and OpenAI's error body, with nothing of the host in it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LOG: Final = logging.getLogger(__name__)
 _ENGINE_RETRY_SECONDS: Final = 5
 
 
-class Refusal(Exception):
+class HttpError(Exception):
     """An answer that is an error. ``closes`` ends the connection: what follows on it cannot be trusted or is unread."""
 
     def __init__(
@@ -47,17 +47,17 @@ class Refusal(Exception):
         return msgspec.json.encode({"error": error})
 
 
-def refusal_of(error: BaseException) -> Refusal:
+def refusal_of(error: BaseException) -> HttpError:
     """What the client is told of ``error``. An error that nobody foresaw is logged here, under the id it is told."""
     match first_cause(error):
-        case Refusal() as refusal:
+        case HttpError() as refusal:
             return refusal
         case RequestError() as wrong:
-            return Refusal(400, wrong.message, param=wrong.field)
+            return HttpError(400, wrong.message, param=wrong.field)
         case OverloadedError() as overloaded:
             return _overloaded(overloaded)
         case AphroError():
-            return Refusal(
+            return HttpError(
                 503,
                 "the engine is not running, and this request cannot be finished; see /readyz",
                 kind="service_unavailable",
@@ -70,10 +70,10 @@ def refusal_of(error: BaseException) -> Refusal:
             error_id = uuid4().hex[:12]
             _LOG.error("internal error %s", error_id, exc_info=unforeseen)
             message = f"internal error; the server's log has it under {error_id}"
-            return Refusal(500, message, kind="internal_error", code="internal_error")
+            return HttpError(500, message, kind="internal_error", code="internal_error")
 
 
-def answer_error(request: Request, error: Exception) -> Response:
+async def answer_error(request: Request, error: Exception) -> Response:
     """The error as a response, for Starlette."""
     refusal = refusal_of(error)
     headers = refusal.headers
@@ -82,17 +82,19 @@ def answer_error(request: Request, error: Exception) -> Response:
     return Response(refusal.body(), refusal.status, headers, media_type="application/json")
 
 
-def _overloaded(error: OverloadedError) -> Refusal:
+def _overloaded(error: OverloadedError) -> HttpError:
     headers = {"Retry-After": str(error.retry_after)}
     if error.draining:
-        return Refusal(
+        return HttpError(
             503, error.message, kind="service_unavailable", code="unavailable", headers=headers, closes=True
         )
-    return Refusal(429, error.message, kind="rate_limit_error", code="queue_full", headers=headers)
+    return HttpError(429, error.message, kind="rate_limit_error", code="queue_full", headers=headers)
 
 
-def _no_route(raised: HTTPException) -> Refusal:
+def _no_route(raised: HTTPException) -> HttpError:
     headers = dict(raised.headers or {})
     if raised.status_code == 405:
-        return Refusal(405, f"method not allowed, allowed: {headers.get('Allow')}", code="bad_method", headers=headers)
-    return Refusal(raised.status_code, "there is nothing at this path", code="not_found", headers=headers)
+        return HttpError(
+            405, f"method not allowed, allowed: {headers.get('Allow')}", code="bad_method", headers=headers
+        )
+    return HttpError(raised.status_code, "there is nothing at this path", code="not_found", headers=headers)

@@ -41,7 +41,6 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     ignore_eos: bool | None = None
     logit_bias: dict[str, float] | None = None
     skip_special_tokens: bool | None = None
-    add_special_tokens: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
@@ -52,6 +51,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
 
 class CompletionBody(SamplingFields, kw_only=True):
     prompt: str | list[str | Int | TokenIds]
+    add_special_tokens: bool | None = None
     echo: bool | None = None
     logprobs: Int | None = None
 
@@ -95,6 +95,7 @@ class DetokenizeBody(msgspec.Struct, kw_only=True):
 
 # field -> the values that ask for nothing; any other is refused, since leaving it out would change the answer
 REFUSED: Final[Mapping[str, tuple[object, ...]]] = {
+    "add_special_tokens": (None, False),  # of a chat: the template writes them
     "allowed_token_ids": (None, []),
     "audio": (None,),
     "bad_words": (None, []),
@@ -105,6 +106,7 @@ REFUSED: Final[Mapping[str, tuple[object, ...]]] = {
     "dry_multiplier": (None, 0),
     "dynatemp_max": (None, 0),
     "dynatemp_min": (None, 0),
+    "echo": (None, False),  # of a chat
     "epsilon_cutoff": (None, 0),
     "eta_cutoff": (None, 0),
     "function_call": (None, "none", "auto"),

@@ -1,6 +1,9 @@
-"""The paged cache of one rank: K and V of each local layer."""
+"""The paged cache of one rank: K and V of each local layer side by side in one tensor."""
 
 from __future__ import annotations
+
+import mmap
+from math import prod
 
 import torch
 from torch import Tensor
@@ -11,14 +14,20 @@ from aphro_core.parallel.shard import RankShard
 
 def allocate_kv_cache(
     shard: RankShard, spec: DecoderSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
-) -> list[tuple[Tensor, Tensor]]:
-    """``[num_blocks, num_kv_heads, block_size, head_dim]`` twice a layer. On a CPU pages are taken when first written.
+) -> list[Tensor]:
+    """``[num_blocks, 2, num_kv_heads, block_size, head_dim]`` a layer, K at index 0 and V at 1 of the second dim.
 
-    Zeros on a GPU: masked keys are multiplied by 0, and 0 * NaN of stale memory would be NaN.
+    Zeros, since a masked key is multiplied by 0 and stale memory may hold NaN.
     """
-    shape = (num_blocks, len(shard.kv_heads), block_size, spec.head_dim)
+    shape = (num_blocks, 2, len(shard.kv_heads), block_size, spec.head_dim)
+    if device.type == "cpu":
+        return [_lazy_zeros(shape, dtype) for _ in shard.layers]
+    return [torch.zeros(shape, dtype=dtype, device=device) for _ in shard.layers]
 
-    def allocate() -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
 
-    return [(allocate(), allocate()) for _ in shard.layers]
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Pages that the kernel zeroes when they are first written: what no request uses costs no memory and no time."""
+    buffer = mmap.mmap(-1, prod(shape) * dtype.itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        buffer.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(buffer, dtype=dtype).view(shape)

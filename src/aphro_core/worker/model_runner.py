@@ -9,7 +9,7 @@ from torch import Tensor
 
 from aphro_core.distributed import Links
 from aphro_core.layers.batch import Batch
-from aphro_core.layers.decoder import Decoder, KVCache
+from aphro_core.layers.decoder import Decoder
 from aphro_core.messages.steps import PromptLogprobs, ScheduledSequence, StepPlan, StepResult
 from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel.shard import RankShard
@@ -26,7 +26,7 @@ class ModelRunner:
         spec: DecoderSpec,
         shard: RankShard,
         decoder: Decoder,
-        caches: Sequence[KVCache],
+        caches: Sequence[Tensor],
         links: Links,
         *,
         block_size: int,

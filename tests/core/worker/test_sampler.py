@@ -160,7 +160,7 @@ def survivors_by_transformers(scores: Tensor, token_ids: list[int], params: Samp
     return scores
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(
     generator_seed=st.integers(0, 2**20),
     spread=st.sampled_from([0.1, 1.0, 4.0]),
