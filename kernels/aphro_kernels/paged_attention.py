@@ -114,7 +114,7 @@ def _launch(
         return out
     is_decode = max_query_len == 1
     group, group_padded = num_heads // num_kv_heads, next_power_of_2(num_heads // num_kv_heads)
-    dims = next_power_of_2(head_dim)
+    dims = max(next_power_of_2(head_dim), 16)  # the least that tl.dot takes
     tile = _tile(is_decode, num_tokens * num_heads, group_padded, dims, q.dtype)
     piece = _piece(num_tokens * num_kv_heads, max_seq_len)
     assert piece % tile["KEYS"] == 0

@@ -39,6 +39,8 @@ def add_rms_norm_(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> Te
 
 def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
     num_tokens, width = x.shape
+    assert x.stride(1) == 1
+    assert weight.is_contiguous()
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
     if num_tokens:
         block = next_power_of_2(width)

@@ -90,6 +90,11 @@ def _launch(
     num_tokens, num_all_heads, head_dim = qkv.shape
     num_kv_heads, block_size = k_cache.shape[1:3]
     num_heads = num_all_heads - 2 * num_kv_heads
+    assert qkv.stride()[1:] == (head_dim, 1)
+    assert cos.is_contiguous()
+    assert sin.is_contiguous()
+    assert k_cache[0].is_contiguous()
+    assert k_cache.stride() == v_cache.stride()
     out = qkv.new_empty(num_tokens, num_heads, head_dim) if out is None else out
     if num_tokens:
         heads = 16

@@ -23,6 +23,7 @@ def silu_and_mul(x: Tensor) -> Tensor:
 
 def _launch(x: Tensor, out: Tensor) -> Tensor:
     num_tokens, width = out.shape
+    assert x.stride(1) == 1
     if num_tokens:
         block = 1024
         grid = (num_tokens, triton.cdiv(width, block))

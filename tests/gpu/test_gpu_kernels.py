@@ -44,7 +44,7 @@ def test_rotary(
     compare_rotary(num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim, dtype, "cuda", has_norm)
 
 
-HEADS = [(9, 3, 64), (32, 8, 128), (28, 4, 128), (4, 4, 80), (7, 1, 96), (4, 2, 256), (40, 1, 64)]
+HEADS = [(9, 3, 64), (32, 8, 128), (28, 4, 128), (4, 4, 80), (7, 1, 96), (4, 2, 256), (40, 1, 64), (4, 2, 8)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -58,7 +58,7 @@ def test_bfloat16_serves(tmp_path: Path, tp: int) -> None:
 
     if tp > NUM_GPUS:
         pytest.skip(f"needs {tp} GPUs")
-    write_tiny_checkpoint(tmp_path / "tiny", "qwen2")
+    write_tiny_checkpoint(tmp_path / "tiny", "qwen2", max_position_embeddings=1024)
     arguments = ("--skip-tokenizer-init", "--dtype", "bfloat16", "-tp", str(tp), "--max-model-len", "1024")
     with running_server(tmp_path, tmp_path / "tiny", *arguments, device="cuda", seconds=180) as server:
         body = {"prompt": list(range(5, 25)), "max_tokens": 32, "temperature": 0, "ignore_eos": True}

@@ -84,8 +84,8 @@ def compare_rotary(
     slots[1::5] = -1  # padding
     results = []
     for op in (rotary._launch, rotary.rotary_and_cache_reference):
-        k_cache = nans(num_blocks, num_kv_heads, BLOCK_SIZE, head_dim, dtype=dtype, device=device)
-        v_cache = k_cache.clone()
+        cache = nans(num_blocks, 2, num_kv_heads, BLOCK_SIZE, head_dim, dtype=dtype, device=device)
+        k_cache, v_cache = cache.unbind(1)  # strided, as the engine's are
         options = {"out": nans(num_tokens, num_heads, head_dim, dtype=dtype, device=device)}
         q = op(
             qkv,
@@ -121,18 +121,17 @@ def compare_attention(
     blocks_of = [-(-seq_len // BLOCK_SIZE) for seq_len in seq_lens]
     num_blocks = sum(blocks_of) + 2
     shuffled = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(5)).tolist()
-    k_cache, v_cache = (
-        nans(num_blocks, num_kv_heads, BLOCK_SIZE, head_dim, dtype=dtype, device=device) for _ in range(2)
-    )
+    cache = nans(num_blocks, 2, num_kv_heads, BLOCK_SIZE, head_dim, dtype=dtype, device=device)
+    k_cache, v_cache = cache.unbind(1)  # strided, as the engine's are
     tables = torch.full((len(seq_lens), max(blocks_of) + 3), 2**30, dtype=torch.int32)  # far outside the cache
     for i, seq_len in enumerate(seq_lens):
         blocks = [shuffled.pop() for _ in range(blocks_of[i])]
         tables[i, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
-        for seed, cache in ((7, k_cache), (8, v_cache)):
+        for seed, half in ((7, k_cache), (8, v_cache)):
             tokens = random(seq_len, num_kv_heads, head_dim, dtype=dtype, device=device, seed=seed)
             for place, block in enumerate(blocks):
                 part = tokens[place * BLOCK_SIZE : (place + 1) * BLOCK_SIZE]
-                cache[block, :, : len(part)] = part.transpose(0, 1)
+                half[block, :, : len(part)] = part.transpose(0, 1)
     num_tokens = sum(query_lens)
     q = torch.cat(
         [

@@ -69,11 +69,18 @@ def test_chunks(query_lens: list[int], seq_lens: list[int], window: int | None) 
 
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "head_dim", "dtype"),
-    [(3, 3, 80, F32), (7, 1, 96, F32), (32, 1, 128, F16), (2, 1, 256, F32)],
+    [(3, 3, 80, F32), (7, 1, 96, F32), (32, 1, 128, F16), (2, 1, 256, F32), (4, 2, 8, F32)],
 )
 def test_heads(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
     compare_attention([1, 1], [30, 200], num_heads, num_kv_heads, head_dim, dtype, "cpu")
     compare_attention([9, 20], [9, 40], num_heads, num_kv_heads, head_dim, dtype, "cpu")
+
+
+def test_more_pieces_than_are_added_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from aphro_kernels import paged_attention
+
+    monkeypatch.setattr(paged_attention, "_PIECES", (128, 128))
+    compare_attention([1], [2200], 2, 1, 16, F32, "cpu")  # 18 pieces, 16 at once
 
 
 def test_long_rows_take_larger_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

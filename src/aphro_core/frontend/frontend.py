@@ -112,7 +112,7 @@ class Frontend:
     # --- what the engine says ---
 
     def on_engine_ready(self, ready: EngineReady) -> None:
-        self._is_ready = True
+        self._is_ready, self._failure = True, None
         self.metrics.num_blocks = ready.num_blocks
         self._limits = replace(self._limits, max_model_len=ready.max_model_len)
 

@@ -105,7 +105,8 @@ class _Metadata:
 
     def chat_templates(self) -> dict[str, str]:
         found = {"default": self._header.value("tokenizer.chat_template")}
-        for name in self._header.value("tokenizer.chat_templates", []):
+        names = self._header.value("tokenizer.chat_templates")
+        for name in names if isinstance(names, list) else []:
             found[str(name)] = self._header.value(f"tokenizer.chat_template.{name}")
         return {name: template for name, template in found.items() if isinstance(template, str)}
 

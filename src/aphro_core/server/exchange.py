@@ -17,7 +17,7 @@ MAX_UNPARSED_BYTES: Final = 8 * MAX_BODY_BYTES  # of all bodies that are being r
 MAX_HEADERS: Final = 100
 MAX_HEADER_BYTES: Final = 32 * 2**10
 BODY_SECONDS: Final = 30.0
-_LINGER_SECONDS: Final = 2.0
+_LINGER_SECONDS: Final = 1.0
 
 
 class Exchange:
@@ -67,7 +67,7 @@ def check_head(scope: Scope) -> None:
     if len(headers) > MAX_HEADERS or size > MAX_HEADER_BYTES:
         raise HttpError(
             431,
-            f"{len(headers)} headers of {size} bytes, allowed: {MAX_HEADERS} headers of {MAX_HEADER_BYTES} bytes in all",
+            f"{len(headers)} headers of {size} bytes, allowed: {MAX_HEADERS} of {MAX_HEADER_BYTES} bytes in all",
             code="headers_too_large",
             closes=True,
         )

@@ -180,7 +180,7 @@ def _template_message(message: Message, path: str) -> dict[str, str]:
 
 def _text_of(part: Any, path: str) -> str:
     if part.type not in ("text", "input_text"):
-        raise RequestError(f"{path} is of type {part.type[:80]!r}, allowed: text", field=f"{path}.type")
+        raise RequestError(f"{path}.type is {part.type[:80]!r}, allowed: text", field=f"{path}.type")
     if part.text is None:
         raise RequestError(f"{path}.text is missing", field=f"{path}.text")
     return str(part.text)

@@ -81,7 +81,7 @@ def draw_from_top(scores: Tensor, cut: Truncation, keys: Tensor, noise: GumbelNo
     last_kept = values.gather(1, num_kept - 1)
     kept = torch.where(values >= last_kept, values, -math.inf)
     best = noise.add_at_(kept, keys, ids).argmax(dim=-1, keepdim=True)
-    is_settled = (values[:, -1:] < torch.where(is_open, last_kept, floor)) & ((cut.top_k <= width) | is_open)
+    is_settled = values[:, -1:] < torch.where(is_open, last_kept, floor)
     return ids.gather(1, best).squeeze(1), is_settled.squeeze(1) | (width == vocab_size)
 
 

@@ -47,6 +47,7 @@ class Worker:
             self._links = distributed.join(
                 plan, rank, self._start.store, self._device, self._config.distributed_timeout_seconds
             )
+            self._progress("rendezvous", 1, 1)
             if self._config.model.load_format == "dummy":
                 weights = dummy_weights(self._spec, self._shard, self._dtype, self._device, self._config.model.seed)
             else:

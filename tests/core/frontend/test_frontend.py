@@ -404,6 +404,9 @@ async def test_death_ends_every_stream(engine: FakeEngine, frontend: Frontend) -
     assert (health.phase, health.ready, health.detail) == ("dead", False, cause.message)
     with pytest.raises(EngineDeadError, match="out of memory"):
         frontend.check_admission()
+    frontend.on_engine_ready(EngineReady(4, 48, []))
+    assert frontend.health().ready, "another engine has taken its place"
+    frontend.check_admission()
 
 
 async def test_what_was_finished_survives_a_death(engine: FakeEngine, frontend: Frontend) -> None:

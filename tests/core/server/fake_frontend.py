@@ -1,4 +1,4 @@
-"""A frontend without a model: answers with a given text, a byte a token, and remembers what happened to each request."""
+"""A frontend without a model: answers with a given text, a byte a token, and remembers how each request ended."""
 
 from __future__ import annotations
 
@@ -137,6 +137,9 @@ def position_logprobs(token_id: int, num: int) -> PositionLogprobs:
     """The token itself at rank 2, and ``num`` likeliest ones: the one after it in the alphabet, itself, ..."""
     tokenizer = ByteTokenizer()
     likeliest = [token_id + 1, token_id, *range(token_id + 2, token_id + 40)]
-    table = {other % 256: Logprob(-float(rank), rank, tokenizer.token_text(other % 256)) for rank, other in enumerate(likeliest, 1)}
+    table = {
+        other % 256: Logprob(-float(rank), rank, tokenizer.token_text(other % 256))
+        for rank, other in enumerate(likeliest, 1)
+    }
     kept = dict(list(table.items())[:num])
     return {token_id: Logprob(-2.0, 2, tokenizer.token_text(token_id)), **kept}

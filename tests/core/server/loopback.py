@@ -5,12 +5,14 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
 import anyio.from_thread
 import httpx
+import msgspec
 import openai
 
 from aphro_core.config import ServerConfig
@@ -22,11 +24,15 @@ from tests.core.server.fake_frontend import FakeFrontend
 
 
 class Loopback:
-    def __init__(self, frontend: FakeFrontend, url: str, server: Server, call: Callable[..., Any]) -> None:
+    def __init__(
+        self, frontend: FakeFrontend, url: str, server: Server, call: Callable[..., Any], running: Future[None]
+    ) -> None:
         self.frontend = frontend
         self.url = url
         self.server = server
         self._call = call
+        self._running = running
+        self._client = httpx.Client(base_url=url, verify=False, trust_env=False, timeout=10)
 
     def drain(self) -> None:
         self._call(self.server.drain)
@@ -38,10 +44,25 @@ class Loopback:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=10)
 
     def post(self, path: str, body: Any, **options: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=10, **options)
+        return self._client.post(path, json=body, **options)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=10, **options)
+        return self._client.get(path, **options)
+
+    def request(self, method: str, path: str, **options: Any) -> httpx.Response:
+        return self._client.request(method, path, **options)
+
+    def stream(self, path: str, body: Any) -> AbstractContextManager[httpx.Response]:
+        return self._client.stream("POST", path, json=body)
+
+    def wait_ended(self, seconds: float) -> float:
+        """Seconds until the server had ended by itself."""
+        start = time.monotonic()
+        self._running.result(timeout=seconds)
+        return time.monotonic() - start
+
+    def close(self) -> None:
+        self._client.close()
 
     def connect(self) -> socket.socket:
         address = urlsplit(self.url)
@@ -73,13 +94,20 @@ def loopback(
 
         server = portal.call(build)
         running = portal.start_task_soon(server.run)
-        running_server = Loopback(frontend, url, server, portal.call)
+        running_server = Loopback(frontend, url, server, portal.call, running)
         try:
-            wait_for(lambda: _answers(url))
             yield running_server
         finally:
+            running_server.close()
             portal.call(server.stop_now)
             running.result(timeout=5)
+
+
+def post_bytes(body: Any, path: str = "/v1/completions") -> bytes:
+    """A request as it is on the wire."""
+    data = msgspec.json.encode(body)
+    head = ["POST " + path + " HTTP/1.1", "Host: x", "Content-Type: application/json", f"Content-Length: {len(data)}"]
+    return "\r\n".join([*head, "", ""]).encode() + data
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> float:
@@ -89,10 +117,3 @@ def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> float:
         assert time.monotonic() - start < seconds, "waited in vain"
         time.sleep(0.005)
     return time.monotonic() - start
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/livez").status_code == 200
-    except httpx.TransportError:
-        return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from aphro_core.messages.steps import SampledToken
 from aphro_core.request import SamplingParams
 from aphro_core.worker.gumbel import GumbelNoise, draw_keys
 from aphro_core.worker.logprobs import token_logprobs
+from aphro_core.worker.penalties import TokenCounts
 from aphro_core.worker.reductions import argmax, row_sum
 from aphro_core.worker.sampler import Sampler, SamplingError, SamplingRow
 from aphro_core.worker.truncation import build_truncation, draw_from_all, draw_from_top
@@ -80,6 +82,21 @@ def test_frequency_and_presence_penalties_count_the_output_only() -> None:
     assert pick(logits, row(presence_penalty=1.9)) == [6]  # 1.1, 0.1, 1
     assert pick(logits, row(presence_penalty=2.0, frequency_penalty=0.1)) == [3]
     assert pick(logits, row(frequency_penalty=-2.0)) == [6]
+
+
+@given(
+    prompt=st.lists(st.integers(0, 500), min_size=1, max_size=20), output=st.lists(st.integers(0, 500), max_size=300)
+)
+def test_counts_are_a_counter(prompt: list[int], output: list[int]) -> None:
+    counts, tokens = TokenCounts(), list(prompt)
+    for token_id in output:
+        tokens.append(token_id)
+        if token_id % 3:  # sometimes several at once
+            counts.catch_up(tokens, len(prompt))
+    counts.catch_up(tokens, len(prompt))
+    expected = {token_id: 0 for token_id in prompt} | Counter(output)
+    ids, numbers = counts.tensors()
+    assert dict(zip(ids.tolist(), numbers.tolist(), strict=True)) == expected
 
 
 def test_counts_follow_a_growing_sequence() -> None:
