@@ -66,7 +66,8 @@ class Channel(Generic[Out, In]):
         frame = self._codec.encode(message)
         try:
             async with self._send_lock:
-                await self._stream.send(frame)
+                with anyio.CancelScope(shield=True):  # half a frame would ruin the channel for everybody
+                    await self._stream.send(frame)
         except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
             raise ChannelClosedError from error
 

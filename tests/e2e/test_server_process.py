@@ -106,7 +106,7 @@ def test_a_client_that_leaves_frees_its_blocks(tmp_path: Path, tiny: Path) -> No
     with running_server(tmp_path, tiny, *SMALL) as server:
         body = {"prompt": IDS, "max_tokens": 900, "n": 16, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as stream:
-            next(stream.iter_lines())
+            next(line for line in stream.iter_lines() if line.startswith("data:"))
             assert metric(server, "num_requests_running") == 16
         deadline = time.monotonic() + 2
         while metric(server, "num_requests_running") or metric(server, "kv_cache_usage_perc"):

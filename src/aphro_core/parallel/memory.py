@@ -66,7 +66,8 @@ def activation_bytes(
     - MLP: gate and up, their product, down_proj: T (3 I + H)
     - head: LOGITS_COPIES float32 copies of the logits of min(max_num_seqs, T) rows, over the whole vocabulary
     plus a float32 copy of the hidden states inside a norm (T H 4) and the step's indices (T x 64 bytes).
-    The terms are those of the profiled peaks of served models (forward = T e (3 I + 3 H), sampler = F S V 4).
+    The terms are those of the profiled peaks of served models (forward = T e (3 I + 3 H), sampler = F S V 4). Not
+    counted: the K and V that attention copies on CPUs, one layer at a time, at most the cache divided by its layers.
     """
     tokens, hidden = max_num_batched_tokens, spec.hidden_size
     query, kv = len(shard.heads) * spec.head_dim, len(shard.kv_heads) * spec.head_dim

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import socket
@@ -19,7 +20,7 @@ from aphro_core.server.bind import BACKLOG, bind, url_of
 __all__ = ["Server", "bind", "url_of"]
 
 _KEEP_ALIVE_SECONDS: Final = 75
-_GRACE_SECONDS: Final = 1.0  # for an answer that is decided already to reach the network
+_GRACE_SECONDS: Final = 0.75  # for an answer that is decided already to reach the network
 _LOG: Final = logging.getLogger(__name__)
 
 
@@ -89,6 +90,9 @@ class Server:
             sock.close()
         with anyio.move_on_after(_GRACE_SECONDS):
             await self._closed.wait()
+        if not self._closed.is_set():
+            _LOG.warning("cutting connections whose clients do not read")
+            asyncio.get_running_loop().set_exception_handler(_report_unless_cancelled)
 
     async def _serve_http(self, scope: anyio.CancelScope) -> None:
         """Shielded: a cancelled run still answers what it has open."""
@@ -96,6 +100,9 @@ class Server:
         try:
             with scope:
                 await hypercorn.asyncio.serve(app, self._config(), shutdown_trigger=self._closing.wait)
+        except asyncio.InvalidStateError:  # how hypercorn's own shutdown takes being cut short
+            if not scope.cancel_called:
+                raise
         finally:
             self._closed.set()
         if not self._closing.is_set():
@@ -108,11 +115,17 @@ class Server:
         config.backlog = BACKLOG
         config.keep_alive_timeout = _KEEP_ALIVE_SECONDS
         config.keep_alive_max_requests = 2**31
-        config.graceful_timeout = _GRACE_SECONDS
+        config.graceful_timeout = _GRACE_SECONDS / 2
         config.include_server_header = False  # a stranger need not know what we are built on
         config.accesslog = None
         config.errorlog = _LOG
         return config
+
+
+def _report_unless_cancelled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Python 3.11 reports the cancelled task of a connection as an error."""
+    if not isinstance(context.get("exception"), asyncio.CancelledError):
+        loop.default_exception_handler(context)
 
 
 async def _then_cancel(wait: Callable[[], Awaitable[object]], scope: anyio.CancelScope) -> None:

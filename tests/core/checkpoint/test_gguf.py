@@ -77,7 +77,7 @@ def test_only_the_rows_and_blocks_of_a_cut_are_read(tmp_path: Path) -> None:
         assert checkpoint.bytes_read == 10 * 256 // 32 * 18 + 256 * 2 * 18 + 32 * 256 // 32 * 18
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_chunks_do_not_show(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "chunks.gguf"

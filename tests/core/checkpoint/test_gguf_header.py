@@ -60,7 +60,7 @@ def test_the_last_missing_byte_is_noticed_with_both_sizes(tmp_path: Path, sound:
     assert f"the file has {end - 40}" in message
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_flipped_header_bytes_never_give_more_than_a_model_error(sound_path: Path, data: st.DataObject) -> None:
     raw = bytearray(sound_path.read_bytes())

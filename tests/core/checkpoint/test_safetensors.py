@@ -138,7 +138,7 @@ def test_a_header_that_lies_is_refused(folder: Path, change: Any, problem: str) 
         open_checkpoint(folder)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_flipped_header_bytes_never_give_more_than_a_model_error(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

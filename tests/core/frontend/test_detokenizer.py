@@ -115,9 +115,9 @@ def test_min_tokens_puts_stop_strings_off(byte_level: Tokenizer, min_tokens: int
 
 
 def test_special_tokens_are_hidden_or_shown(byte_level: Tokenizer) -> None:
-    ids = [0, *byte_level.encode("hello<tool>"), 1]
-    assert "".join(speak(byte_level, [ids])) == "hello<tool>"
-    assert "".join(speak(byte_level, [ids], skip_special_tokens=False)) == "<|start|>hello<tool><|end|>"
+    ids = [0, *byte_level.encode("hello<工 tool>"), 1]
+    assert "".join(speak(byte_level, [ids])) == "hello<工 tool>"
+    assert "".join(speak(byte_level, [ids], skip_special_tokens=False)) == "<|start|>hello<工 tool><|end|>"
 
 
 @shared

@@ -231,6 +231,8 @@ async def test_a_stop_string_ends_a_choice(
     assert byte_level.decode(delta.token_ids + last.token_ids) == "one two", "up to the token that completed it"
     assert last.logprobs is not None
     assert len(last.logprobs) == len(last.token_ids)
+    for name in ("generation_tokens_total", "request_generation_tokens_sum"):
+        assert f'aphro:{name}{{model_name="m"}} 7.0' in frontend.metrics.render().decode(), "what is paid for"
     assert engine.aborted == [1]
 
 

@@ -144,6 +144,8 @@ def test_sentencepiece_merges_by_score(sentencepiece: Tokenizer) -> None:
     assert [sentencepiece.token_text(token_id) for token_id in sentencepiece.encode("hello world")] == [
         "<s>", " hello", " wor", "ld",
     ]  # fmt: skip
+    # "el" is better than "lo", so that the "l" is not there any more for "lo"
+    assert [sentencepiece.token_text(token_id) for token_id in sentencepiece.encode("elo")] == ["<s>", " ", "el", "o"]
     assert sentencepiece.token_text(sentencepiece.encode("你")[-1]) == "你"
     assert [sentencepiece.token_bytes(token_id) for token_id in sentencepiece.encode("好")[-3:]] == [
         b"\xe5", b"\xa5", b"\xbd",

@@ -23,7 +23,7 @@ def byte_level_metadata(**changes: Any) -> dict[str, Any]:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = ["h e", "l l", "he ll", "hell o", "Ġ w", "o r", "Ġw or", "Ġwor l", "Ġworl d", "1 2", "12 3", "Ã ©"]
     merged = [merge.replace(" ", "") for merge in merges]
-    tokens = ["<|start|>", "<|end|>", *letters, *merged, "<tool>"]
+    tokens = ["<|start|>", "<|end|>", *letters, *merged, "<工 tool>"]
     types = [CONTROL, CONTROL, *[NORMAL] * (len(letters) + len(merged)), USER_DEFINED]
     return {
         "general.architecture": "llama",
