@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from aphro_core import host
-from aphro_core.checkpoint.open import open_checkpoint, resolve_model
+from aphro_core.checkpoint.open import open_checkpoint, read_hf_config, resolve_model
 from aphro_core.config import (
     Backend,
     CacheConfig,
@@ -70,10 +70,7 @@ def prepare(options: EngineOptions, reporter: Reporter) -> Prepared:
     """
     _check_sizes(options)
     path = resolve_model(options.model, revision=options.revision)
-    with open_checkpoint(path) as checkpoint:
-        spec = load_spec(checkpoint.hf_config)
-        if options.load_format == "auto":
-            checkpoint.verify(spec)
+    spec = _read_spec(options, path)
     plan = build_plan(spec, options.tensor_parallel_size, options.pipeline_parallel_size, options.pp_layers)
     device = _choose_device(options, reporter)
     config = EngineConfig(
@@ -107,6 +104,16 @@ def prepare(options: EngineOptions, reporter: Reporter) -> Prepared:
         distributed_timeout_seconds=options.distributed_timeout,
     )
     return Prepared(config, spec, plan)
+
+
+def _read_spec(options: EngineOptions, path: Path) -> DecoderSpec:
+    """What the config says, and for real weights whether the checkpoint holds it."""
+    if options.load_format == "dummy":
+        return load_spec(read_hf_config(path))
+    with open_checkpoint(path) as checkpoint:
+        spec = load_spec(checkpoint.hf_config)
+        checkpoint.verify(spec)
+    return spec
 
 
 def _check_sizes(options: EngineOptions) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -50,6 +50,19 @@ def open_checkpoint(path: Path) -> Checkpoint:
             if path.suffix == ".safetensors"
             else "give a folder or a .gguf file",
         )
+    return SafetensorsCheckpoint(path, _read_config(_checked_folder(path)), _safetensors_of(path))
+
+
+def read_hf_config(path: str | Path) -> Mapping[str, Any]:
+    """The config alone, of a folder that may lack weights or of a ``.gguf`` file: what dummy weights are made from."""
+    path = Path(path)
+    if path.is_file():
+        with open_checkpoint(path) as checkpoint:
+            return checkpoint.hf_config
+    return _read_config(_checked_folder(path))
+
+
+def _checked_folder(path: Path) -> Path:
     if not path.is_dir():
         raise _no_such_path(path)
     config_path = path / "config.json"
@@ -59,7 +72,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             f"give the file: {path / inside[0]}" if inside else "give the folder that has config.json and the weights"
         )
         raise ModelError(f"{path} has no config.json", hint=hint)
-    return SafetensorsCheckpoint(path, _read_config(path), _safetensors_of(path))
+    return path
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -60,6 +60,9 @@ class Frontend(Protocol):
 
     def health(self) -> Health: ...
 
+    def check_admission(self) -> None:
+        """Raises what ``stream`` would raise of any request now."""
+
     def stream(self, request: Request) -> AbstractAsyncContextManager[AsyncIterator[OutputDelta]]:
         """Deltas of all choices of ``request``; leaving the block early aborts it.
 

@@ -77,6 +77,7 @@ class Generate:
 
     async def _run(self, data: bytes, salt: str, stream: sse.EventStream) -> Response | None:
         """The whole answer, or None when it went out through ``stream``."""
+        self._frontend.check_admission()  # a refusal is quick: before anything is parsed or tokenised
         body = self._parser.parse(data, self._dialect.body)
         generation = await self._dialect.generation_of(body, self._frontend, self._encoder, salt)
         answer = self._dialect.answer(generation, self._frontend.served_name, self._frontend.tokenizer)

@@ -15,7 +15,7 @@ from aphro_core.server.prompts import PromptEncoder
 from aphro_core.server.refusals import HttpError
 from aphro_core.server.schema import ChatBody, CompletionBody, Message, SamplingFields
 
-MAX_PROMPTS: Final = 1024
+MAX_CHOICES: Final = 1024  # of one body: prompts times n
 MAX_TEMPLATE_KWARGS: Final = 32
 
 _ROLES: Final = ("system", "developer", "user", "assistant")
@@ -65,9 +65,10 @@ class Generation:
 def spell(error: RequestError, spelled: Mapping[str, str]) -> RequestError:
     """The same complaint in the client's words."""
     ours = error.field or ""
-    return (
-        RequestError(error.message.replace(ours, spelled[ours], 1), field=spelled[ours]) if ours in spelled else error
-    )
+    if ours not in spelled:
+        return error
+    theirs, message = spelled[ours], error.message
+    return RequestError(theirs + message.removeprefix(ours) if message.startswith(ours) else message, field=theirs)
 
 
 def check_model(model: str | None, frontend: Frontend) -> None:
@@ -89,6 +90,9 @@ async def completion_of(body: CompletionBody, frontend: Frontend, encoder: Promp
     )
     generation_id = f"cmpl-{uuid4().hex}"
     prompts = _split_prompts(body.prompt)
+    if len(prompts) * sampling.n > MAX_CHOICES:
+        message = f"{len(prompts)} prompts of {sampling.n} choices each, allowed: up to {MAX_CHOICES} choices together"
+        raise RequestError(message, field="prompt")
     requests: list[Request] = []
     for index, prompt in enumerate(prompts):
         field = "prompt" if len(prompts) == 1 else f"prompt[{index}]"
@@ -231,8 +235,6 @@ def _split_prompts(prompt: str | list[Any]) -> list[str | list[int]]:
         raise RequestError(
             "prompt is an empty or a mixed list, allowed: texts, token ids, or lists of ids", field="prompt"
         )
-    if len(prompt) > MAX_PROMPTS:
-        raise RequestError(f"prompt has {len(prompt)} prompts, allowed: up to {MAX_PROMPTS}", field="prompt")
     return prompt
 
 

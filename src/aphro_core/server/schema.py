@@ -189,7 +189,7 @@ class BodyParser:
 def _explain(error: msgspec.ValidationError) -> RequestError:
     """``Expected `float`, got `str` - at `$.temperature``` -> ``temperature: expected float, got str``."""
     text, _, path = str(error).replace("`", "").partition(" - at $")
-    field = path.removeprefix(".")
+    field = path.removeprefix("[...]").removeprefix(".")
     if text.startswith("Object missing required field "):
         name = text.removeprefix("Object missing required field ")
         field = f"{field}.{name}" if field else name

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from aphro_core import distributed
-from aphro_core.checkpoint.open import open_checkpoint
+from aphro_core.checkpoint.open import open_checkpoint, read_hf_config
 from aphro_core.layers.decoder import Decoder
 from aphro_core.messages.steps import StartWorker, StepPlan, StepResult, WorkerLoaded, WorkerProgress
 from aphro_core.models.registry import load_spec
+from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel import memory
 from aphro_core.parallel.shard import build_plan
 from aphro_core.worker.kv_cache import allocate_kv_cache
@@ -37,29 +38,24 @@ class Worker:
         """Join the group and put this rank's slices of the weights in place."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-        parallel, rank = self._config.parallel, self._start.rank
-        with open_checkpoint(Path(self._config.model.path)) as checkpoint:
-            self._spec = load_spec(checkpoint.hf_config)
-            sizes = (parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
-            plan = build_plan(self._spec, *sizes, parallel.pp_layers)
-            self._shard = plan.ranks[rank]
-            self._progress("rendezvous", 0, 1)
-            self._links = distributed.join(
-                plan, rank, self._start.store, self._device, self._config.distributed_timeout_seconds
-            )
-            self._progress("rendezvous", 1, 1)
-            if self._config.model.load_format == "dummy":
-                weights = dummy_weights(self._spec, self._shard, self._dtype, self._device, self._config.model.seed)
-            else:
+        model, parallel, rank = self._config.model, self._config.parallel, self._start.rank
+        self._spec = self._read_spec()
+        sizes = (parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
+        plan = build_plan(self._spec, *sizes, parallel.pp_layers)
+        self._shard = plan.ranks[rank]
+        self._progress("rendezvous", 0, 1)
+        timeout = self._config.distributed_timeout_seconds
+        self._links = distributed.join(plan, rank, self._start.store, self._device, timeout)
+        self._progress("rendezvous", 1, 1)
+        bytes_read = 0
+        if model.load_format == "dummy":
+            weights = dummy_weights(self._spec, self._shard, self._dtype, self._device, model.seed)
+        else:
+            with open_checkpoint(Path(model.path)) as checkpoint:
                 weights = load_weights(
-                    checkpoint,
-                    self._spec,
-                    self._shard,
-                    self._dtype,
-                    self._device,
-                    lambda done, total: self._progress("weights", done, total),
+                    checkpoint, self._spec, self._shard, self._dtype, self._device, self._weights_progress
                 )
-            bytes_read = checkpoint.bytes_read
+                bytes_read = checkpoint.bytes_read
         self._decoder = Decoder(self._spec, self._shard, weights, self._links.tensor)
         self._weights_bytes = sum(
             tensor.untyped_storage().nbytes() for tensor in {t.data_ptr(): t for t in weights.values()}.values()
@@ -123,6 +119,16 @@ class Worker:
         ours = torch.cuda.memory_reserved(self._device)
         foreign = total - free - ours  # the CUDA context, communicators, and other processes
         return int(total * self._config.cache.gpu_memory_utilization) - foreign
+
+    def _read_spec(self) -> DecoderSpec:
+        path = Path(self._config.model.path)
+        if self._config.model.load_format == "dummy":
+            return load_spec(read_hf_config(path))
+        with open_checkpoint(path) as checkpoint:
+            return load_spec(checkpoint.hf_config)
+
+    def _weights_progress(self, done: int, total: int) -> None:
+        self._progress("weights", done, total)
 
     def _progress(self, phase: str, done: int, total: int) -> None:
         self._on_progress(WorkerProgress(rank=self._start.rank, phase=phase, done=done, total=total))

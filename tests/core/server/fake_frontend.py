@@ -9,6 +9,7 @@ from typing import Any
 
 import anyio
 
+from aphro_core.errors import AphroError, OverloadedError
 from aphro_core.request import Logprob, OutputDelta, PositionLogprobs, Request
 
 BOS = 256
@@ -75,6 +76,10 @@ class FakeFrontend:
 
     def health(self) -> FakeHealth:
         return self.state
+
+    def check_admission(self) -> None:
+        if isinstance(self.refuses, (OverloadedError, AphroError)):
+            raise self.refuses
 
     @asynccontextmanager
     async def stream(self, request: Request) -> AsyncIterator[AsyncIterator[OutputDelta]]:

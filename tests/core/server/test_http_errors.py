@@ -176,6 +176,11 @@ def test_what_the_frontend_refuses(
     assert "secret-host" not in answer.text
 
 
+def test_an_overload_is_said_before_the_body_is_looked_at() -> None:
+    with loopback(FakeFrontend(refuses=OverloadedError("the queue is full"))) as server:
+        assert server.post("/v1/completions", {"malformed": "and never parsed"}).status_code == 429
+
+
 def test_the_frontends_words_become_the_clients() -> None:
     refuses = RequestError("max_tokens is 9, allowed: up to 8", field="max_tokens")
     with loopback(FakeFrontend(refuses=refuses)) as server:
