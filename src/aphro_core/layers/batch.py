@@ -2,49 +2,55 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
 @dataclass(slots=True)
 class DecodeGroup:
-    """Rows ``start`` to ``stop`` of the batch: one token each, contexts of about the same number of blocks."""
+    """Rows ``start`` to ``stop`` of the batch, one token each, whose keys are gathered as one rectangle.
+
+    ``keys_t`` and ``values`` are views of ``gathered``, so that a layer has nothing to reshape.
+    """
 
     start: int
     stop: int
-    block_rows: Tensor  # [2 * rows * num_kv_heads * blocks] int64, see GatheredRows
-    seq_lens: Tensor  # [rows] int64, the row's own token included
-    max_len: int  # blocks * block_size
+    block_rows: Tensor  # int64, the rows of the cache that ``gathered`` takes, see GatheredRows
+    gathered: Tensor  # [block_rows, block_size * head_dim], scratch memory
+    keys_t: Tensor  # [rows * num_kv_heads, head_dim, keys]
+    values: Tensor  # [rows * num_kv_heads, keys, head_dim]
+    mask: Tensor  # [rows, 1, 1, keys]: 0 where a key is seen, -inf elsewhere
 
-    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """``[rows, 1, 1, max_len]``: 0 where a key is seen, -inf elsewhere."""
-        keys = torch.arange(self.max_len)
-        lens = self.seq_lens[:, None]
-        hidden = keys >= lens
-        if window is not None:
-            hidden |= keys < lens - window
-        return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))[:, None, None]
+
+@dataclass(slots=True)
+class ChunkTile:
+    """Queries ``start`` to ``stop`` of a chunk with the keys that any of them sees."""
+
+    start: int
+    stop: int
+    keys_t: Tensor  # [num_kv_heads, head_dim, keys]
+    values: Tensor  # [num_kv_heads, keys, head_dim]
+    mask: Tensor  # [queries, masked_keys], for the last masked_keys of the keys; all before them are seen
 
 
 @dataclass(slots=True)
 class Chunk:
-    """Rows ``start`` to ``stop`` of the batch: consecutive tokens of one sequence behind ``context`` cached ones."""
+    """Rows ``start`` to ``stop`` of the batch: consecutive tokens of one sequence, behind a context or not."""
 
     start: int
     stop: int
-    context: int
-    block_rows: Tensor  # [2 * num_kv_heads * blocks] int64, see GatheredRows
+    block_rows: Tensor
+    gathered: Tensor
+    tiles: list[ChunkTile]
 
-    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """``[tokens, context + tokens]``: 0 where a key is seen (causal, aligned to the last key), -inf elsewhere."""
-        queries = torch.arange(self.context, self.context + self.stop - self.start)[:, None]
-        keys = torch.arange(self.context + self.stop - self.start)
-        hidden = keys > queries
-        if window is not None:
-            hidden |= keys <= queries - window
-        return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
+
+@dataclass(slots=True)
+class KeyView:
+    """What the rows of a step read, for layers of one sliding window (or none)."""
+
+    decode: list[DecodeGroup]  # the first rows of the batch
+    chunks: list[Chunk]  # those after them
 
 
 @dataclass(slots=True)
@@ -55,16 +61,9 @@ class GatheredRows:
     head, offset) to write, one row a (block, K or V, head) to gather.
     """
 
-    slot_rows: Tensor  # [num_tokens * 2 * num_kv_heads] int64: each token's K heads, then its V heads
-    decode: list[DecodeGroup]
-    chunks: list[Chunk]
-    masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)  # made once a step, shared by layers
-
-    def mask_of(self, part: DecodeGroup | Chunk, window: int | None, dtype: torch.dtype) -> Tensor:
-        key = (part.start, window)
-        if key not in self.masks:
-            self.masks[key] = part.mask(window, dtype)
-        return self.masks[key]
+    slot_rows: Tensor  # [num_tokens, 2 * num_kv_heads] int64: each token's K heads, then its V heads
+    begun_blocks: Tensor | None  # int64: blocks that this step begins and does not fill
+    views: dict[int | None, KeyView]  # by the window of a layer
 
 
 @dataclass(slots=True)
@@ -96,7 +95,7 @@ class Batch:
     positions: Tensor  # [num_tokens] int64
     cache_rows: GatheredRows | PagedRows
     first_rows: dict[int, int]  # seq_id -> its first row
-    sampled_rows: list[int]  # in plan order
+    sampled_rows: Tensor  # [samples] int64, in plan order
 
     @property
     def num_tokens(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -19,31 +19,39 @@ from aphro_core.parallel.shard import RankShard
 
 
 class Block:
-    """Pre-norm: ``x += attention(norm(x))``, then ``x += mlp(norm(x))``, in place."""
+    """Pre-norm: ``x += attention(norm(x))``, then ``x += mlp(norm(x))``.
+
+    What a block adds last is handed to the next one, whose first norm adds it: on a GPU the two are one kernel.
+    """
 
     def __init__(self, input_norm: RMSNorm, attention: Attention, post_norm: RMSNorm, mlp: GatedMLP) -> None:
         self._input_norm, self._attention, self._post_norm, self._mlp = input_norm, attention, post_norm, mlp
 
-    def __call__(self, x: Tensor, rotation: Rotation, rows: GatheredRows | PagedRows, cache: Tensor) -> None:
-        x += self._attention(self._input_norm(x), rotation, rows, cache)
-        x += self._mlp(self._post_norm(x))
+    def __call__(
+        self, x: Tensor, delta: Tensor | None, rotation: Rotation, rows: GatheredRows | PagedRows, cache: Tensor
+    ) -> Tensor:
+        """``x`` [num_tokens, hidden_size] in place, ``delta`` what is still to be added; returns the next delta."""
+        normed = self._input_norm(x) if delta is None else self._input_norm.add_(x, delta)
+        delta = self._attention(normed, rotation, rows, cache)
+        return self._mlp(self._post_norm.add_(x, delta))
 
 
 class Decoder:
-    """What one rank computes. ``weights`` are its parameters by their local names."""
+    """What one rank computes. ``weights_bytes`` is what its parameters take in memory, as they are kept."""
 
     def __init__(
-        self, spec: DecoderSpec, shard: RankShard, weights: Mapping[str, Tensor], group: TensorParallelGroup
+        self, spec: DecoderSpec, shard: RankShard, weights: dict[str, Tensor], group: TensorParallelGroup
     ) -> None:
+        """Empties ``weights`` (ARCHITECTURE.md, "Weights of a rank"): a reordered one must not stay in memory twice."""
         sample = next(iter(weights.values()))
-        self._embedding = (
-            VocabEmbedding(weights["embed_tokens.weight"], shard.vocab, group) if shard.has_embedding else None
-        )
-        self._rotary = RotaryEmbedding(spec.rope, spec.max_position_embeddings, sample.dtype, sample.device)
-        self._blocks = [build_block(spec, shard, layer, weights, group) for layer in shard.layers]
+        parts = _Parts(spec, shard, weights, group)
+        self._rotary = RotaryEmbedding(spec.rope, sample.dtype, sample.device)
+        self._embedding = parts.embedding() if shard.has_embedding else None
         if shard.has_head:
-            self._norm = RMSNorm(weights["norm.weight"], spec.norm_eps)
-            self._head = VocabHead(weights["lm_head.weight"], spec.vocab_size, group)
+            self._norm, self._head = parts.norm("norm"), parts.head()
+        self._blocks = [parts.block(f"layers.{layer}", spec.window_of(layer)) for layer in shard.layers]
+        self.weights_bytes = parts.num_bytes
+        assert not weights, f"no part of the decoder reads {sorted(weights)}"
 
     def __call__(self, batch: Batch, hidden_states: Tensor | None, caches: Sequence[Tensor]) -> Tensor:
         """The residual stream behind this stage's layers, ``[num_tokens, hidden_size]``.
@@ -54,35 +62,64 @@ class Decoder:
         if x is None:
             assert self._embedding is not None, "only the first stage starts from token ids"
             x = self._embedding(batch.token_ids)
-        rotation = self._rotary.at(batch.positions)
+        rotation, delta = self._rotary.at(batch.positions), None
         for block, cache in zip(self._blocks, caches, strict=True):
-            block(x, rotation, batch.cache_rows, cache)
-        return x
+            delta = block(x, delta, rotation, batch.cache_rows, cache)
+        return x if delta is None else x.add_(delta)
 
     def logits(self, rows: Tensor) -> Tensor | None:
         """Of chosen rows of the last stage's residual stream: ``[rows, vocab_size]`` float32, None off tp rank 0."""
         return self._head(self._norm(rows))
 
 
-def build_block(
-    spec: DecoderSpec, shard: RankShard, layer: int, weights: Mapping[str, Tensor], group: TensorParallelGroup
-) -> Block:
-    def linear(name: str) -> Linear:
-        return Linear(weights[f"layers.{layer}.{name}.weight"], weights.get(f"layers.{layer}.{name}.bias"))
+class _Parts:
+    """Builds the parts of a decoder from a rank's parameters, which it takes out of ``weights``."""
 
-    def norm(name: str) -> RMSNorm:
-        return RMSNorm(weights[f"layers.{layer}.{name}.weight"], spec.norm_eps)
+    def __init__(
+        self, spec: DecoderSpec, shard: RankShard, weights: dict[str, Tensor], group: TensorParallelGroup
+    ) -> None:
+        self._spec, self._shard, self._weights, self._group = spec, shard, weights, group
+        self._plain: dict[int, int] = {}  # address -> bytes, so that tied weights count once
+        self._packed_bytes = 0
 
-    attention = Attention(
-        linear("attention.qkv_proj"),
-        linear("attention.o_proj"),
-        group,
-        num_heads=len(shard.heads),
-        num_kv_heads=len(shard.kv_heads),
-        head_dim=spec.head_dim,
-        window=spec.window_of(layer),
-        q_norm=norm("attention.q_norm") if spec.qk_norm else None,
-        k_norm=norm("attention.k_norm") if spec.qk_norm else None,
-    )
-    mlp = GatedMLP(linear("mlp.gate_up_proj"), linear("mlp.down_proj"), group)
-    return Block(norm("input_norm"), attention, norm("post_attention_norm"), mlp)
+    @property
+    def num_bytes(self) -> int:
+        return sum(self._plain.values()) + self._packed_bytes
+
+    def embedding(self) -> VocabEmbedding:
+        return VocabEmbedding(self._keep(self._weights.pop("embed_tokens.weight")), self._shard.vocab, self._group)
+
+    def head(self) -> VocabHead:
+        return VocabHead(self.linear("lm_head"), self._spec.vocab_size, self._group)
+
+    def block(self, name: str, window: int | None) -> Block:
+        spec, shard = self._spec, self._shard
+        attention = Attention(
+            self.linear(f"{name}.attention.qkv_proj"),
+            self.linear(f"{name}.attention.o_proj"),
+            self._group,
+            num_heads=len(shard.heads),
+            num_kv_heads=len(shard.kv_heads),
+            head_dim=spec.head_dim,
+            window=window,
+            q_norm=self.norm(f"{name}.attention.q_norm") if spec.qk_norm else None,
+            k_norm=self.norm(f"{name}.attention.k_norm") if spec.qk_norm else None,
+        )
+        mlp = GatedMLP(self.linear(f"{name}.mlp.gate_up_proj"), self.linear(f"{name}.mlp.down_proj"), self._group)
+        return Block(self.norm(f"{name}.input_norm"), attention, self.norm(f"{name}.post_attention_norm"), mlp)
+
+    def norm(self, name: str) -> RMSNorm:
+        return RMSNorm(self._keep(self._weights.pop(f"{name}.weight")), self._spec.norm_eps)
+
+    def linear(self, name: str) -> Linear:
+        weight, bias = self._weights.pop(f"{name}.weight"), self._weights.pop(f"{name}.bias", None)
+        linear = Linear(weight, None if bias is None else self._keep(bias))
+        if linear.packed_bytes:
+            self._packed_bytes += linear.packed_bytes
+        else:
+            self._keep(weight)
+        return linear
+
+    def _keep(self, parameter: Tensor) -> Tensor:
+        self._plain[parameter.data_ptr()] = parameter.nbytes
+        return parameter

@@ -26,8 +26,8 @@ class VocabEmbedding:
 
 
 class VocabHead:
-    def __init__(self, weight: Tensor, vocab_size: int, group: TensorParallelGroup) -> None:
-        self._linear = Linear(weight)
+    def __init__(self, linear: Linear, vocab_size: int, group: TensorParallelGroup) -> None:
+        self._linear = linear
         self._vocab_size = vocab_size
         self._group = group
 

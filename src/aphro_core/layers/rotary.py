@@ -1,4 +1,4 @@
-"""Rotary position embedding: frequencies by each scaling rule, and a table of cosines and sines."""
+"""Rotary position embedding: frequencies by each scaling rule, and the rotation of a step's rows."""
 
 from __future__ import annotations
 
@@ -12,28 +12,27 @@ from aphro_core.models.spec import RopeSpec
 
 
 class RotaryEmbedding:
-    """Cosines and sines of every position, made once."""
+    """Angles of a step's positions. Nothing is kept for each position: a long context would cost its table."""
 
-    def __init__(self, rope: RopeSpec, max_positions: int, dtype: torch.dtype, device: torch.device) -> None:
-        angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), inverse_frequencies(rope))
-        scale = rope.factors.get("attention_factor", 1.0)
-        cos, sin = angles.cos() * scale, angles.sin() * scale
-        if device.type == "cpu":  # a whole head at once, see Rotation
-            self._cos, self._sin = torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
-        else:
-            self._cos, self._sin = cos.to(device), sin.to(device)
+    def __init__(self, rope: RopeSpec, dtype: torch.dtype, device: torch.device) -> None:
+        self._frequencies = inverse_frequencies(rope).to(device)
+        self._scale = rope.factors.get("attention_factor", 1.0)
+        self._dtype = dtype
 
     def at(self, positions: Tensor) -> Rotation:
-        """The rotation of tokens at ``positions`` [num_tokens], for all layers of a step."""
-        return Rotation(self._cos.index_select(0, positions), self._sin.index_select(0, positions))
+        """The rotation of tokens at ``positions`` [num_tokens] int64, for all layers of a step."""
+        angles = torch.outer(positions.float(), self._frequencies)
+        cos, sin = angles.cos().mul_(self._scale), angles.sin().mul_(self._scale)
+        if positions.is_cuda:
+            return Rotation(cos, sin)
+        whole_cos, whole_sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        return Rotation(whole_cos.to(self._dtype)[:, None], whole_sin.to(self._dtype)[:, None])
 
 
 @dataclass(slots=True)
 class Rotation:
-    """The angles of a step's tokens.
-
-    On a GPU ``cos`` and ``sin`` are [num_tokens, rotary_dim / 2] float32, as the kernel takes them. On a CPU they are
-    [num_tokens, rotary_dim] in the run's dtype: one for each dim, those of the first half of ``sin`` negated.
+    """On a GPU ``cos`` and ``sin`` are [num_tokens, head_dim / 2] float32, as the kernel takes them. On a CPU they are
+    [num_tokens, 1, head_dim] in the run's dtype, each half of a head with its own, the first half of ``sin`` negated.
     """
 
     cos: Tensor
@@ -41,9 +40,8 @@ class Rotation:
 
     def apply_(self, x: Tensor) -> None:
         """Rotate ``x`` [num_tokens, heads, head_dim] in place (CPU): dim i with dim i + head_dim / 2."""
-        half = x.shape[-1] // 2
-        swapped = torch.cat((x[..., half:], x[..., :half]), dim=-1)
-        x.mul_(self.cos[:, None]).addcmul_(swapped, self.sin[:, None])
+        swapped = x.roll(x.shape[-1] // 2, -1)
+        x.mul_(self.cos).addcmul_(swapped, self.sin)
 
 
 def inverse_frequencies(rope: RopeSpec) -> Tensor:

@@ -41,7 +41,7 @@ class ModelRunner:
         self._dtype = dtype
         self._device = device
         self._sequences: dict[int, SequenceState] = {}
-        self._batches = BatchBuilder(len(shard.kv_heads), block_size, device)
+        self._batches = BatchBuilder(spec, shard, block_size, dtype, device)
         self._sampler = Sampler(spec.vocab_size, device) if shard.has_head and shard.tp_rank == 0 else None
 
     @torch.inference_mode()
@@ -79,7 +79,7 @@ class ModelRunner:
             state = self._sequences[entry.seq_id]
             state.row.token_ids += entry.token_ids
             state.row.position = len(state.row.token_ids)
-            state.block_table += entry.new_block_ids
+            state.block_table.extend(entry.new_block_ids)
 
     def _draw(self, plan: StepPlan, batch: Batch, hidden_states: Tensor) -> StepResult | None:
         prompt_logprobs = [
@@ -90,7 +90,7 @@ class ModelRunner:
         sampling = [entry for entry in plan.scheduled if entry.samples]
         sampled = []
         if sampling:
-            logits = self._decoder.logits(hidden_states[batch.sampled_rows])
+            logits = self._decoder.logits(hidden_states.index_select(0, batch.sampled_rows))
             if self._sampler is not None:
                 assert logits is not None
                 sampled = self._sampler.sample(logits, [self._sequences[entry.seq_id].row for entry in sampling])

@@ -57,9 +57,7 @@ class Worker:
                 )
                 bytes_read = checkpoint.bytes_read
         self._decoder = Decoder(self._spec, self._shard, weights, self._links.tensor)
-        self._weights_bytes = sum(
-            tensor.untyped_storage().nbytes() for tensor in {t.data_ptr(): t for t in weights.values()}.values()
-        )
+        self._weights_bytes = self._decoder.weights_bytes
         return self._report_loaded(bytes_read)
 
     def allocate(self, num_blocks: int) -> None:

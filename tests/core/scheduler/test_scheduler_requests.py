@@ -17,7 +17,9 @@ from tests.core.scheduler.simulation import Setup, Simulation, sequence
 def answer(plan: StepPlan | None, *token_ids: int) -> StepResult:
     assert plan is not None
     sampling = [row.seq_id for row in plan.scheduled if row.samples]
-    return StepResult(plan.step_id, [SampledToken(i, token_id) for i, token_id in zip(sampling, token_ids, strict=True)])
+    return StepResult(
+        plan.step_id, [SampledToken(i, token_id) for i, token_id in zip(sampling, token_ids, strict=True)]
+    )
 
 
 def run(scheduler: Scheduler, token_ids: list[int]) -> list[SequenceOutput]:
@@ -48,7 +50,9 @@ def test_a_prompt_must_leave_room_for_one_token(num_tokens: int) -> None:
 
 def test_a_sequence_that_can_never_fit_is_refused_and_the_longest_that_can_runs_to_its_end() -> None:
     simulation = Simulation(Setup(num_blocks=3, block_size=4))
-    with pytest.raises(RequestError, match=r"make 14 tokens, allowed: up to 13 \(the cache has 3 blocks of 4") as caught:
+    with pytest.raises(
+        RequestError, match=r"make 14 tokens, allowed: up to 13 \(the cache has 3 blocks of 4"
+    ) as caught:
         simulation.add(sequence(1, [7] * 5, max_tokens=9))
     assert caught.value.field == "max_tokens"
     assert not simulation.scheduler.has_work

@@ -97,7 +97,9 @@ def test_what_starts_leaves_a_spare_block_for_each_that_runs(num_blocks: int, nu
 
 
 def test_an_older_prompt_goes_on_even_if_younger_rows_could_fill_the_budget() -> None:
-    simulation = started(Setup(max_num_batched_tokens=4, max_in_flight=2, num_blocks=128), [40, 1, 1, 1, 1], max_tokens=20)
+    simulation = started(
+        Setup(max_num_batched_tokens=4, max_in_flight=2, num_blocks=128), [40, 1, 1, 1, 1], max_tokens=20
+    )
     while simulation.clients[4].token_ids == []:
         simulation.step()
     simulation.drain()  # every plan is checked to advance the oldest sequence that is not in flight

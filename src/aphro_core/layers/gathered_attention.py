@@ -1,0 +1,90 @@
+"""Attention over the paged cache by torch's operations: write, gather blocks, multiply, softmax, multiply (CPU)."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import rms_norm, scaled_dot_product_attention
+
+from aphro_core.layers.batch import Chunk, DecodeGroup, GatheredRows
+from aphro_core.layers.norm import RMSNorm
+from aphro_core.layers.rotary import Rotation
+
+# Rows times keys of a decode group from which two products and a softmax beat torch's fused operation: that one reads
+# bfloat16 three times slower, but starts in half the time.
+_FUSED_KEYS: Final = 256
+
+
+class GatheredAttention:
+    """From a layer's QKV to the output of its heads. The query heads of a KV head are rows of one product."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        window: int | None,
+        q_norm: RMSNorm | None,
+        k_norm: RMSNorm | None,
+    ) -> None:
+        self._num_heads, self._num_kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
+        self._window = window
+        self._scale = head_dim**-0.5
+        self._qk_gain: Tensor | None = None  # [heads, head_dim]
+        if q_norm is not None and k_norm is not None:
+            gains = [q_norm.weight.expand(num_heads, -1), k_norm.weight.expand(num_kv_heads, -1)]
+            self._qk_gain, self._eps = torch.cat(gains), q_norm.eps
+
+    def __call__(self, qkv: Tensor, rotation: Rotation, rows: GatheredRows, cache: Tensor) -> Tensor:
+        """``qkv`` [num_tokens, num_heads + 2 * num_kv_heads, head_dim], overwritten, to [num_tokens, q width]."""
+        qk = qkv[:, : self._num_heads + self._num_kv_heads]
+        if self._qk_gain is not None:
+            torch.mul(rms_norm(qk, (self._head_dim,), None, self._eps), self._qk_gain, out=qk)
+        rotation.apply_(qk)
+        if rows.begun_blocks is not None:
+            # what an earlier sequence left behind the tokens of a block is masked, but -inf + NaN would be NaN
+            cache.index_fill_(0, rows.begun_blocks, 0)
+        cache.view(-1, self._head_dim).index_put_((rows.slot_rows,), qkv[:, self._num_heads :])
+        view, q = rows.views[self._window], qkv[:, : self._num_heads]
+        parts = [self._decode(part, q[part.start : part.stop], cache) for part in view.decode]
+        parts += [self._prefill(part, q[part.start : part.stop], cache) for part in view.chunks]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _decode(self, part: DecodeGroup, q: Tensor, cache: Tensor) -> Tensor:
+        num_rows, num_kv_heads = len(q), self._num_kv_heads
+        _gather(cache, part.block_rows, part.gathered)
+        folded = torch.mul(q, self._scale).view(num_rows * num_kv_heads, -1, self._head_dim)
+        if num_rows * part.values.shape[1] < _FUSED_KEYS:
+            attended = scaled_dot_product_attention(
+                folded.unflatten(0, (num_rows, num_kv_heads)),
+                part.keys_t.transpose(1, 2).unflatten(0, (num_rows, num_kv_heads)),
+                part.values.unflatten(0, (num_rows, num_kv_heads)),
+                attn_mask=part.mask,
+                scale=1.0,
+            )
+        else:
+            scores = torch.bmm(folded, part.keys_t)
+            scores.view(num_rows, num_kv_heads, *scores.shape[1:]).add_(part.mask)
+            attended = torch.bmm(scores.softmax(dim=-1), part.values)
+        return attended.reshape(num_rows, -1)
+
+    def _prefill(self, part: Chunk, q: Tensor, cache: Tensor) -> Tensor:
+        num_kv_heads, head_dim = self._num_kv_heads, self._head_dim
+        _gather(cache, part.block_rows, part.gathered)
+        attended = torch.empty_like(q, memory_format=torch.contiguous_format)
+        for tile in part.tiles:
+            num_queries = tile.stop - tile.start
+            folded = torch.mul(q[tile.start : tile.stop].transpose(0, 1), self._scale)
+            scores = torch.bmm(folded.reshape(num_kv_heads, -1, head_dim), tile.keys_t)
+            masked = tile.mask.shape[1]
+            scores.view(num_kv_heads, -1, num_queries, scores.shape[2])[..., -masked:].add_(tile.mask)
+            out = torch.bmm(scores.softmax(dim=-1), tile.values)
+            attended[tile.start : tile.stop] = out.view(-1, num_queries, head_dim).transpose(0, 1)
+        return attended.view(len(q), -1)
+
+
+def _gather(cache: Tensor, block_rows: Tensor, out: Tensor) -> None:
+    """Chosen (block, K or V, head) rows of the cache, one after the other."""
+    torch.index_select(cache.view(-1, out.shape[1]), 0, block_rows, out=out)

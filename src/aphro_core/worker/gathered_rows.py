@@ -1,0 +1,152 @@
+"""A step's rows for attention by torch's operations: which rows of the cache to write, which to gather, and masks."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from aphro_core.layers.batch import Chunk, ChunkTile, DecodeGroup, GatheredRows, KeyView
+from aphro_core.worker.span import Span
+
+# Elements of K and V. Padding up to the first is cheaper than a group of its own, about 0.1 ms a layer on two cores;
+# above the second a group would be larger than a core's share of the cache and the scratch memory would grow.
+_MAX_WASTE: Final = 2**18
+_MAX_GROUP: Final = 2**24
+# Elements of a tile's scores, which are written and read four times and should stay in the cache, and its rows.
+_MAX_SCORES: Final = 2**21
+_TILE_ROWS: Final = range(16, 129)
+_HIDDEN: Final = float("-inf")
+
+
+class GatheredRowsBuilder:
+    """Makes one rank's rows. Owns the scratch memory that all layers of a step gather into, one part at a time."""
+
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        windows: set[int | None],
+        dtype: torch.dtype,
+    ) -> None:
+        self._num_heads, self._num_kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
+        self._block_size = block_size
+        self._windows = windows
+        self._dtype = dtype
+        planes = 2 * num_kv_heads  # K heads, then V heads: what a block consists of
+        self._block_stride = planes * block_size  # rows to write
+        self._plane_rows = torch.arange(planes) * block_size
+        self._planes = torch.arange(planes).view(2, 1, num_kv_heads, 1)
+        self._causal = torch.full((_TILE_ROWS[-1], _TILE_ROWS[-1]), _HIDDEN, dtype=dtype).triu_(1)
+        self._scratch = torch.empty(0, dtype=dtype)
+
+    def build(self, decode: Sequence[Span], chunks: Sequence[Span]) -> GatheredRows:
+        """``decode`` spans have one position each and come in ascending order of it."""
+        size, stride = self._block_size, self._block_stride
+        first_rows = [row for span in (*decode, *chunks) for row in span.slots(size, stride)]
+        begun = [
+            blocks[stop // size]
+            for start, stop, blocks in (*decode, *chunks)
+            if stop % size and stop - stop % size >= start
+        ]
+        return GatheredRows(
+            slot_rows=torch.tensor(first_rows, dtype=torch.int64)[:, None] + self._plane_rows,
+            begun_blocks=torch.tensor(begun) if begun else None,
+            views={window: self._view(window, decode, chunks) for window in self._windows},
+        )
+
+    def _view(self, window: int | None, decode: Sequence[Span], chunks: Sequence[Span]) -> KeyView:
+        cuts = self._cut_groups([self._blocks_seen(span, window) for span in decode])
+        groups = [self._group(start, decode[start:stop], window) for start, stop in pairwise(cuts)]
+        view, row = KeyView(groups, []), len(decode)
+        for span in chunks:
+            view.chunks.append(self._chunk(row, span, window))
+            row = view.chunks[-1].stop
+        return view
+
+    def _blocks_seen(self, span: Span, window: int | None) -> range:
+        """Places in the block table that hold a key which some query of the span sees."""
+        start, stop, _ = span
+        first = 0 if window is None else max(start + 1 - window, 0)
+        return range(first // self._block_size, (stop - 1) // self._block_size + 1)
+
+    def _cut_groups(self, seen: Sequence[range]) -> list[int]:
+        """Where groups begin, and the number of rows: from the longest row down, as long as padding pays."""
+        block = self._block_stride * self._head_dim  # elements
+        cuts, longest, waste = [len(seen)], 0, 0
+        for row in reversed(range(len(seen))):
+            longest = max(longest, len(seen[row]))
+            waste += (longest - len(seen[row])) * block
+            if row + 1 < cuts[-1] and (waste > _MAX_WASTE or (cuts[-1] - row) * longest * block > _MAX_GROUP):
+                cuts.append(row + 1)
+                longest, waste = len(seen[row]), 0
+        return [0, *reversed(cuts)] if seen else []
+
+    def _group(self, row: int, spans: Sequence[Span], window: int | None) -> DecodeGroup:
+        seen = [self._blocks_seen(span, window) for span in spans]
+        num_blocks = max(map(len, seen))
+        tables = b"".join(_padded(span.blocks, places, num_blocks) for span, places in zip(spans, seen, strict=True))
+        block_rows = self._block_rows(torch.frombuffer(bytearray(tables), dtype=torch.int64), len(spans))
+        gathered, keys, values = self._scratch_for(block_rows, len(spans) * self._num_kv_heads)
+        ends = [stop - places.start * self._block_size for (_, stop, _), places in zip(spans, seen, strict=True)]
+        mask = self._decode_mask(torch.tensor(ends), keys.shape[1], window)
+        return DecodeGroup(row, row + len(spans), block_rows, gathered, keys.transpose(1, 2), values, mask)
+
+    def _decode_mask(self, ends: Tensor, num_keys: int, window: int | None) -> Tensor:
+        """``ends`` [rows]: keys up to there exist, counted from the first gathered one."""
+        keys, ends = torch.arange(num_keys), ends[:, None]
+        hidden = keys >= ends
+        if window is not None:
+            hidden |= keys < ends - window
+        return torch.zeros(hidden.shape, dtype=self._dtype).masked_fill_(hidden, _HIDDEN)[:, None, None]
+
+    def _chunk(self, row: int, span: Span, window: int | None) -> Chunk:
+        start, stop, blocks = span
+        seen = self._blocks_seen(span, window)
+        block_rows = self._block_rows(torch.tensor(blocks[seen.start : seen.stop]), 1)
+        gathered, keys, values = self._scratch_for(block_rows, self._num_kv_heads)
+        first_key = seen.start * self._block_size
+        num_rows = _MAX_SCORES // (self._num_heads * (stop - first_key))
+        num_rows = min(max(num_rows, _TILE_ROWS[0]), _TILE_ROWS[-1])
+        tiles = []
+        for first in range(start, stop, num_rows):
+            end = min(first + num_rows, stop)
+            low = first_key if window is None else max(first + 1 - window, first_key)
+            mask = self._tile_mask(range(first, end), range(low, end), window)
+            at = slice(low - first_key, end - first_key)
+            tiles.append(ChunkTile(first - start, end - start, keys[:, at].transpose(1, 2), values[:, at], mask))
+        return Chunk(row, row + stop - start, block_rows, gathered, tiles)
+
+    def _tile_mask(self, queries: range, keys: range, window: int | None) -> Tensor:
+        """``queries`` and ``keys`` are positions; they end together."""
+        if window is None or len(keys) <= window:
+            return self._causal[: len(queries), : len(queries)]
+        distance = torch.arange(queries.start, queries.stop)[:, None] - torch.arange(keys.start, keys.stop)
+        hidden = (distance < 0) | (distance >= window)
+        return torch.zeros(hidden.shape, dtype=self._dtype).masked_fill_(hidden, _HIDDEN)
+
+    def _block_rows(self, tables: Tensor, num_rows: int) -> Tensor:
+        """``[2, rows, num_kv_heads, blocks]`` flattened: all K, then all V, each head's blocks one after the other."""
+        return (tables.view(1, num_rows, 1, -1) * self._planes.numel() + self._planes).flatten()
+
+    def _scratch_for(self, block_rows: Tensor, num_matrices: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Scratch memory for gathered rows, and what it will hold: keys and values [matrices, keys, head_dim]."""
+        width = self._block_size * self._head_dim
+        if self._scratch.numel() < block_rows.numel() * width:
+            self._scratch = torch.empty(block_rows.numel() * width, dtype=self._dtype)
+        gathered = self._scratch[: block_rows.numel() * width].view(-1, width)
+        keys, values = gathered.view(2, num_matrices, -1, self._head_dim)
+        return gathered, keys, values
+
+
+def _padded(blocks: array[int], places: range, num_blocks: int) -> bytes:
+    """A row of a group's table. Its own last block pads it: a stranger's might hold NaN, and 0 * NaN is NaN."""
+    table = blocks[places.start : places.stop]
+    return (table + table[-1:] * (num_blocks - len(table))).tobytes()
