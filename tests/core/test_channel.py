@@ -18,8 +18,8 @@ from aphro_core.messages.codec import MAX_FRAME_BYTES
 from aphro_core.messages.steps import (
     FromWorker,
     NewSequence,
-    ScheduledSequence,
     SampledToken,
+    ScheduledSequence,
     StepPlan,
     StepResult,
     StopWorker,

@@ -129,13 +129,8 @@ def test_a_client_that_leaves_frees_its_blocks(tmp_path: Path, tiny: Path) -> No
 def test_a_refused_start_names_the_cause_and_the_next_step(
     tiny: Path, arguments: list[str], code: ExitCode, names: str
 ) -> None:
-    done = subprocess.run(
-        check=False,
-        args=command(tiny, ["--port", "0", "--skip-tokenizer-init", *arguments]),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    line = command(tiny, ["--port", "0", "--skip-tokenizer-init", *arguments])
+    done = subprocess.run(line, check=False, capture_output=True, text=True, timeout=60)
     assert done.returncode == code, done.stderr
     assert names in done.stderr
     assert "try: " in done.stderr

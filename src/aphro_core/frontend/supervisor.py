@@ -129,6 +129,6 @@ def engine_environment(config: EngineConfig) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
     }
     if "OMP_WAIT_POLICY" not in environment:
-        # libgomp spins 300,000 rounds by default: beside one busy neighbour a step then takes a hundred times longer
-        defaults["GOMP_SPINCOUNT"] = "10000"
+        # libgomp spins 300,000 rounds by default: beside one busy neighbour a step then takes ten times longer
+        defaults["GOMP_SPINCOUNT"] = "4000"
     return {**defaults, **environment}

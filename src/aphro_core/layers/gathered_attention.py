@@ -57,10 +57,11 @@ class GatheredAttention:
         _gather(cache, part.block_rows, part.gathered)
         folded = torch.mul(q, self._scale).view(num_rows * num_kv_heads, -1, self._head_dim)
         if num_rows * part.values.shape[1] < _FUSED_KEYS:
+            batched = (num_rows, num_kv_heads, -1, self._head_dim)
             attended = scaled_dot_product_attention(
-                folded.unflatten(0, (num_rows, num_kv_heads)),
-                part.keys_t.transpose(1, 2).unflatten(0, (num_rows, num_kv_heads)),
-                part.values.unflatten(0, (num_rows, num_kv_heads)),
+                folded.view(batched),
+                part.keys_t.transpose(1, 2).view(batched),
+                part.values.view(batched),
                 attn_mask=part.mask,
                 scale=1.0,
             )

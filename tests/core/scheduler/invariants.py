@@ -23,7 +23,9 @@ def check_state(scheduler: Scheduler, max_num_seqs: int) -> None:
     assert {id(s) for s in [*scheduler._running, *queued]} == {id(s) for s in scheduler._sequences.values()}
     assert waiting.num_tokens == sum(len(sequence.token_ids) for sequence in queued)
     for sequence in queued:
-        assert not (sequence.is_running or sequence.is_in_flight or sequence.num_computed)
+        assert not sequence.is_running
+        assert not sequence.is_in_flight
+        assert not sequence.num_computed
 
     assert len(in_flight) == len(set(map(id, in_flight)))
     assert {id(s) for s in scheduler._running if s.is_in_flight} == {id(s) for s in in_flight} - {

@@ -185,7 +185,7 @@ class Simulation:
     def drain(self) -> None:
         """Run to the end. Then nothing is held, and every client has what it would have got alone."""
         is_open = [client for client in self.clients.values() if not client.is_finished]
-        # every step computes a token of the oldest running sequence, and no token is computed more often than others end
+        # every step computes a token of the oldest running sequence; none is computed more often than others end
         limit = len(self.in_flight) + 1 + len(is_open) * (len(is_open) + 1) * self.setup.max_model_len
         while self.scheduler.has_work:
             self.step()
