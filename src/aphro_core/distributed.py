@@ -41,21 +41,26 @@ class TensorParallelGroup:
 class StageLink:
     """The neighbours of a rank in the pipeline: the same tp rank, one stage before and one behind."""
 
-    def __init__(self, previous_rank: int | None, next_rank: int | None) -> None:
+    def __init__(self, previous_rank: int | None, next_rank: int | None, max_sends: int = 1) -> None:
+        """``max_sends`` hand-overs may be under way at once: as many as plans are in flight, then none ever waits."""
         self._previous = previous_rank
         self._next = next_rank
+        self._max_sends = max_sends
         self._sending: deque[tuple[dist.Work, Tensor]] = deque()
 
     def receive(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """What the stage before sent, in its order. Raises RuntimeError when it is gone or silent too long."""
         x = torch.empty(shape, dtype=dtype, device=device)
         dist.recv(x, src=self._previous)
         return x
 
     def send(self, x: Tensor) -> None:
-        """Hand ``x`` on without waiting for the receiver; it must not be written again."""
-        while self._sending and self._sending[0][0].is_completed():
-            self._sending.popleft()
-        work = dist.isend(x.contiguous(), dst=self._next)
+        """Hand ``x`` on without waiting for its receiver; it must not be written again."""
+        while len(self._sending) >= self._max_sends:
+            # Gloo calls a send complete only when somebody has waited for it, and holds its tensor until then
+            self._sending.popleft()[0].wait()
+        x = x.contiguous()
+        work = dist.isend(x, dst=self._next)
         assert work is not None
         self._sending.append((work, x))
 
@@ -94,4 +99,5 @@ def join(plan: ShardingPlan, rank: int, store: str, device: torch.device, timeou
         made = dist.new_group(members) if plan.tp_size > 1 else None
         if pp_rank == shard.pp_rank:
             group = made
-    return Links(TensorParallelGroup(shard.tp_rank, plan.tp_size, group), StageLink(previous, following))
+    stage = StageLink(previous, following, max_sends=plan.pp_size)
+    return Links(TensorParallelGroup(shard.tp_rank, plan.tp_size, group), stage)

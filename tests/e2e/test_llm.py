@@ -146,7 +146,7 @@ def test_the_seeds_script_needs_no_main_guard_and_ends_clean(tiny: Path) -> None
 
 
 def test_text_and_chat(smollm2_gguf: Path) -> None:
-    with LLM(str(smollm2_gguf), device="cpu", max_model_len=512) as llm:
+    with LLM(str(smollm2_gguf), device="cpu", dtype="float32", max_model_len=512) as llm:
         greedy = SamplingParams(temperature=0, max_tokens=16)
         output = llm.generate("The capital of France is", greedy)[0]
         assert "Paris" in output.outputs[0].text

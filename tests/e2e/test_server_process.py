@@ -152,7 +152,8 @@ def test_a_busy_port_is_refused_before_anything_loads(tiny: Path) -> None:
 
 
 def test_smollm2_answers_the_official_client(tmp_path: Path, smollm2_gguf: Path) -> None:
-    with running_server(tmp_path, smollm2_gguf, "--served-model-name", "smollm2", "--max-model-len", "2048") as server:
+    arguments = ("--served-model-name", "smollm2", "--max-model-len", "2048", "--dtype", "float32")
+    with running_server(tmp_path, smollm2_gguf, *arguments) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none")
         messages = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
         whole = client.chat.completions.create(model="smollm2", messages=messages, temperature=0, max_tokens=24)

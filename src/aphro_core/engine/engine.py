@@ -39,6 +39,7 @@ class Engine:
         self._step_timeout_seconds = step_timeout_seconds
         self._results: list[StepResult] = []
         self._refused: list[SequenceOutput] = []
+        self._owes_stats = False
         self._wake = anyio.Event()
 
     async def run(self) -> None:
@@ -55,6 +56,7 @@ class Engine:
                     self._add(add)
                 case AbortSequences(seq_ids=seq_ids):
                     self._scheduler.abort(seq_ids)
+                    self._owes_stats = True  # what they held is free, and perhaps no step follows to say so
                 case StopEngine():
                     tasks.cancel_scope.cancel()
                     return
@@ -81,7 +83,8 @@ class Engine:
                 outputs += self._scheduler.update(result)
             while plan := self._scheduler.schedule():
                 await self._executor.submit(plan)
-            if outputs or results:
+            if outputs or results or self._owes_stats:
+                self._owes_stats = False
                 await self._api.send(StepOutputs(outputs=outputs, stats=self._scheduler.stats()))
             await self._wait_for_news()
 

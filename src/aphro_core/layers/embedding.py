@@ -33,5 +33,5 @@ class VocabHead:
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """``[rows, hidden_size]`` to logits ``[rows, vocab_size]`` float32 on tp rank 0, None on the others."""
-        logits = self._group.gather_columns(self._linear(x).float())
-        return None if logits is None else logits[:, : self._vocab_size]
+        logits = self._group.gather_columns(self._linear(x))
+        return None if logits is None else logits[:, : self._vocab_size].float()

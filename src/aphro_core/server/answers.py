@@ -187,9 +187,7 @@ class ChatAnswer(Answer):
 
     def _position(self, position: PositionLogprobs, num_top: int) -> Json:
         entries = [self._entry(token_id, entry) for token_id, entry in position.items()]
-        # the sampled token comes first; it is one of the likeliest unless there is one entry more than was asked for
-        likeliest = entries[1:] if len(entries) > num_top else entries
-        likeliest = sorted(likeliest, key=lambda entry: -entry["logprob"])[:num_top]
+        likeliest = sorted(entries, key=lambda entry: -entry["logprob"])[:num_top]
         return {**entries[0], "top_logprobs": likeliest}
 
     def _entry(self, token_id: int, entry: Logprob) -> Json:

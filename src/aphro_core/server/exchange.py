@@ -31,6 +31,7 @@ class Exchange:
         self._receive = receive
         self._send = send
         self._body_is_read = False
+        self._is_gone = False
 
     async def receive(self) -> Message:
         message = await self._receive()
@@ -39,14 +40,23 @@ class Exchange:
         return message
 
     async def send(self, message: Message) -> None:
+        """As hypercorn's own: nothing happens once the client is gone, which ``receive`` says."""
+        if self._is_gone:
+            return
         is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
-        if is_last and not self._body_is_read:
-            await self._send({**message, "more_body": True})
-            with anyio.move_on_after(_LINGER_SECONDS):
-                await self._discard()
-            await self._send_last()
-        else:
-            await self._send(message)
+        try:
+            if is_last and not self._body_is_read:
+                await self._send_over_body(message)
+            else:
+                await self._send(message)
+        except OSError:  # the kernel gave the client up; hypercorn expects no other end than a reset
+            self._is_gone = True
+
+    async def _send_over_body(self, message: Message) -> None:
+        await self._send({**message, "more_body": True})
+        with anyio.move_on_after(_LINGER_SECONDS):
+            await self._discard()
+        await self._send_last()
 
     async def _discard(self) -> None:
         while not self._body_is_read:

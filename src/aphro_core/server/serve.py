@@ -14,6 +14,7 @@ import hypercorn
 import hypercorn.asyncio
 
 from aphro_core.config import ServerConfig
+from aphro_core.errors import first_cause
 from aphro_core.server.app import App
 from aphro_core.server.bind import BACKLOG, bind, url_of
 
@@ -57,6 +58,7 @@ class Server:
 
     async def run(self) -> None:
         """Serve. Cancelling it is a stop too: open requests have a moment to end by themselves."""
+        asyncio.get_running_loop().set_exception_handler(_take_connection_error)
         http = anyio.CancelScope(shield=True)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._serve_http, http)
@@ -92,7 +94,6 @@ class Server:
             await self._closed.wait()
         if not self._closed.is_set():
             _LOG.warning("cutting connections whose clients do not read")
-            asyncio.get_running_loop().set_exception_handler(_report_unless_cancelled)
 
     async def _serve_http(self, scope: anyio.CancelScope) -> None:
         """Shielded: a cancelled run still answers what it has open."""
@@ -122,10 +123,15 @@ class Server:
         return config
 
 
-def _report_unless_cancelled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Python 3.11 reports the cancelled task of a connection as an error."""
-    if not isinstance(context.get("exception"), asyncio.CancelledError):
+def _take_connection_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """An end of one connection that hypercorn does not catch: a line at most, and nothing that the client wrote."""
+    message, error = context["message"], context.get("exception")
+    if error is None or not ("client_connected_cb" in message or "connection_made" in message):
         loop.default_exception_handler(context)
+        return
+    cause = first_cause(error)
+    level = logging.DEBUG if isinstance(cause, (OSError, asyncio.CancelledError)) else logging.WARNING
+    _LOG.log(level, "a connection was dropped: %s", type(cause).__name__)
 
 
 async def _then_cancel(wait: Callable[[], Awaitable[object]], scope: anyio.CancelScope) -> None:

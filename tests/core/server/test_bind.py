@@ -74,6 +74,16 @@ def test_the_holder_may_be_another_process() -> None:
         other.stdin.close()
 
 
+def test_a_connection_is_no_holder() -> None:
+    """Its local port is the same, and it stands in nobody's way."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+        client = socket.create_connection(address)
+        accepted, _ = listener.accept()
+    with client, accepted:
+        assert holder_of(address[1]) is None
+
+
 def test_a_port_is_ours_from_the_start() -> None:
     """Bound is not enough: two sockets that do not listen may share a port."""
     sockets = bind("127.0.0.1", 0)

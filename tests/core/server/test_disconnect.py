@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -27,6 +28,14 @@ def send_request(server: Loopback, **fields: Any) -> socket.socket:
     return sock
 
 
+def read_until(sock: socket.socket, mark: bytes) -> None:
+    received = b""
+    while mark not in received:
+        piece = sock.recv(65536)
+        assert piece, received
+        received += piece
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("hold", [0, 3], ids=["before-the-first-token", "midway"])
 @pytest.mark.parametrize("fields", [{}, {"n": 3}, {"prompt": ["a", "b"]}], ids=["one", "choices", "batch"])
@@ -37,7 +46,7 @@ def test_a_client_that_leaves_aborts_its_requests(stream: bool, hold: int, field
         sock = send_request(server, stream=stream, **fields)
         wait_for(lambda: frontend.num_open == num_requests)
         if stream and hold:
-            assert b"data: " in sock.recv(65536)
+            read_until(sock, b"data: ")
         sock.close()
         assert wait_for(lambda: frontend.num_open == 0) < 0.5
         assert sorted(frontend.aborted) == sorted(request.request_id for request in frontend.requests)
@@ -100,8 +109,8 @@ def test_a_quiet_stream_says_that_it_lives(monkeypatch: pytest.MonkeyPatch) -> N
     assert ": waiting" not in lines[waiting:]
 
 
-def test_silence_never_lasts_two_seconds() -> None:
-    """On a clock of its own: a token may come just after the last look, and then none for long."""
+def comments_beside(tokens_at: Sequence[float], seconds: float) -> list[tuple[float, bytes]]:
+    """What a stream with tokens at these times wrote in ``seconds``, allowed 0.4 s of silence."""
     written: list[tuple[float, bytes]] = []
 
     async def scenario() -> None:
@@ -113,18 +122,30 @@ def test_silence_never_lasts_two_seconds() -> None:
         stream = sse.EventStream(send)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(stream.keep_open, 0.4)
-            await anyio.sleep(0.21)
-            await stream.write(b"token")
-            await anyio.sleep(0.9)
+            for at in tokens_at:
+                await anyio.sleep_until(start + at)
+                await stream.write(b"token")
+            await anyio.sleep_until(start + seconds)
             tasks.cancel_scope.cancel()
 
     anyio.run(scenario)
+    return written
+
+
+def test_silence_never_lasts_two_seconds() -> None:
+    """A token may come just after the last look, and then none for long."""
+    written = comments_beside([0.21], 1.1)
     times = [0.0, *(at for at, _ in written)]
     assert max(later - sooner for sooner, later in pairwise(times)) < 0.55
     assert sse.QUIET_SECONDS == 2.0
 
 
-def test_what_waits_is_written_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_stream_has_no_comments() -> None:
+    written = comments_beside([number / 20 for number in range(16)], 0.8)
+    assert [body for _, body in written] == [b"token"] * 16
+
+
+def test_what_waits_is_written_as_one() -> None:
     """A writer that is slower than the engine sends several events at once and none twice."""
     bodies: list[bytes] = []
     frontend = FakeFrontend("abcdefghij" * 10)

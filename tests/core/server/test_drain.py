@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import threading
 import time
 from typing import Any
@@ -191,3 +193,35 @@ def test_ended_work_is_cancelled_and_can_still_answer() -> None:
 
     anyio.run(scenario)
     assert said == [True]
+
+
+@pytest.mark.parametrize(
+    ("message", "error", "level"),
+    [
+        ("Unhandled exception in client_connected_cb", TimeoutError(110, "secret"), logging.DEBUG),
+        ("Unhandled exception in client_connected_cb", ExceptionGroup("", [ConnectionError("secret")]), logging.DEBUG),
+        ("Exception in callback StreamReaderProtocol.connection_made", asyncio.CancelledError(), logging.DEBUG),
+        ("Unhandled exception in client_connected_cb", ValueError("secret"), logging.WARNING),
+        ("Task exception was never retrieved", TimeoutError("of ours"), logging.ERROR),
+    ],
+    ids=["timeout", "group", "cancelled", "bug-in-hypercorn", "not-of-a-connection"],
+)
+def test_a_dropped_connection_is_a_line_without_what_the_client_wrote(
+    caplog: pytest.LogCaptureFixture, message: str, error: BaseException, level: int
+) -> None:
+    async def scenario() -> None:
+        config = ServerConfig()
+        server = Server(build_app(FakeFrontend(), config), bind("127.0.0.1", 0), config)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(server.run)
+            await anyio.sleep(0.05)
+            asyncio.get_running_loop().call_exception_handler({"message": message, "exception": error})
+            server.stop_now()
+
+    with caplog.at_level(logging.DEBUG):
+        anyio.run(scenario)
+    ours = [record for record in caplog.records if record.name in ("aphro_core.server.serve", "asyncio")]
+    (record,) = [record for record in ours if "connection" in record.getMessage() or record.levelno == logging.ERROR]
+    assert record.levelno == level
+    if level != logging.ERROR:
+        assert "secret" not in caplog.text

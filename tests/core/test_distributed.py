@@ -1,0 +1,101 @@
+"""Collectives over Gloo in processes of their own: sums equal in every bit, gathered logits, hand-over of stages."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aphro_core.distributed import Links, TensorParallelGroup
+from aphro_core.parallel.shard import build_plan
+from tests.core.ranks import run_ranks
+from tests.core.worker.test_batch import SPEC
+
+
+def test_alone_everything_is_the_identity() -> None:
+    group, x = TensorParallelGroup(0, 1), torch.randn(3, 4)
+    assert group.all_reduce_(x) is x
+    assert group.gather_columns(x) is x
+
+
+def sums(links: Links, rank: int) -> dict[str, list[float]]:
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows in (1, 7, 600):
+            x = torch.randn(rows, 33, generator=torch.Generator().manual_seed(rank)).to(dtype)
+            found[f"{dtype} {rows}"] = links.tensor.all_reduce_(x).float().flatten().tolist()
+    return found
+
+
+@pytest.mark.parametrize("tp", [2, 3])
+def test_every_rank_gets_the_same_bits(tmp_path: Path, tp: int) -> None:
+    answers = run_ranks(tmp_path, build_plan(SPEC, tp, 1), sums)
+    assert all(answer == answers[0] for answer in answers)
+    parts = [torch.randn(7, 33, generator=torch.Generator().manual_seed(rank)) for rank in range(tp)]
+    torch.testing.assert_close(torch.tensor(answers[0]["torch.float32 7"]), sum(parts).flatten())
+    torch.testing.assert_close(torch.tensor(answers[0]["torch.bfloat16 7"]), sum(parts).flatten(), rtol=0.02, atol=0.03)
+
+
+def gather(links: Links, rank: int) -> Any:
+    gathered = links.tensor.gather_columns(torch.full((2, 3), float(rank))[:, :2])
+    return [] if gathered is None else gathered.tolist()
+
+
+def test_columns_go_to_the_first_rank_of_their_stage(tmp_path: Path) -> None:
+    row0, row1 = [0.0, 0.0, 1.0, 1.0], [2.0, 2.0, 3.0, 3.0]
+    assert run_ranks(tmp_path, build_plan(SPEC, 2, 2), gather) == [[row0] * 2, [], [row1] * 2, []]
+
+
+def hand_over(links: Links, rank: int) -> Any:
+    """40 hidden states in order, sent ahead of their receiver and bounded in number; strided ones too."""
+    if rank == 0:
+        for i in range(40):
+            links.stage.send(torch.full((64, 6), float(i))[:, ::2])
+        return len(links.stage._sending)
+    if rank == 1:
+        time.sleep(0.3)
+        for _ in range(40):
+            x = links.stage.receive((64, 3), torch.float32, torch.device("cpu"))
+            links.stage.send(x + 100)
+        return 0
+    return [links.stage.receive((64, 3), torch.float32, torch.device("cpu")).unique().tolist() for _ in range(40)]
+
+
+def test_hand_over_keeps_order_and_memory(tmp_path: Path) -> None:
+    first, _, last = run_ranks(tmp_path, build_plan(SPEC, 1, 3), hand_over)
+    assert last == [[100.0 + i] for i in range(40)]
+    assert first <= 3  # as many as plans can be in flight, not one for every step
+
+
+def run_ahead(links: Links, rank: int) -> float:
+    started = time.monotonic()
+    if rank == 0:
+        for _ in range(3):
+            links.stage.send(torch.zeros(1000))
+        return time.monotonic() - started
+    time.sleep(1.0)
+    for _ in range(3):
+        links.stage.receive((1000,), torch.float32, torch.device("cpu"))
+    return time.monotonic() - started
+
+
+def test_a_stage_goes_on_while_the_next_is_busy(tmp_path: Path) -> None:
+    first, second, _ = run_ranks(
+        tmp_path, build_plan(SPEC, 1, 3), lambda links, rank: run_ahead(links, rank) if rank < 2 else 0.0
+    )
+    assert first < 0.5 < second
+
+
+def silence(links: Links, rank: int) -> Any:
+    if rank == 0:
+        return None
+    with pytest.raises(RuntimeError, match="Timed out"):
+        links.stage.receive((4,), torch.float32, torch.device("cpu"))
+    return ["raised"]
+
+
+def test_a_silent_peer_ends_in_an_error(tmp_path: Path) -> None:
+    assert run_ranks(tmp_path, build_plan(SPEC, 1, 2), silence, timeout_seconds=2.0)[1] == ["raised"]

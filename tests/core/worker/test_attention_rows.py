@@ -1,0 +1,211 @@
+"""Rows of a step as both builders make them, read by both ways of attention: what a dense attention gives."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from aphro_core.layers.attention import PagedAttention
+from aphro_core.layers.gathered_attention import GatheredAttention
+from aphro_core.layers.norm import RMSNorm
+from aphro_core.layers.rotary import RotaryEmbedding, Rotation
+from aphro_core.models.spec import RopeSpec
+from aphro_core.worker.gathered_rows import GatheredRowsBuilder
+from aphro_core.worker.paged_rows import PagedRowsBuilder
+from aphro_core.worker.span import Span
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    lengths: tuple[tuple[int, int], ...]  # of each sequence: tokens in the cache, tokens of this step
+    num_kv_heads: int = 2
+    group: int = 3
+    head_dim: int = 8
+    block_size: int = 4
+    window: int | None = None
+    has_norm: bool = False
+    seed: int = 0
+
+    @property
+    def num_heads(self) -> int:
+        return self.num_kv_heads * self.group
+
+
+class Step:
+    """Sequences with random K and V behind them, and random QKV rows for one step."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        source, generator = random.Random(case.seed), torch.Generator().manual_seed(case.seed)
+        size, width = case.block_size, case.head_dim
+        needed = [-(-sum(lengths) // size) for lengths in case.lengths]
+        ids = list(range(sum(needed) + 2))
+        source.shuffle(ids)
+        self.cache = torch.full((len(ids), 2, case.num_kv_heads, size, width), float("nan"))
+        ordered = sorted(case.lengths, key=lambda lengths: (lengths[1] > 1, lengths[0]))
+        self.spans = [
+            Span(c, c + new, array("q", [ids.pop() for _ in range(-(-(c + new) // size))])) for c, new in ordered
+        ]
+        self.past = [torch.randn(2, span.start, case.num_kv_heads, width, generator=generator) for span in self.spans]
+        for span, past in zip(self.spans, self.past, strict=True):
+            for at in range(span.start):
+                self.cache[span.blocks[at // size], :, :, at % size] = past[:, at]
+            if span.start % size:  # a block that was begun was cleared
+                self.cache[span.blocks[span.start // size], :, :, span.start % size :] = 0
+        num_tokens = sum(new for _, new in ordered)
+        self.qkv = torch.randn(num_tokens, case.num_heads + 2 * case.num_kv_heads, width, generator=generator)
+        self.gains = torch.rand(2, width, generator=generator) + 0.5
+        self.positions = torch.tensor([at for span in self.spans for at in range(span.start, span.stop)])
+
+    @property
+    def norms(self) -> tuple[RMSNorm | None, RMSNorm | None]:
+        return (RMSNorm(self.gains[0], 1e-6), RMSNorm(self.gains[1], 1e-6)) if self.case.has_norm else (None, None)
+
+    def rotation(self, is_whole: bool) -> Rotation:
+        rope = RopeSpec(theta=100.0, rotary_dim=self.case.head_dim)
+        whole = RotaryEmbedding(rope, torch.float32, CPU).at(self.positions)
+        if is_whole:
+            return whole
+        half = self.case.head_dim // 2  # as on a GPU
+        return Rotation(whole.cos[:, 0, :half].contiguous(), whole.sin[:, 0, half:].contiguous())
+
+    def split(self) -> tuple[list[Span], list[Span]]:
+        return [s for s in self.spans if s.stop == s.start + 1], [s for s in self.spans if s.stop > s.start + 1]
+
+    def expected(self) -> Tensor:
+        """One query after the other, float64."""
+        case = self.case
+        qkv, rotation = self.qkv.clone(), self.rotation(is_whole=True)
+        q, k, v = qkv.split([case.num_heads, case.num_kv_heads, case.num_kv_heads], dim=1)
+        if case.has_norm:
+            q, k = (
+                x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain
+                for x, gain in zip((q, k), self.gains, strict=True)
+            )
+        q, k = q.clone(), k.clone()
+        rotation.apply_(q)
+        rotation.apply_(k)
+        out, row = [], 0
+        for span, past in zip(self.spans, self.past, strict=True):
+            new = span.stop - span.start
+            keys, values = (torch.cat([old, x[row : row + new]]).double() for old, x in zip(past, (k, v), strict=True))
+            for at in range(new):
+                last = span.start + at
+                first = 0 if case.window is None else max(0, last - case.window + 1)
+                grouped = q[row + at].double().view(case.num_kv_heads, case.group, case.head_dim)
+                scores = torch.einsum("hgd,khd->hgk", grouped, keys[first : last + 1]) * case.head_dim**-0.5
+                attended = torch.einsum("hgk,khd->hgd", scores.softmax(-1), values[first : last + 1])
+                out.append(attended.flatten())
+            row += new
+        return torch.stack(out)
+
+
+def gathered(step: Step) -> Tensor:
+    case = step.case
+    builder = GatheredRowsBuilder(
+        num_heads=case.num_heads,
+        num_kv_heads=case.num_kv_heads,
+        head_dim=case.head_dim,
+        block_size=case.block_size,
+        windows={None, case.window},
+        dtype=torch.float32,
+    )
+    attention = GatheredAttention(case.num_heads, case.num_kv_heads, case.head_dim, case.window, *step.norms)
+    rows = builder.build(*step.split())
+    return attention(step.qkv.clone(), step.rotation(is_whole=True), rows, step.cache.clone())
+
+
+def paged(step: Step) -> Tensor:
+    """The kernels' references: what a GPU is given, computed here."""
+    rows = PagedRowsBuilder(step.case.block_size, CPU).build(*step.split())
+    attention = PagedAttention(step.case.head_dim, step.case.window, *step.norms)
+    return attention(step.qkv.clone(), step.rotation(is_whole=False), rows, step.cache.clone())
+
+
+lengths = st.tuples(st.integers(0, 40), st.one_of(st.just(1), st.integers(1, 20)))
+cases = st.builds(
+    Case,
+    lengths=st.lists(lengths, min_size=1, max_size=8).map(tuple),
+    num_kv_heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 3, 7]),
+    head_dim=st.sampled_from([4, 8, 10]),
+    block_size=st.sampled_from([1, 4, 16]),
+    window=st.one_of(st.none(), st.integers(1, 30)),
+    has_norm=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+
+
+@pytest.mark.parametrize("way", [gathered, paged])
+@settings(max_examples=60, deadline=None)
+@given(case=cases)
+def test_any_step_equals_dense_attention(way: object, case: Case) -> None:
+    assert callable(way)
+    step = Step(case)
+    torch.testing.assert_close(way(step).double(), step.expected(), rtol=1e-4, atol=1e-5)
+
+
+LONG = Case(lengths=((300, 1), (2, 1), (290, 1), (0, 280), (150, 150)), num_kv_heads=3, head_dim=16, block_size=16)
+
+
+@pytest.mark.parametrize("window", [None, 100, 5])
+def test_long_rows_beside_short_ones(window: int | None) -> None:
+    """Enough keys for more than one group and more than one tile with the constants as they are."""
+    step = Step(replace(LONG, window=window))
+    torch.testing.assert_close(gathered(step).double(), step.expected(), rtol=1e-4, atol=1e-5)
+
+
+def builder(**overrides: int) -> GatheredRowsBuilder:
+    sizes = {"num_heads": 9, "num_kv_heads": 3, "head_dim": 64, "block_size": 16} | overrides
+    return GatheredRowsBuilder(**sizes, windows={None}, dtype=torch.bfloat16)
+
+
+def spans_of(*starts: int) -> list[Span]:
+    return [Span(start, start + 1, array("q", range(start // 16 + 1))) for start in starts]
+
+
+def test_one_long_row_does_not_make_short_rows_pay() -> None:
+    view = builder().build(spans_of(*range(100, 115), 8000), []).views[None]
+    assert [(group.start, group.stop) for group in view.decode] == [(0, 15), (15, 16)]
+    assert [group.values.shape[1] for group in view.decode] == [128, 8016]
+
+
+def test_rows_of_like_length_are_one_group() -> None:
+    view = builder().build(spans_of(*range(64, 128, 4)), []).views[None]
+    assert len(view.decode) == 1
+
+
+def test_scratch_memory_is_shared_and_bounded() -> None:
+    rows, spans = builder(), spans_of(*[4000] * 40)
+    rows.build(spans, [])
+    groups = rows.build(spans, []).views[None].decode
+    assert len(groups) > 1
+    assert len({group.gathered.untyped_storage().data_ptr() for group in groups}) == 1
+    assert all(group.gathered.numel() <= 2**24 for group in groups)
+
+
+def test_a_tile_of_a_long_chunk_stays_small() -> None:
+    chunk = builder().build([], [Span(4096, 8192, array("q", range(512)))]).views[None].chunks[0]
+    assert sum(tile.stop - tile.start for tile in chunk.tiles) == 4096
+    assert all(9 * (tile.stop - tile.start) * tile.values.shape[1] <= 2**21 for tile in chunk.tiles)
+    assert chunk.tiles[0].values.shape[1] < 4200  # keys that no query of a tile sees are not multiplied
+
+
+def test_blocks_begun_and_not_filled() -> None:
+    """Those alone must be cleared: a block that is filled at once, or was begun before, holds nothing strange."""
+    rows = builder()
+    assert rows.build(spans_of(15, 17), []).begun_blocks is None
+    blocks = array("q", [5, 6, 7, 8])
+    chunks = [Span(0, 32, blocks), Span(0, 33, blocks), Span(33, 47, blocks), Span(31, 34, blocks)]
+    begun = rows.build([Span(48, 49, blocks)], chunks).begun_blocks
+    assert begun is not None
+    assert begun.tolist() == [8, 7, 7]
