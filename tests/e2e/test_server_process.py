@@ -106,7 +106,9 @@ def test_a_client_that_leaves_frees_its_blocks(tmp_path: Path, tiny: Path) -> No
     with running_server(tmp_path, tiny, *SMALL) as server:
         body = {"prompt": IDS, "max_tokens": 900, "n": 16, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as stream:
-            next(line for line in stream.iter_lines() if line.startswith("data:"))
+            lines = stream.iter_lines()  # kept: httpx closes the connection with its iterator
+            while not next(lines).startswith("data:"):
+                pass
             assert metric(server, "num_requests_running") == 16
         deadline = time.monotonic() + 2
         while metric(server, "num_requests_running") or metric(server, "kv_cache_usage_perc"):

@@ -9,7 +9,7 @@ from typing import Final
 import anyio
 from starlette.types import Message, Receive, Scope, Send
 
-from aphro_core.errors import OverloadedError
+from aphro_core.errors import OverloadedError, first_cause
 from aphro_core.server.refusals import HttpError
 
 MAX_BODY_BYTES: Final = 32 * 2**20
@@ -49,8 +49,10 @@ class Exchange:
                 await self._send_over_body(message)
             else:
                 await self._send(message)
-        except OSError:  # the kernel gave the client up; hypercorn expects no other end than a reset
-            self._is_gone = True
+        except (OSError, ExceptionGroup) as error:
+            if not isinstance(first_cause(error), OSError):
+                raise
+            self._is_gone = True  # the kernel gave the client up; hypercorn expects no other end than a reset
 
     async def _send_over_body(self, message: Message) -> None:
         await self._send({**message, "more_body": True})

@@ -107,18 +107,31 @@ def test_an_answer_to_a_body_that_was_read_goes_out_in_one_piece() -> None:
     assert sent == [LAST]
 
 
-def test_a_client_that_the_kernel_gave_up_is_gone() -> None:
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+def test_a_client_that_the_kernel_gave_up_is_gone(fails_at: int) -> None:
     """hypercorn lets such errors through; nothing more is sent, and the work is cancelled through receive."""
     calls: list[dict[str, Any]] = []
 
     async def scenario() -> None:
         async def send(message: Any) -> None:
             calls.append(message)
-            raise TimeoutError(110, "Connection timed out")
+            if len(calls) == fails_at:
+                raise TimeoutError(110, "Connection timed out")
 
-        one = Exchange(never, send)
-        await one.send({"type": "http.response.start", "status": 200, "headers": []})
-        await one.send(LAST)
+        async def receive() -> Any:
+            return {"type": "http.disconnect"}
+
+        one = Exchange(receive, send)
+        for message in ({"type": "http.response.start", "status": 200, "headers": []}, LAST, LAST):
+            await one.send(message)
 
     anyio.run(scenario)
-    assert len(calls) == 1
+    assert len(calls) == fails_at
+
+
+def test_an_error_that_is_not_the_clients_is_not_hidden() -> None:
+    async def send(message: Any) -> None:
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        anyio.run(Exchange(never, send).send, {"type": "http.response.start", "status": 200, "headers": []})
