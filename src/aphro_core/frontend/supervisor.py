@@ -128,7 +128,4 @@ def engine_environment(config: EngineConfig) -> dict[str, str]:
         "GLOO_SOCKET_IFNAME": "lo",  # one host: the mesh of ranks must not listen where others can reach it
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if "OMP_WAIT_POLICY" not in environment:
-        # libgomp spins 300,000 rounds by default: beside one busy neighbour a step then takes ten times longer
-        defaults["GOMP_SPINCOUNT"] = "4000"
     return {**defaults, **environment}

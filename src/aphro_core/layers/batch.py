@@ -11,15 +11,18 @@ from torch import Tensor
 class DecodeGroup:
     """Rows ``start`` to ``stop`` of the batch, one token each, whose keys are gathered as one rectangle.
 
-    ``keys_t`` and ``values`` are views of ``gathered``, so that a layer has nothing to reshape.
+    ``keys`` and ``values`` are views of ``gathered``, so that a layer has nothing to reshape. A fused group gathers
+    both at once; otherwise the values take the place of the keys once these were used: half the memory to go through.
     """
 
     start: int
     stop: int
-    block_rows: Tensor  # int64, the rows of the cache that ``gathered`` takes, see GatheredRows
-    gathered: Tensor  # [block_rows, block_size * head_dim], scratch memory
-    keys_t: Tensor  # [rows * num_kv_heads, head_dim, keys]
-    values: Tensor  # [rows * num_kv_heads, keys, head_dim]
+    is_fused: bool
+    key_rows: Tensor  # int64, the rows of the cache to gather, see GatheredRows; with the values' if fused
+    value_rows: Tensor
+    gathered: Tensor  # [key_rows, block_size * head_dim], scratch memory
+    keys: Tensor  # [rows, num_kv_heads, keys, head_dim]
+    values: Tensor  # the same
     mask: Tensor  # [rows, 1, 1, keys]: 0 where a key is seen, -inf elsewhere
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
@@ -11,10 +9,6 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention
 from aphro_core.layers.batch import Chunk, DecodeGroup, GatheredRows
 from aphro_core.layers.norm import RMSNorm
 from aphro_core.layers.rotary import Rotation
-
-# Rows times keys of a decode group from which two products and a softmax beat torch's fused operation: that one reads
-# bfloat16 three times slower, but starts in half the time.
-_FUSED_KEYS: Final = 256
 
 
 class GatheredAttention:
@@ -53,23 +47,18 @@ class GatheredAttention:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _decode(self, part: DecodeGroup, q: Tensor, cache: Tensor) -> Tensor:
-        num_rows, num_kv_heads = len(q), self._num_kv_heads
-        _gather(cache, part.block_rows, part.gathered)
-        folded = torch.mul(q, self._scale).view(num_rows * num_kv_heads, -1, self._head_dim)
-        if num_rows * part.values.shape[1] < _FUSED_KEYS:
-            batched = (num_rows, num_kv_heads, -1, self._head_dim)
-            attended = scaled_dot_product_attention(
-                folded.view(batched),
-                part.keys_t.transpose(1, 2).view(batched),
-                part.values.view(batched),
-                attn_mask=part.mask,
-                scale=1.0,
-            )
-        else:
-            scores = torch.bmm(folded, part.keys_t)
-            scores.view(num_rows, num_kv_heads, *scores.shape[1:]).add_(part.mask)
-            attended = torch.bmm(scores.softmax(dim=-1), part.values)
-        return attended.reshape(num_rows, -1)
+        num_rows, num_kv_heads, num_keys, head_dim = part.keys.shape
+        _gather(cache, part.key_rows, part.gathered)
+        folded = torch.mul(q, self._scale).view(num_rows, num_kv_heads, -1, head_dim)
+        if part.is_fused:
+            attended = scaled_dot_product_attention(folded, part.keys, part.values, attn_mask=part.mask, scale=1.0)
+            return attended.reshape(num_rows, -1)
+        matrices = num_rows * num_kv_heads
+        keys_t = part.keys.view(matrices, num_keys, head_dim).transpose(1, 2)
+        scores = torch.bmm(folded.view(matrices, -1, head_dim), keys_t)
+        scores.view(num_rows, num_kv_heads, -1, num_keys).add_(part.mask)
+        _gather(cache, part.value_rows, part.gathered)
+        return torch.bmm(scores.softmax(dim=-1), part.values.view(matrices, num_keys, head_dim)).view(num_rows, -1)
 
     def _prefill(self, part: Chunk, q: Tensor, cache: Tensor) -> Tensor:
         num_kv_heads, head_dim = self._num_kv_heads, self._head_dim

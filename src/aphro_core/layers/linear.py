@@ -30,9 +30,13 @@ class Linear:
         """``[rows, in_features]`` to ``[rows, out_features]``, the dtype of the weight."""
         if not self._is_packed:
             return linear(x, self._weight, self._bias)
-        rows = x.expand(_FEWEST_ROWS, -1) if x.shape[0] == 1 else x
-        y: Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, self._weight, self._bias, "none", [], "")
-        return y[: x.shape[0]]
+        if x.shape[0] > 1:
+            return self._multiply(x)
+        return self._multiply(x.expand(_FEWEST_ROWS, -1))[:1]
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self._weight, self._bias, "none", [], "")
+        return y
 
     @property
     def packed_bytes(self) -> int:

@@ -13,11 +13,14 @@ from torch import Tensor
 from aphro_core.layers.batch import Chunk, ChunkTile, DecodeGroup, GatheredRows, KeyView
 from aphro_core.worker.span import Span
 
+# Rows times keys of a decode group below which torch's fused attention beats two products and a softmax: it starts in
+# half the time, but then reads bfloat16 three times as slowly.
+_FUSED_KEYS: Final = 256
 # Elements of K and V. Padding up to the first is cheaper than a group of its own, about 0.1 ms a layer on two cores;
-# above the second a group would be larger than a core's share of the cache and the scratch memory would grow.
+# a group above the second leaves the processor's cache between gathering and multiplying.
 _MAX_WASTE: Final = 2**18
-_MAX_GROUP: Final = 2**24
-# Elements of a tile's scores, which are written and read four times and should stay in the cache, and its rows.
+_MAX_GROUP: Final = 2**21
+# Elements of a tile's scores, which are written and read four times and should stay in the cache; rows of a tile.
 _MAX_SCORES: Final = 2**21
 _TILE_ROWS: Final = range(16, 129)
 _HIDDEN: Final = float("-inf")
@@ -63,8 +66,11 @@ class GatheredRowsBuilder:
         )
 
     def _view(self, window: int | None, decode: Sequence[Span], chunks: Sequence[Span]) -> KeyView:
-        cuts = self._cut_groups([self._blocks_seen(span, window) for span in decode])
-        groups = [self._group(start, decode[start:stop], window) for start, stop in pairwise(cuts)]
+        seen = [self._blocks_seen(span, window) for span in decode]
+        groups = [
+            self._group(start, decode[start:stop], seen[start:stop], window)
+            for start, stop in pairwise(self._cut_groups(seen))
+        ]
         view, row = KeyView(groups, []), len(decode)
         for span in chunks:
             view.chunks.append(self._chunk(row, span, window))
@@ -89,15 +95,27 @@ class GatheredRowsBuilder:
                 longest, waste = len(seen[row]), 0
         return [0, *reversed(cuts)] if seen else []
 
-    def _group(self, row: int, spans: Sequence[Span], window: int | None) -> DecodeGroup:
-        seen = [self._blocks_seen(span, window) for span in spans]
-        num_blocks = max(map(len, seen))
+    def _group(self, row: int, spans: Sequence[Span], seen: Sequence[range], window: int | None) -> DecodeGroup:
+        num_rows, num_blocks = len(spans), max(map(len, seen))
         tables = b"".join(_padded(span.blocks, places, num_blocks) for span, places in zip(spans, seen, strict=True))
-        block_rows = self._block_rows(torch.frombuffer(bytearray(tables), dtype=torch.int64), len(spans))
-        gathered, keys, values = self._scratch_for(block_rows, len(spans) * self._num_kv_heads)
-        ends = [stop - places.start * self._block_size for (_, stop, _), places in zip(spans, seen, strict=True)]
-        mask = self._decode_mask(torch.tensor(ends), keys.shape[1], window)
-        return DecodeGroup(row, row + len(spans), block_rows, gathered, keys.transpose(1, 2), values, mask)
+        block_rows = self._block_rows(torch.frombuffer(bytearray(tables), dtype=torch.int64), num_rows)
+        num_keys = num_blocks * self._block_size
+        is_fused = num_rows * num_keys < _FUSED_KEYS
+        key_rows, value_rows = block_rows.chunk(2)
+        gathered = self._scratch_for(block_rows if is_fused else key_rows)
+        matrices = gathered.view(-1, num_rows, self._num_kv_heads, num_keys, self._head_dim)
+        ends = [span.stop - places.start * self._block_size for span, places in zip(spans, seen, strict=True)]
+        return DecodeGroup(
+            start=row,
+            stop=row + num_rows,
+            is_fused=is_fused,
+            key_rows=block_rows if is_fused else key_rows,
+            value_rows=value_rows,
+            gathered=gathered,
+            keys=matrices[0],
+            values=matrices[-1],
+            mask=self._decode_mask(torch.tensor(ends), num_keys, window),
+        )
 
     def _decode_mask(self, ends: Tensor, num_keys: int, window: int | None) -> Tensor:
         """``ends`` [rows]: keys up to there exist, counted from the first gathered one."""
@@ -111,7 +129,8 @@ class GatheredRowsBuilder:
         start, stop, blocks = span
         seen = self._blocks_seen(span, window)
         block_rows = self._block_rows(torch.tensor(blocks[seen.start : seen.stop]), 1)
-        gathered, keys, values = self._scratch_for(block_rows, self._num_kv_heads)
+        gathered = self._scratch_for(block_rows)
+        keys, values = gathered.view(2, self._num_kv_heads, -1, self._head_dim)
         first_key = seen.start * self._block_size
         num_rows = _MAX_SCORES // (self._num_heads * (stop - first_key))
         num_rows = min(max(num_rows, _TILE_ROWS[0]), _TILE_ROWS[-1])
@@ -136,14 +155,12 @@ class GatheredRowsBuilder:
         """``[2, rows, num_kv_heads, blocks]`` flattened: all K, then all V, each head's blocks one after the other."""
         return (tables.view(1, num_rows, 1, -1) * self._planes.numel() + self._planes).flatten()
 
-    def _scratch_for(self, block_rows: Tensor, num_matrices: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Scratch memory for gathered rows, and what it will hold: keys and values [matrices, keys, head_dim]."""
+    def _scratch_for(self, block_rows: Tensor) -> Tensor:
+        """``[block_rows, block_size * head_dim]``, the same memory each time while it is large enough."""
         width = self._block_size * self._head_dim
         if self._scratch.numel() < block_rows.numel() * width:
             self._scratch = torch.empty(block_rows.numel() * width, dtype=self._dtype)
-        gathered = self._scratch[: block_rows.numel() * width].view(-1, width)
-        keys, values = gathered.view(2, num_matrices, -1, self._head_dim)
-        return gathered, keys, values
+        return self._scratch[: block_rows.numel() * width].view(-1, width)
 
 
 def _padded(blocks: array[int], places: range, num_blocks: int) -> bytes:

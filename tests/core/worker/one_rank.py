@@ -1,4 +1,4 @@
-"""A rank driven by hand-made plans, with scattered blocks, chunks of any size and prefix hits, for the runner's tests."""
+"""A rank driven by hand-made plans: scattered blocks, chunks of any size, prefix hits. Shared by the runner's tests."""
 
 from __future__ import annotations
 

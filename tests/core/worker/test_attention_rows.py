@@ -176,7 +176,7 @@ def spans_of(*starts: int) -> list[Span]:
 def test_one_long_row_does_not_make_short_rows_pay() -> None:
     view = builder().build(spans_of(*range(100, 115), 8000), []).views[None]
     assert [(group.start, group.stop) for group in view.decode] == [(0, 15), (15, 16)]
-    assert [group.values.shape[1] for group in view.decode] == [128, 8016]
+    assert [group.values.shape[2] for group in view.decode] == [128, 8016]
 
 
 def test_rows_of_like_length_are_one_group() -> None:
@@ -190,7 +190,7 @@ def test_scratch_memory_is_shared_and_bounded() -> None:
     groups = rows.build(spans, []).views[None].decode
     assert len(groups) > 1
     assert len({group.gathered.untyped_storage().data_ptr() for group in groups}) == 1
-    assert all(group.gathered.numel() <= 2**24 for group in groups)
+    assert all(group.gathered.numel() <= 2**20 for group in groups)
 
 
 def test_a_tile_of_a_long_chunk_stays_small() -> None:

@@ -83,7 +83,7 @@ def test_views_for_the_windows_of_the_stage_only(pp: int, windows: set[int | Non
     assert isinstance(rows, GatheredRows)
     assert set(rows.views) == windows
     # of positions 71 to 90 in blocks of 4, and of all up to 90
-    keys = {window: view.decode[0].values.shape[1] for window, view in rows.views.items()}
+    keys = {window: view.decode[0].values.shape[2] for window, view in rows.views.items()}
     assert keys == {window: 24 if window else 92 for window in windows}
 
 

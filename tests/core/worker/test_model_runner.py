@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from aphro_core.layers import gathered_attention
 from aphro_core.messages.steps import ScheduledSequence, StepPlan, StepResult
 from aphro_core.request import SamplingParams
 from aphro_core.worker import gathered_rows, model_runner
@@ -88,7 +87,7 @@ LIMITS: dict[str, dict[str, Any]] = {
 def test_random_chunks_in_mixed_batches(model: Model, seed: int, limits: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every sequence gives transformers' tokens whatever rides beside it, however its prompt is cut."""
     for name, value in LIMITS[limits].items():
-        monkeypatch.setattr(gathered_attention if name == "_FUSED_KEYS" else gathered_rows, name, value)
+        monkeypatch.setattr(gathered_rows, name, value)
     source, planner, runner = random.Random(seed), Planner(seed), model.runner()
     waiting = list(range(len(model.prompts)))
     source.shuffle(waiting)
