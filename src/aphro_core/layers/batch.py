@@ -34,7 +34,9 @@ class ChunkTile:
     stop: int
     keys_t: Tensor  # [num_kv_heads, head_dim, keys]
     values: Tensor  # [num_kv_heads, keys, head_dim]
-    mask: Tensor  # [queries, masked_keys], for the last masked_keys of the keys; all before them are seen
+    scores: Tensor  # [num_kv_heads, group * queries, keys], scratch memory
+    masked_scores: Tensor  # [num_kv_heads, group, queries, masked keys]: those of the last keys; all before are seen
+    mask: Tensor  # [queries, masked keys]: 0 or -inf
 
 
 @dataclass(slots=True)

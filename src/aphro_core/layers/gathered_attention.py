@@ -58,23 +58,26 @@ class GatheredAttention:
         scores = torch.bmm(folded.view(matrices, -1, head_dim), keys_t)
         scores.view(num_rows, num_kv_heads, -1, num_keys).add_(part.mask)
         _gather(cache, part.value_rows, part.gathered)
-        return torch.bmm(scores.softmax(dim=-1), part.values.view(matrices, num_keys, head_dim)).view(num_rows, -1)
+        return torch.bmm(_softmax_(scores), part.values.view(matrices, num_keys, head_dim)).view(num_rows, -1)
 
     def _prefill(self, part: Chunk, q: Tensor, cache: Tensor) -> Tensor:
         num_kv_heads, head_dim = self._num_kv_heads, self._head_dim
         _gather(cache, part.block_rows, part.gathered)
         attended = torch.empty_like(q, memory_format=torch.contiguous_format)
         for tile in part.tiles:
-            num_queries = tile.stop - tile.start
             folded = torch.mul(q[tile.start : tile.stop].transpose(0, 1), self._scale)
-            scores = torch.bmm(folded.reshape(num_kv_heads, -1, head_dim), tile.keys_t)
-            masked = tile.mask.shape[1]
-            scores.view(num_kv_heads, -1, num_queries, scores.shape[2])[..., -masked:].add_(tile.mask)
-            out = torch.bmm(scores.softmax(dim=-1), tile.values)
-            attended[tile.start : tile.stop] = out.view(-1, num_queries, head_dim).transpose(0, 1)
+            torch.bmm(folded.reshape(num_kv_heads, -1, head_dim), tile.keys_t, out=tile.scores)
+            tile.masked_scores.add_(tile.mask)
+            out = torch.bmm(_softmax_(tile.scores), tile.values)
+            attended[tile.start : tile.stop] = out.view(-1, tile.stop - tile.start, head_dim).transpose(0, 1)
         return attended.view(len(q), -1)
 
 
 def _gather(cache: Tensor, block_rows: Tensor, out: Tensor) -> None:
     """Chosen (block, K or V, head) rows of the cache, one after the other."""
     torch.index_select(cache.view(-1, out.shape[1]), 0, block_rows, out=out)
+
+
+def _softmax_(scores: Tensor) -> Tensor:
+    """In place: a third of a long prompt's attention would go into fresh memory for the probabilities."""
+    return torch.softmax(scores, dim=-1, out=scores)

@@ -29,8 +29,9 @@ class Draft:
         start = sequence.num_computed
         stop = start + num_tokens
         samples = stop == len(sequence.token_ids)
-        token_ids = sequence.unsent_token_ids()
-        row = ScheduledSequence(sequence.add.seq_id, start, num_tokens, token_ids, new_block_ids, samples)
+        token_ids = sequence.token_ids[sequence.num_sent :]
+        sequence.num_sent += len(token_ids)
+        row = ScheduledSequence(sequence.seq_id, start, num_tokens, token_ids, new_block_ids, samples)
         self.scheduled.append(row)
         self.sequences.append(sequence)
         self.tokens_left -= num_tokens

@@ -36,11 +36,8 @@ class InFlight:
             _extend_prompt_logprobs(sequences, result)
         for sequence in sequences:
             sequence.is_in_flight = False
-        sampled = iter(result.sampled)
-        return [
-            (sequence, next(sampled) if row.samples else None)
-            for row, sequence in zip(plan.scheduled, sequences, strict=True)
-        ]
+        sampled = {token.seq_id: token for token in result.sampled}
+        return [(sequence, sampled.get(sequence.seq_id)) for sequence in sequences]
 
 
 def _check(plan: StepPlan, result: StepResult) -> None:

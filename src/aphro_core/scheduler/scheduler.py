@@ -172,7 +172,8 @@ class Scheduler:
                     return
                 self._preempt(victim)
             draft.place(sequence, 1, new_block_ids)
-            self._tables.register(sequence)
+            if not sequence.num_computed % self._blocks.block_size:
+                self._tables.register(sequence)
             index += 1
 
     def _prefill_share(self, prefills: list[Sequence]) -> int:

@@ -29,12 +29,14 @@ class Sequence:
         "num_registered",
         "num_sent",
         "prompt_logprobs",
+        "seq_id",
         "stop_token_ids",
         "token_ids",
     )
 
     def __init__(self, add: AddSequence, *, arrival: int, max_model_len: int) -> None:
         self.add = add
+        self.seq_id = add.seq_id
         self.arrival = arrival
         self.max_len = min(len(add.prompt_token_ids) + add.max_tokens, max_model_len)
         self.token_ids = add.prompt_token_ids + add.output_token_ids
@@ -49,10 +51,6 @@ class Sequence:
         # None: not wanted, or delivered. Whoever has got tokens has got these with the first of them.
         wanted = add.sampling.prompt_logprobs is not None and not add.output_token_ids
         self.prompt_logprobs: list[TokenLogprobs] | None = [] if wanted else None
-
-    @property
-    def seq_id(self) -> int:
-        return self.add.seq_id
 
     @property
     def is_running(self) -> bool:
@@ -95,12 +93,6 @@ class Sequence:
             seed=self.add.seed,
             stop_token_ids=self.add.stop_token_ids,
         )
-
-    def unsent_token_ids(self) -> list[int]:
-        """The tokens that the workers do not know yet; they do after this call."""
-        token_ids = self.token_ids[self.num_sent :]
-        self.num_sent += len(token_ids)
-        return token_ids
 
     def restart(self) -> None:
         """Nothing is computed any more, its blocks are gone: the tokens so far are computed again, like a prompt."""

@@ -48,7 +48,7 @@ class GatheredRowsBuilder:
         self._plane_rows = torch.arange(planes) * block_size
         self._planes = torch.arange(planes).view(2, 1, num_kv_heads, 1)
         self._causal = torch.full((_TILE_ROWS[-1], _TILE_ROWS[-1]), _HIDDEN, dtype=dtype).triu_(1)
-        self._scratch = torch.empty(0, dtype=dtype)
+        self._gathered, self._scores = Scratch(dtype), Scratch(dtype)
 
     def build(self, decode: Sequence[Span], chunks: Sequence[Span]) -> GatheredRows:
         """``decode`` spans have one position each and come in ascending order of it."""
@@ -102,7 +102,7 @@ class GatheredRowsBuilder:
         num_keys = num_blocks * self._block_size
         is_fused = num_rows * num_keys < _FUSED_KEYS
         key_rows, value_rows = block_rows.chunk(2)
-        gathered = self._scratch_for(block_rows if is_fused else key_rows)
+        gathered = self._gathered.take(len(block_rows if is_fused else key_rows), self._block_size * self._head_dim)
         matrices = gathered.view(-1, num_rows, self._num_kv_heads, num_keys, self._head_dim)
         ends = [span.stop - places.start * self._block_size for span, places in zip(spans, seen, strict=True)]
         return DecodeGroup(
@@ -129,19 +129,33 @@ class GatheredRowsBuilder:
         start, stop, blocks = span
         seen = self._blocks_seen(span, window)
         block_rows = self._block_rows(torch.tensor(blocks[seen.start : seen.stop]), 1)
-        gathered = self._scratch_for(block_rows)
-        keys, values = gathered.view(2, self._num_kv_heads, -1, self._head_dim)
+        gathered = self._gathered.take(len(block_rows), self._block_size * self._head_dim)
         first_key = seen.start * self._block_size
         num_rows = _MAX_SCORES // (self._num_heads * (stop - first_key))
         num_rows = min(max(num_rows, _TILE_ROWS[0]), _TILE_ROWS[-1])
-        tiles = []
-        for first in range(start, stop, num_rows):
-            end = min(first + num_rows, stop)
-            low = first_key if window is None else max(first + 1 - window, first_key)
-            mask = self._tile_mask(range(first, end), range(low, end), window)
-            at = slice(low - first_key, end - first_key)
-            tiles.append(ChunkTile(first - start, end - start, keys[:, at].transpose(1, 2), values[:, at], mask))
+        tiles = [
+            self._tile(range(first, min(first + num_rows, stop)), start, gathered, first_key, window)
+            for first in range(start, stop, num_rows)
+        ]
         return Chunk(row, row + stop - start, block_rows, gathered, tiles)
+
+    def _tile(self, queries: range, start: int, gathered: Tensor, first_key: int, window: int | None) -> ChunkTile:
+        """``queries`` are positions of a chunk from ``start`` on, ``first_key`` the position gathered first."""
+        low = first_key if window is None else max(queries.start + 1 - window, first_key)
+        matrices = gathered.view(2, self._num_kv_heads, -1, self._head_dim)
+        keys, values = matrices[:, :, low - first_key : queries.stop - first_key]
+        scores = self._scores.take(self._num_heads * len(queries), queries.stop - low)
+        grouped = scores.view(self._num_kv_heads, -1, len(queries), queries.stop - low)
+        mask = self._tile_mask(queries, range(low, queries.stop), window)
+        return ChunkTile(
+            start=queries.start - start,
+            stop=queries.stop - start,
+            keys_t=keys.transpose(1, 2),
+            values=values,
+            scores=grouped.flatten(1, 2),
+            masked_scores=grouped[..., -mask.shape[1] :],
+            mask=mask,
+        )
 
     def _tile_mask(self, queries: range, keys: range, window: int | None) -> Tensor:
         """``queries`` and ``keys`` are positions; they end together."""
@@ -155,12 +169,18 @@ class GatheredRowsBuilder:
         """``[2, rows, num_kv_heads, blocks]`` flattened: all K, then all V, each head's blocks one after the other."""
         return (tables.view(1, num_rows, 1, -1) * self._planes.numel() + self._planes).flatten()
 
-    def _scratch_for(self, block_rows: Tensor) -> Tensor:
-        """``[block_rows, block_size * head_dim]``, the same memory each time while it is large enough."""
-        width = self._block_size * self._head_dim
-        if self._scratch.numel() < block_rows.numel() * width:
-            self._scratch = torch.empty(block_rows.numel() * width, dtype=self._dtype)
-        return self._scratch[: block_rows.numel() * width].view(-1, width)
+
+class Scratch:
+    """Memory that is used again and again: fresh pages in every layer would cost more than what is written to them."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._memory = torch.empty(0, dtype=dtype)
+
+    def take(self, rows: int, width: int) -> Tensor:
+        """``[rows, width]``, the same memory each time while it is large enough."""
+        if self._memory.numel() < rows * width:
+            self._memory = torch.empty(rows * width, dtype=self._memory.dtype)
+        return self._memory[: rows * width].view(rows, width)
 
 
 def _padded(blocks: array[int], places: range, num_blocks: int) -> bytes:
