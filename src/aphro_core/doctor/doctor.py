@@ -1,0 +1,148 @@
+"""The table of checks, and their runner: each has a time limit, and what hangs or crashes in one is a finding of it."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from typing import Final
+
+import anyio
+
+from aphro_core.doctor.check import Cluster, ClusterCheck, HostCheck, LiveOptions
+from aphro_core.doctor.checks import limit_memlock, name_loopback, shm_size
+from aphro_core.doctor.finding import Evidence, Finding, Status
+from aphro_core.errors import AphroError, UsageError
+from aphro_core.remote.remote import Host, HostUnreachableError
+from aphro_core.remote.ssh import open_host
+
+HOST_CHECKS: Final[tuple[HostCheck, ...]] = (shm_size, limit_memlock)
+CLUSTER_CHECKS: Final[tuple[ClusterCheck, ...]] = (name_loopback,)
+CHECKS: Final[dict[str, HostCheck | ClusterCheck]] = {
+    **{check.ID: check for check in HOST_CHECKS},
+    **{check.ID: check for check in CLUSTER_CHECKS},
+}
+
+CONNECT: Final = "host.ssh"  # the finding of a host that cannot be reached at all
+_RDMA: Final = ("ib.", "roce.", "gdr.", "efa")  # asked for by --ib or by name
+_LIMIT_SECONDS: Final = 20.0
+_AT_ONCE: Final = 6  # checks of one host: sshd admits ten sessions on a connection
+
+OnFinding = Callable[[Finding], None]
+
+
+def explain(check_id: str) -> str:
+    """What a check reads, and what its verdicts mean. Raises UsageError for an unknown id."""
+    _refuse_unknown([check_id])
+    check = CHECKS.get(check_id)
+    if check is None:
+        raise UsageError(f"{check_id!r} is several checks", hint=f"one of {', '.join(selected([check_id], ib=True))}")
+    return f"{check.ID}: {check.TITLE}\n\n{check.EXPLAIN.strip()}\n"
+
+
+def selected(only: Sequence[str] = (), skip: Sequence[str] = (), *, ib: bool = False) -> list[str]:
+    """Ids of the checks to run, in the table's order. ``only`` and ``skip`` hold ids or patterns (``net.*``)."""
+    _refuse_unknown([*only, *skip])
+    chosen = [name for name in CHECKS if (_matches(name, only) if only else ib or not name.startswith(_RDMA))]
+    return [name for name in chosen if not _matches(name, skip)]
+
+
+async def run_checks(
+    *,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    ib: bool = False,
+    hosts: Sequence[str] = (),
+    live: LiveOptions | None = None,
+    on_finding: OnFinding = lambda finding: None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[Finding]:
+    """Run the selected checks on this host, or on ``hosts`` ([user@]host[:port]), and those between hosts.
+
+    The findings come in the table's order, then in that of the hosts; ``on_finding`` gets each as soon as it is there.
+    Raises UsageError for ids or hosts that cannot be; never for what a check finds.
+    """
+    names = selected(only, skip, ib=ib)
+    targets = list(dict.fromkeys(hosts)) or [""]
+    findings: list[Finding] = []
+
+    def add(found: list[Finding]) -> None:
+        findings.extend(found)
+        for finding in found:
+            on_finding(finding)
+
+    async with AsyncExitStack() as stack:
+        reached: list[Host] = []
+        for target in targets:
+            progress(f"connecting to {target}")
+            try:
+                reached.append(await stack.enter_async_context(open_host(target)))
+            except HostUnreachableError as error:
+                add([Finding(CONNECT, Status.FAIL, error.message, True, (), error.hint or "", target)])
+        async with anyio.create_task_group() as tasks:
+            for host in reached:
+                tasks.start_soon(_run_on, host, [check for check in HOST_CHECKS if check.ID in names], add)
+        cluster = Cluster(reached, live or LiveOptions(), ib, progress)
+        for check in CLUSTER_CHECKS:
+            if check.ID in names and reached:
+                add(await _guarded(check, check.check(cluster), None))
+    return sorted(findings, key=lambda finding: _place(finding, targets))
+
+
+async def _run_on(host: Host, checks: Sequence[HostCheck], add: Callable[[list[Finding]], None]) -> None:
+    at_once = anyio.Semaphore(_AT_ONCE)
+
+    async def run(check: HostCheck) -> None:
+        async with at_once:
+            found = await _guarded(check, check.check(host), _LIMIT_SECONDS)
+        add([replace(finding, host=finding.host or host.name) for finding in found])
+
+    async with anyio.create_task_group() as tasks:
+        for check in checks:
+            tasks.start_soon(run, check)
+
+
+async def _guarded(
+    check: HostCheck | ClusterCheck, running: Awaitable[Finding | list[Finding]], limit_seconds: float | None
+) -> list[Finding]:
+    """What a check found, or that it did not end, or how it crashed. ``None``: it keeps limits of its own."""
+    try:
+        with anyio.fail_after(limit_seconds):
+            found = await running
+    except TimeoutError as error:
+        reason = str(error) or f"no answer within {limit_seconds:g} s"
+        return [Finding(check.ID, Status.FAIL, f"{check.TITLE}: {reason}", remedy="look at `dmesg` on that host")]
+    except AphroError as error:
+        return [Finding(check.ID, Status.FAIL, f"{check.TITLE}: {error.message}", remedy=error.hint or "")]
+    except Exception as error:
+        title = f"{check.TITLE}: this check failed itself, please report it ({type(error).__name__}: {error})"
+        return [Finding(check.ID, Status.WARN, title, evidence=_where(error))]
+    return [found] if isinstance(found, Finding) else found
+
+
+def _where(error: Exception) -> tuple[Evidence, ...]:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return ()
+    return (Evidence(trace.tb_frame.f_code.co_filename, trace.tb_lineno, repr(error)),)
+
+
+def _place(finding: Finding, targets: Sequence[str]) -> tuple[int, int]:
+    order = [CONNECT, *CHECKS]
+    return (
+        order.index(finding.id) if finding.id in order else len(order),
+        targets.index(finding.host) if finding.host in targets else len(targets),
+    )
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.") for pattern in patterns)
+
+
+def _refuse_unknown(patterns: Sequence[str]) -> None:
+    for pattern in patterns:
+        if not any(_matches(name, [pattern]) for name in CHECKS):
+            raise UsageError(f"no check is called {pattern!r}", hint=f"ids and patterns of {', '.join(CHECKS)}")
