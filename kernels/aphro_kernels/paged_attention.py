@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Final
 
 import torch
 from torch import Tensor
 
-from aphro_kernels.attention_kernels import attention_kernel, combine_kernel
-from aphro_kernels.language import next_power_of_2, runs_kernels, triton
-
-# decode: programs to aim at, and keys of one of them at least and at most
-_NUM_PROGRAMS: Final = 256
-_PIECES: Final = (128, 1024)
-_MAX_PIECES: Final = 64  # of one row
+from aphro_kernels.attention_kernels import attention_kernel
+from aphro_kernels.decode_attention import decode_attention
+from aphro_kernels.decode_work import DecodeWork, build_decode_work, plan_decode_
+from aphro_kernels.language import next_power_of_2, runs_kernels
 
 
 def paged_attention_reference(
@@ -29,6 +25,7 @@ def paged_attention_reference(
     max_seq_len: int,
     scale: float,
     window: int | None = None,
+    work: DecodeWork | None = None,
 ) -> Tensor:
     num_kv_heads, block_size, head_dim = k_cache.shape[1:]
     out = torch.zeros_like(q)
@@ -64,16 +61,17 @@ def paged_attention(
     max_seq_len: int,
     scale: float,
     window: int | None = None,
+    work: DecodeWork | None = None,
 ) -> Tensor:
     """``[num_tokens, num_heads, head_dim]``, the shape and dtype of ``q``; tokens of a sequence stand together.
 
     The last of a sequence's queries sees all its ``seq_lens`` keys, those before it one less each; with ``window``
     only the last ``window`` of these. Caches ``[num_blocks, num_kv_heads, block_size, head_dim]``; ``block_tables``
     [num_seqs, max_blocks], ``seq_lens`` [num_seqs] (this step's tokens included), ``query_start_loc``
-    [num_seqs + 1], all int32. ``max_query_len`` 1 says that every sequence has exactly one query: that takes the
-    decode path, which splits long rows and adds the parts in a fixed order. Call decode rows and chunks apart: a
-    decode row among chunks costs a chunk's tile. ``max_query_len``, ``max_seq_len`` are upper bounds. A sequence of
-    length 0 gives zeros.
+    [num_seqs + 1], all int32. ``max_query_len`` 1 says that every sequence has exactly one query: that takes
+    decode_attention.py, for which ``work`` should be this step's plan (without one, each call makes its own). Call
+    decode rows and chunks apart: a decode row among chunks costs a chunk's tile. ``max_query_len``, ``max_seq_len``
+    are upper bounds. A sequence of length 0 gives zeros.
     """
     op = _launch if runs_kernels(q) else paged_attention_reference
     return op(
@@ -87,6 +85,7 @@ def paged_attention(
         max_seq_len=max_seq_len,
         scale=scale,
         window=window,
+        work=work,
     )
 
 
@@ -102,39 +101,36 @@ def _launch(
     max_seq_len: int,
     scale: float,
     window: int | None = None,
+    work: DecodeWork | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, block_size = k_cache.shape[1:3]
+    if max_query_len == 1:
+        work = _plan(q, num_kv_heads, seq_lens, window) if work is None else work
+        assert work.window == (window or 0)
+        return decode_attention(
+            q, k_cache, v_cache, block_tables=block_tables, seq_lens=seq_lens, scale=scale, work=work, out=out
+        )
     assert q.stride()[1:] == (head_dim, 1)
     assert k_cache[0].is_contiguous()
     assert k_cache.stride() == v_cache.stride()
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     if not num_tokens:
         return out
-    is_decode = max_query_len == 1
     group, group_padded = num_heads // num_kv_heads, next_power_of_2(num_heads // num_kv_heads)
     dims = max(next_power_of_2(head_dim), 16)  # the least that tl.dot takes
-    tile = _tile(is_decode, num_tokens * num_heads, group_padded, dims, q.dtype)
-    piece = _piece(num_tokens * num_kv_heads, max_seq_len)
-    assert piece % tile["KEYS"] == 0
-    num_pieces = triton.cdiv(max_seq_len, piece) if is_decode else 1
-    is_split = num_pieces > 1
-    parts = q.new_empty(num_tokens, num_heads, num_pieces, head_dim, dtype=torch.float32) if is_split else out
-    weights = q.new_empty(num_tokens, num_heads, num_pieces, dtype=torch.float32) if is_split else out
-    queries = 1 if is_decode else tile["ROWS"] // group_padded
-    num_tiles = num_tokens if is_decode else num_tokens // queries + len(seq_lens)
-    attention_kernel[(num_tiles, num_kv_heads, num_pieces)](
+    tile = _tile(num_tokens * num_heads, group_padded, dims, q.dtype)
+    queries = tile["ROWS"] // group_padded
+    attention_kernel[(num_tokens // queries + len(seq_lens), num_kv_heads)](
         q,
         k_cache,
         v_cache,
-        parts,
-        weights,
+        out,
         block_tables,
         seq_lens,
         query_start_loc,
         len(seq_lens),
-        piece,
         q.stride(0),
         k_cache.stride(0),
         block_tables.stride(0),
@@ -146,47 +142,34 @@ def _launch(
         DIMS=dims,
         BLOCK_SIZE=block_size,
         WINDOW=window or 0,
-        IS_DECODE=is_decode,
-        IS_SPLIT=is_split,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         **tile,
     )
-    if is_split:
-        at_once = min(next_power_of_2(num_pieces), 16)
-        combine_kernel[(num_tokens, num_heads)](
-            parts,
-            weights,
-            out,
-            seq_lens,
-            num_pieces,
-            piece,
-            HEAD_DIM=head_dim,
-            DIMS=dims,
-            WINDOW=window or 0,
-            PIECES=at_once,
-            num_warps=min(max(at_once * dims // 512, 1), 4),
-        )
     return out
 
 
-def _piece(num_rows: int, max_seq_len: int) -> int:
-    """Keys of one program in decode, for ``num_rows`` rows times KV heads: a power of two.
+def _plan(q: Tensor, num_kv_heads: int, seq_lens: Tensor, window: int | None) -> DecodeWork:
+    num_rows, num_heads, head_dim = q.shape
+    work = build_decode_work(
+        num_rows,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=q.dtype,
+        device=q.device,
+        window=window,
+    )
+    if num_rows:
+        plan_decode_(work, seq_lens, num_kv_heads)
+    return work
 
-    Enough pieces for every multiprocessor to have some. Longer ones save partial results, shorter ones balance rows
-    of different lengths, and beyond ``_MAX_PIECES`` a row the partial results would take too much memory.
-    """
-    wanted = next_power_of_2(max(max_seq_len * num_rows // _NUM_PROGRAMS, 1))
-    return max(min(max(wanted, _PIECES[0]), _PIECES[1]), next_power_of_2(triton.cdiv(max_seq_len, _MAX_PIECES)))
 
-
-def _tile(is_decode: bool, num_rows: int, group_padded: int, dims: int, dtype: torch.dtype) -> dict[str, int]:
+def _tile(num_rows: int, group_padded: int, dims: int, dtype: torch.dtype) -> dict[str, int]:
     """Rows (queries times heads of a group) and keys of one program, and how Triton runs it.
 
     Measured on an H200 with bfloat16 and head_dim 64 and 128; ``num_rows`` is queries times heads of the step.
     """
     head_bytes = dims * dtype.itemsize
-    if is_decode:
-        return {"ROWS": max(16, group_padded), "KEYS": 32 if head_bytes > 256 else 128, "num_warps": 4, "num_stages": 2}
     is_small = num_rows < 2**16  # too few tiles of the larger kind for all multiprocessors
     if head_bytes > 256:
         rows, keys, num_warps, num_stages = 64, 32, 4, 2

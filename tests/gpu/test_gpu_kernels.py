@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.comparisons import compare_attention, compare_rms_norm, compare_rotary, compare_silu_and_mul
+from tests.kernels.comparisons import (
+    compare_attention,
+    compare_decode_inputs,
+    compare_rms_norm,
+    compare_rotary,
+    compare_silu_and_mul,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -42,6 +48,11 @@ def test_rotary(
     dtype: torch.dtype,
 ) -> None:
     compare_rotary(num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim, dtype, "cuda", has_norm)
+
+
+@pytest.mark.parametrize(("num_rows", "max_rows"), [(1, 1), (5, 40), (512, 512)])
+def test_decode_inputs(num_rows: int, max_rows: int) -> None:
+    compare_decode_inputs(num_rows, max_rows, "cuda")
 
 
 HEADS = [(9, 3, 64), (32, 8, 128), (28, 4, 128), (4, 4, 80), (7, 1, 96), (4, 2, 256), (40, 1, 64), (4, 2, 8)]

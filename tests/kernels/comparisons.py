@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from aphro_kernels import paged_attention, rms_norm, rotary, silu_and_mul
+from aphro_kernels import decode_inputs, paged_attention, rms_norm, rotary, silu_and_mul
+from aphro_kernels.decode_work import DecodeWork, build_decode_work, plan_decode_
 from torch import Tensor
 
 BLOCK_SIZE = 16
@@ -150,8 +151,60 @@ def compare_attention(
         "window": window,
     }
     expected = paged_attention.paged_attention_reference(q, k_cache, v_cache, **arguments)
+    if max(query_lens) == 1:
+        arguments["work"] = poisoned_work(q, num_kv_heads, arguments["seq_lens"], window)
     out = nans(num_tokens, num_heads, head_dim, dtype=dtype, device=device)
-    with poisoned_memory():
-        paged_attention._launch(q, k_cache, v_cache, **arguments, out=out)
-    assert_close(out, expected)
+    for _ in range(2):  # what a call counts must be 0 again before the next
+        out.fill_(math.nan)
+        with poisoned_memory():
+            paged_attention._launch(q, k_cache, v_cache, **arguments, out=out)
+        assert_close(out, expected)
     return out
+
+
+def poisoned_work(q: Tensor, num_kv_heads: int, seq_lens: Tensor, window: int | None) -> DecodeWork:
+    """Planned, with parts of NaN; without a GPU for 7 programs, so that rows are cut at odd places."""
+    num_rows, num_heads, head_dim = q.shape
+    work = build_decode_work(
+        num_rows + 3,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=q.dtype,
+        device=q.device,
+        window=window,
+        num_programs=None if q.is_cuda else 7,
+    )
+    work.parts.fill_(math.nan)
+    work.part_weights.fill_(math.nan)
+    work.stretches.fill_(2**30)
+    plan_decode_(work, seq_lens, num_kv_heads)
+    return work
+
+
+def compare_decode_inputs(num_rows: int, max_rows: int, device: str) -> None:
+    """Three steps of the same rows, one of which holds no sequence."""
+    generator = torch.Generator().manual_seed(num_rows)
+    tokens = torch.randint(0, 1000, (max_rows,), generator=generator).to(device)
+    positions = torch.randint(0, 5 * BLOCK_SIZE, (max_rows,), generator=generator).to(device)
+    positions[1::4] = -1
+    tables = torch.randint(0, 2**20, (max_rows, 9), generator=generator).to(device=device, dtype=torch.int32)
+    expected_positions = positions.clone()
+    for _ in range(3):
+        out = decode_inputs.build_decode_inputs(max_rows, torch.device(device))
+        for buffer in (out.token_ids, out.positions, out.slot_mapping, out.seq_lens):
+            buffer.fill_(-(2**30))
+        decode_inputs._launch(tokens, positions, tables, num_rows, BLOCK_SIZE, out)
+        expected = decode_inputs.decode_inputs_reference(
+            tokens,
+            expected_positions,
+            tables,
+            num_rows=num_rows,
+            block_size=BLOCK_SIZE,
+            out=decode_inputs.build_decode_inputs(max_rows, torch.device(device)),
+        )
+        found = decode_inputs.first_rows(out, num_rows)
+        for name in ("token_ids", "positions", "slot_mapping", "seq_lens"):
+            assert torch.equal(getattr(found, name), getattr(expected, name)), name
+        assert torch.equal(positions, expected_positions)
+        assert bool((out.token_ids[num_rows:] == -(2**30)).all())  # nothing behind the rows was written

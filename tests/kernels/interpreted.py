@@ -7,6 +7,7 @@ import torch
 
 from tests.kernels.comparisons import (
     compare_attention,
+    compare_decode_inputs,
     compare_rms_norm,
     compare_rotary,
     compare_silu_and_mul,
@@ -52,8 +53,13 @@ def test_rotary(
     compare_rotary(num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim, dtype, "cpu", has_norm)
 
 
+@pytest.mark.parametrize(("num_rows", "max_rows"), [(1, 1), (5, 40), (40, 40), (0, 3)])
+def test_decode_inputs(num_rows: int, max_rows: int) -> None:
+    compare_decode_inputs(num_rows, max_rows, "cpu")
+
+
 @pytest.mark.parametrize("window", [None, 300])
-@pytest.mark.parametrize("seq_lens", [[1, 16, 63], [257, 0, 400]])
+@pytest.mark.parametrize("seq_lens", [[1, 16, 63], [257, 0, 400], [0, 0]])
 def test_decode(seq_lens: list[int], window: int | None) -> None:
     compare_attention([1] * len(seq_lens), seq_lens, 6, 2, 64, F32, "cpu", window)
 
@@ -76,16 +82,5 @@ def test_heads(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dt
     compare_attention([9, 20], [9, 40], num_heads, num_kv_heads, head_dim, dtype, "cpu")
 
 
-def test_more_pieces_than_are_added_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from aphro_kernels import paged_attention
-
-    monkeypatch.setattr(paged_attention, "_PIECES", (128, 128))
-    compare_attention([1], [2200], 2, 1, 16, F32, "cpu")  # 18 pieces, 16 at once
-
-
-def test_long_rows_take_larger_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    from aphro_kernels import paged_attention
-
-    monkeypatch.setattr(paged_attention, "_PIECES", (128, 128))
-    monkeypatch.setattr(paged_attention, "_MAX_PIECES", 4)
-    compare_attention([1, 1], [400, 33], 4, 2, 64, F32, "cpu")  # pieces of 256 keys, not of 64
+def test_one_row_is_cut_over_all_programs() -> None:
+    compare_attention([1, 1], [900, 2], 2, 1, 64, F32, "cpu")

@@ -44,20 +44,26 @@ def test_kernels_in_tritons_interpreter() -> None:
 
 
 ATTENTION = {
-    **dict.fromkeys(["q", "k_cache", "v_cache"], "*bf16"),
+    **dict.fromkeys(["q", "k_cache", "v_cache", "out"], "*bf16"),
     **dict.fromkeys(["block_tables", "seq_lens", "query_start_loc"], "*i32"),
-    **dict.fromkeys(["num_seqs", "piece", "q_stride", "block_stride", "table_stride"], "i32"),
+    **dict.fromkeys(["num_seqs", "q_stride", "block_stride", "table_stride"], "i32"),
     **{"scale": "fp32", "GROUP": 4, "GROUP_PADDED": 4, "HEAD_DIM": 80, "DIMS": 128, "BLOCK_SIZE": 16},
     **{"WINDOW": 100, "PRECISION": "tf32", "KEYS": 64},
 }
-DECODE = {"out": "*fp32", "weights": "*fp32", "QUERIES": 1, "IS_DECODE": True, "IS_SPLIT": True, "ROWS": 16}
-PREFILL = {"out": "*bf16", "weights": "*bf16", "QUERIES": 32, "IS_DECODE": False, "IS_SPLIT": False, "ROWS": 128}
 KERNELS: dict[str, dict[str, Any]] = {  # "module.kernel": types of its arguments, values of its constants
-    "attention_kernels.attention_kernel decode": ATTENTION | DECODE,
-    "attention_kernels.attention_kernel prefill": ATTENTION | PREFILL,
-    "attention_kernels.combine_kernel": {
-        **{"parts": "*fp32", "weights": "*fp32", "out": "*bf16", "seq_lens": "*i32", "num_pieces": "i32"},
-        **{"piece": "i32", "HEAD_DIM": 80, "DIMS": 128, "WINDOW": 100, "PIECES": 4},
+    "attention_kernels.attention_kernel": ATTENTION | {"QUERIES": 32, "ROWS": 128},
+    "decode_attention._decode_kernel": ATTENTION
+    | dict.fromkeys(["stretches", "totals", "arrivals"], "*i32")
+    | {"parts": "*fp32", "part_weights": "*fp32", "NUM_KV_HEADS": 2, "ROWS": 16},
+    "decode_work._plan_kernel": {
+        **dict.fromkeys(["seq_lens", "stretches", "totals"], "*i32"),
+        **{"num_rows": "i32", "num_programs": "i32"},
+        **{"NUM_KV_HEADS": 2, "KEYS": 64, "WINDOW": 100, "ROWS": 256, "AT_ONCE": 8},
+    },
+    "decode_inputs._decode_inputs_kernel": {
+        **dict.fromkeys(["next_token_ids", "next_positions", "token_ids", "positions", "slot_mapping"], "*i64"),
+        **{"block_tables": "*i32", "seq_lens": "*i32", "num_rows": "i32", "table_stride": "i32"},
+        **{"BLOCK_SIZE": 16, "BLOCK": 32},
     },
     "rms_norm._rms_norm_kernel": {
         **dict.fromkeys(["x", "residual", "weight", "out"], "*bf16"),
@@ -99,7 +105,7 @@ def test_modules_import_without_triton() -> None:
     script = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch\n"
-        "from aphro_kernels import paged_attention, rms_norm, rotary, silu_and_mul\n"
+        "from aphro_kernels import decode_inputs, paged_attention, rms_norm, rotary, silu_and_mul\n"
         "print(silu_and_mul.silu_and_mul(torch.ones(1, 4)).shape)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)

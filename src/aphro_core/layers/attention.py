@@ -85,6 +85,7 @@ class PagedAttention:
                 max_seq_len=part.max_seq_len,
                 scale=self._scale,
                 window=self._window,
+                work=part.works.get(self._window),
             )
             for part in rows.parts
         ]

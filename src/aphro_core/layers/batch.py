@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from aphro_kernels.decode_work import DecodeWork
 from torch import Tensor
 
 
@@ -82,6 +84,7 @@ class PagedPart:
     query_start_loc: Tensor  # [num_seqs + 1] int32
     max_query_len: int
     max_seq_len: int
+    works: Mapping[int | None, DecodeWork] = field(default_factory=dict)  # by window; planned, if max_query_len is 1
 
 
 @dataclass(slots=True)

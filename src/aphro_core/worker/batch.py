@@ -5,8 +5,10 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 import torch
+from aphro_kernels.decode_work import build_decode_work
 
 from aphro_core.layers.batch import Batch
 from aphro_core.messages.steps import ScheduledSequence, StepPlan
@@ -16,6 +18,8 @@ from aphro_core.worker.gathered_rows import GatheredRowsBuilder
 from aphro_core.worker.paged_rows import PagedRowsBuilder
 from aphro_core.worker.sampler import SamplingRow
 from aphro_core.worker.span import Span
+
+_MAX_DECODE_ROWS: Final = 4096  # of one step: a counter for each and its KV heads
 
 
 @dataclass(slots=True)
@@ -44,7 +48,12 @@ class BatchBuilder:
                 dtype=dtype,
             )
         else:
-            self._rows = PagedRowsBuilder(block_size, device)
+            heads = {"num_heads": len(shard.heads), "num_kv_heads": len(shard.kv_heads), "head_dim": spec.head_dim}
+            works = {
+                window: build_decode_work(_MAX_DECODE_ROWS, **heads, dtype=dtype, device=device, window=window)
+                for window in {spec.window_of(layer) for layer in shard.layers}
+            }
+            self._rows = PagedRowsBuilder(block_size, device, len(shard.kv_heads), works)
 
     def build(self, plan: StepPlan, sequences: dict[int, SequenceState]) -> Batch:
         """The rows of a plan that was applied to ``sequences``: a chunk of one token is a decode row like any other."""

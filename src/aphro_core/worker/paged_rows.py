@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 import torch
+from aphro_kernels.decode_work import DecodeWork, plan_decode_
 from torch import Tensor
 
 from aphro_core.layers.batch import PagedPart, PagedRows
@@ -14,15 +15,24 @@ from aphro_core.worker.span import Span
 
 
 class PagedRowsBuilder:
-    def __init__(self, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self, block_size: int, device: torch.device, num_kv_heads: int, works: Mapping[int | None, DecodeWork]
+    ) -> None:
+        """``works``: how decode attention is shared out, for each window among the layers."""
         self._block_size = block_size
         self._device = device
+        self._num_kv_heads = num_kv_heads
+        self._works = works
 
     def build(self, decode: Sequence[Span], chunks: Sequence[Span]) -> PagedRows:
         """Decode rows and chunks are a part each: the kernel has a way of its own for rows of one query."""
         size = self._block_size
         slots = [slot for span in (*decode, *chunks) for slot in span.slots(size, size)]
         parts = [self._part(spans) for spans in (decode, chunks) if spans]
+        if decode:
+            parts[0].works = self._works
+            for work in self._works.values():
+                plan_decode_(work, parts[0].seq_lens, self._num_kv_heads)
         if len(parts) == 2:
             parts[1].start, parts[1].stop = len(decode), len(slots)
         return PagedRows(torch.tensor(slots, dtype=torch.int64, device=self._device), parts)

@@ -126,7 +126,7 @@ def gathered(step: Step) -> Tensor:
 
 def paged(step: Step) -> Tensor:
     """The kernels' references: what a GPU is given, computed here."""
-    rows = PagedRowsBuilder(step.case.block_size, CPU).build(*step.split())
+    rows = PagedRowsBuilder(step.case.block_size, CPU, 1, {}).build(*step.split())
     attention = PagedAttention(step.case.head_dim, step.case.window, *step.norms)
     return attention(step.qkv.clone(), step.rotation(is_whole=False), rows, step.cache.clone())
 

@@ -1,0 +1,148 @@
+"""How decode attention is shared out: equal stretches of key tiles, one a program, whatever the rows' lengths.
+
+The tiles of all rows and KV heads stand in one line: row by row, in a row head by head, in a head ``KEYS`` keys a
+tile. Program p of P takes tiles ``p * T // P`` to ``(p + 1) * T // P`` of the T there are. A head of a row (a segment)
+thus lies in one program or is cut over neighbours; the last of them to finish adds the parts, in the order of the line.
+The line depends on lengths alone, so one plan a step serves all layers of one window.
+"""
+# ruff: noqa: N803  (the constants of a kernel are in capitals)
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from aphro_kernels.language import jit, next_power_of_2, tl
+
+PROGRAMS_PER_MULTIPROCESSOR: Final = 3
+_AT_ONCE: Final = 8  # programs whose stretch one program of the plan kernel finds
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeWork:
+    """Buffers of decode attention for one window. Fixed in size, so that a CUDA graph serves any lengths.
+
+    Calls that share one must follow each other on one stream.
+    """
+
+    num_programs: int
+    keys: int  # of a tile
+    window: int  # 0: none
+    stretches: Tensor  # [num_programs, 4] int32: first tile, number of segments, first row, first tile of that row
+    totals: Tensor  # [2] int32: tiles, programs that have any
+    arrivals: Tensor  # [max_rows * num_kv_heads] int32, 0 between calls: parts of a segment that are done
+    parts: Tensor  # [2 * num_programs, group, head_dim] float32
+    part_weights: Tensor  # [2 * num_programs, group] float32: log2 of a part's sum of exponentials
+
+
+def build_decode_work(
+    max_rows: int,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    window: int | None = None,
+    num_programs: int | None = None,
+) -> DecodeWork:
+    """For up to ``max_rows`` rows of one rank's heads. ``num_programs`` None: as many as the GPU runs at once."""
+    if num_programs is None:
+        num_programs = torch.cuda.get_device_properties(device).multi_processor_count * PROGRAMS_PER_MULTIPROCESSOR
+    group = num_heads // num_kv_heads
+
+    def buffer(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    return DecodeWork(
+        num_programs=num_programs,
+        keys=keys_of_a_tile(head_dim, dtype),
+        window=window or 0,
+        stretches=buffer(num_programs, 4),
+        totals=buffer(2),
+        arrivals=buffer(max_rows * num_kv_heads),
+        parts=buffer(2 * num_programs, group, head_dim, dtype=torch.float32),
+        part_weights=buffer(2 * num_programs, group, dtype=torch.float32),
+    )
+
+
+def keys_of_a_tile(head_dim: int, dtype: torch.dtype) -> int:
+    return 32 if max(next_power_of_2(head_dim), 16) * dtype.itemsize > 256 else 64
+
+
+def plan_decode_(work: DecodeWork, seq_lens: Tensor, num_kv_heads: int) -> None:
+    """Share out a step's keys: ``seq_lens`` [num_rows] int32 on the device. Once a step, before any layer."""
+    num_rows = seq_lens.shape[0]
+    assert num_rows * num_kv_heads <= work.arrivals.shape[0], "more rows than the buffers were built for"
+    _plan_kernel[(-(-work.num_programs // _AT_ONCE),)](
+        seq_lens,
+        work.stretches,
+        work.totals,
+        num_rows,
+        work.num_programs,
+        NUM_KV_HEADS=num_kv_heads,
+        KEYS=work.keys,
+        WINDOW=work.window,
+        ROWS=max(next_power_of_2(num_rows), 16),
+        AT_ONCE=_AT_ONCE,
+        num_warps=4,
+    )
+
+
+@jit(do_not_specialize=["num_rows", "num_programs"])
+def _plan_kernel(
+    seq_lens: tl.tensor,
+    stretches: tl.tensor,
+    totals: tl.tensor,
+    num_rows: tl.tensor,
+    num_programs: tl.tensor,
+    NUM_KV_HEADS: tl.constexpr,
+    KEYS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    ROWS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+) -> None:
+    rows = tl.arange(0, ROWS)
+    seq_len = tl.load(seq_lens + rows, mask=rows < num_rows, other=0)
+    tiles = tl.where(rows < num_rows, num_tiles_of(seq_len, KEYS, WINDOW), 0)
+    ends = tl.cumsum(tiles, axis=0) * NUM_KV_HEADS
+    total = tl.sum(tiles, axis=0) * NUM_KV_HEADS
+    used = tl.minimum(total, num_programs)
+
+    programs = tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)
+    start = (programs.to(tl.int64) * total // tl.maximum(used, 1)).to(tl.int32)
+    last = ((programs.to(tl.int64) + 1) * total // tl.maximum(used, 1)).to(tl.int32) - 1
+    first_row, first_tile, first_segment = _place(start, ends, tiles, NUM_KV_HEADS)
+    _, _, last_segment = _place(last, ends, tiles, NUM_KV_HEADS)
+    num_segments = tl.where(programs < used, last_segment - first_segment + 1, 0)
+    at = stretches + programs * 4
+    tl.store(at, start, mask=programs < num_programs)
+    tl.store(at + 1, num_segments, mask=programs < num_programs)
+    tl.store(at + 2, first_row, mask=programs < num_programs)
+    tl.store(at + 3, first_tile, mask=programs < num_programs)
+    if tl.program_id(0) == 0:
+        tl.store(totals, total)
+        tl.store(totals + 1, used)
+
+
+@jit()
+def num_tiles_of(seq_len: tl.tensor, KEYS: tl.constexpr, WINDOW: tl.constexpr) -> tl.tensor:
+    """Of one head of a row; a row without keys has one, which gives zeros."""
+    low = 0
+    if WINDOW > 0:
+        low = tl.maximum(seq_len - WINDOW, 0) // KEYS
+    return tl.maximum((seq_len + KEYS - 1) // KEYS - low, 1)
+
+
+@jit()
+def _place(at: tl.tensor, ends: tl.tensor, tiles: tl.tensor, NUM_KV_HEADS: tl.constexpr) -> tl.tensor:
+    """Row, first tile of that row, and segment of tiles ``at``. ``ends``: where the tiles of each row end."""
+    is_before = ends[None, :] <= at[:, None]
+    row = tl.sum(is_before.to(tl.int32), axis=1)
+    first_tile = tl.sum(tl.where(is_before, tiles[None, :], 0), axis=1) * NUM_KV_HEADS
+    is_row = tl.arange(0, ends.shape[0])[None, :] == row[:, None]
+    row_tiles = tl.maximum(tl.sum(tl.where(is_row, tiles[None, :], 0), axis=1), 1)
+    return row, first_tile, row * NUM_KV_HEADS + (at - first_tile) // row_tiles
