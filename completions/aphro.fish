@@ -9,6 +9,7 @@ complete -c aphro -n __fish_use_subcommand -f -a version -d 'Print the versions 
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l tensor-parallel-size -o tp -x -d 'Ranks that share each layer; any number, also 3.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l pipeline-parallel-size -o pp -x -d 'Stages that the layers are split into.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l pp-layers -x -d 'Layers of each stage, in order.'
+complete -c aphro -n '__fish_seen_subcommand_from run serve' -l enable-expert-parallel -d 'Tensor-parallel ranks hold whole experts, not columns of each.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l distributed-executor-backend -x -a 'mp' -d 'How workers are started - mp, processes here.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l device -x -a 'auto cuda cpu' -d 'Where the ranks compute.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l dtype -x -a 'auto float32 bfloat16 float16 float half' -d 'Data type of weights and KV cache; float and half are float32 and float16.'

@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full-matrix", action="store_true", help="every family and format on every tp x pp")
+
+
 def smollm2_path() -> Path:
     """Where ``python3 quickstart.py model`` keeps SmolLM2-135M-Instruct; APHRO_SMOLLM2 points elsewhere."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -2,69 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Final
 
 import gguf
 import numpy as np
 import torch
-import transformers
 from gguf import GGMLQuantizationType, quants
+from safetensors.torch import save_file
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-# 9 heads on 3 KV heads, a head wider than the hidden size allows, vocabularies that nothing divides, windows shorter
-# than a test's prompt: what a sharding bug trips over.
-SIZES: Final[dict[str, dict[str, Any]]] = {
-    "llama": {
-        "hidden_size": 72,
-        "intermediate_size": 176,
-        "num_hidden_layers": 5,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 131,
-        "tie_word_embeddings": True,
-    },
-    "mistral": {
-        "hidden_size": 64,
-        "intermediate_size": 160,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 151,
-        "tie_word_embeddings": False,
-        "sliding_window": 8,
-    },
-    "qwen2": {
-        "hidden_size": 48,
-        "intermediate_size": 112,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "vocab_size": 137,
-        "tie_word_embeddings": False,
-        "use_sliding_window": True,
-        "sliding_window": 12,
-        "max_window_layers": 2,
-    },
-    "qwen3": {
-        "hidden_size": 40,
-        "intermediate_size": 96,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "vocab_size": 149,
-        "tie_word_embeddings": True,
-    },
-}
-FAMILIES: Final = tuple(SIZES)
+from tests.families import TINY
 
-_CLASSES: Final[dict[str, tuple[Any, Any]]] = {
-    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
-    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
-    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
-}
+FAMILIES: Final = tuple(TINY)
+PLAIN: Final = ("llama", "mistral", "qwen2", "qwen3")  # checkpoints under Llama's names
+
 _COMMON: Final[dict[str, Any]] = {
     "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5,
@@ -81,22 +34,22 @@ def tiny_model(family: str, *, seed: int = 0, num_layers: int | None = None, **o
     Weights are large enough that greedy tokens vary and the best two logits lie well apart; norms and biases are
     random too, so that a forgotten one shows.
     """
-    config_class, model_class = _CLASSES[family]
+    row = TINY[family]
     layers = {} if num_layers is None else {"num_hidden_layers": num_layers}
-    config = config_class(**(_COMMON | SIZES[family] | layers | overrides))
+    config = row.config(**(_COMMON | row.sizes | layers | overrides))
     config._attn_implementation = "eager"
-    model = model_class(config).eval()
+    model = row.model(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if name.endswith("norm.weight") or name.endswith("layernorm.weight"):
-                parameter.copy_(1.0 + 0.2 * noise)
-            elif parameter.ndim == 1 or "embed_tokens" in name:
+                parameter.copy_((0.0 if row.has_gains_less_one else 1.0) + 0.2 * noise)
+            elif parameter.ndim == 1 or "embed_" in name:
                 parameter.copy_(0.5 * noise)
             else:
                 gain = 6.0 if name == "lm_head.weight" else 1.6
-                parameter.copy_(gain * noise / parameter.shape[1] ** 0.5)
+                parameter.copy_(gain * noise / parameter.shape[-1] ** 0.5)
     return model
 
 
@@ -114,7 +67,14 @@ def write_tiny_checkpoint(
     Returns the transformers model, the reference for what the files must compute.
     """
     model = tiny_model(family, seed=seed, num_layers=num_layers, **overrides)
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    publish = TINY[family].publish
+    if publish is None:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        return model
+    config, state = publish(model.config.to_dict(), model.state_dict())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
     return model
 
 

@@ -31,6 +31,10 @@ PipelineParallelSize = Annotated[
     int, typer.Option("--pipeline-parallel-size", "-pp", min=1, help="Stages that the layers are split into.")
 ]
 PpLayers = Annotated[str | None, typer.Option("--pp-layers", metavar="A,B,...", help="Layers of each stage, in order.")]
+EnableExpertParallel = Annotated[
+    bool,
+    typer.Option("--enable-expert-parallel", help="Tensor-parallel ranks hold whole experts, not columns of each."),
+]
 ExecutorBackend = Annotated[
     str | None,
     typer.Option("--distributed-executor-backend", metavar="mp", help="How workers are started: mp, processes here."),

@@ -27,6 +27,7 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     pp_layers: tuple[int, ...] | None = None  # layers of each stage, in order; None = the stated rule
+    expert_parallel: bool = False  # tp ranks hold whole experts instead of columns of each
     backend: Backend = "inprocess"
 
     @property

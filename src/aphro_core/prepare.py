@@ -18,7 +18,7 @@ from aphro_core.config import (
     ParallelConfig,
     SchedulerConfig,
 )
-from aphro_core.errors import PlacementError, UsageError
+from aphro_core.errors import ModelError, PlacementError, UsageError
 from aphro_core.models.registry import load_spec
 from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel.shard import ShardingPlan, build_plan
@@ -33,6 +33,7 @@ class EngineOptions:
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     pp_layers: tuple[int, ...] | None = None
+    enable_expert_parallel: bool = False
     backend: Literal["auto", "mp"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -71,8 +72,16 @@ def prepare(options: EngineOptions, reporter: Reporter) -> Prepared:
     _check_sizes(options)
     path = resolve_model(options.model, revision=options.revision)
     spec = _read_spec(options, path)
-    plan = build_plan(spec, options.tensor_parallel_size, options.pipeline_parallel_size, options.pp_layers)
+    _check_experts(options, spec)
+    plan = build_plan(
+        spec,
+        options.tensor_parallel_size,
+        options.pipeline_parallel_size,
+        options.pp_layers,
+        expert_parallel=options.enable_expert_parallel,
+    )
     device = _choose_device(options, reporter)
+    _check_kernels(spec, device)
     config = EngineConfig(
         model=ModelConfig(
             path=str(path),
@@ -87,6 +96,7 @@ def prepare(options: EngineOptions, reporter: Reporter) -> Prepared:
             tensor_parallel_size=options.tensor_parallel_size,
             pipeline_parallel_size=options.pipeline_parallel_size,
             pp_layers=options.pp_layers,
+            expert_parallel=options.enable_expert_parallel,
             backend=_choose_backend(options, device, reporter),
         ),
         cache=CacheConfig(
@@ -130,6 +140,14 @@ def _check_sizes(options: EngineOptions) -> None:
         raise UsageError(f"num_blocks is {options.num_blocks}, allowed: 1 and up")
 
 
+def _check_experts(options: EngineOptions, spec: DecoderSpec) -> None:
+    if options.enable_expert_parallel and spec.moe is None:
+        raise UsageError(
+            f"enable_expert_parallel is set, but {spec.architecture} with this config has no experts",
+            hint="leave --enable-expert-parallel out",
+        )
+
+
 def _served_name(model: str, path: Path) -> str:
     """A Hub id stays as it is, a path answers by its last part."""
     return path.name.removesuffix(".gguf") if Path(model).exists() else model
@@ -169,6 +187,14 @@ def _choose_device(options: EngineOptions, reporter: Reporter) -> Device:
     if device == "cpu" and world_size > host.num_cores():
         reporter.line(f"{world_size} ranks share {host.num_cores()} cores: correct, but slower than fewer ranks.")
     return device
+
+
+def _check_kernels(spec: DecoderSpec, device: Device) -> None:
+    if device == "cuda" and spec.attention_softcap is not None:
+        raise ModelError(
+            f"{spec.architecture} caps its attention scores, which the attention kernels for GPUs do not do yet",
+            hint="--device cpu",
+        )
 
 
 def _choose_dtype(options: EngineOptions, spec: DecoderSpec, device: Device, reporter: Reporter) -> DType:

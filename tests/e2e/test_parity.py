@@ -11,28 +11,26 @@ from transformers import AutoModelForCausalLM
 from aphro_core.llm import LLM
 from aphro_core.request import RequestOutput, SamplingParams
 from tests.reference import Reference, load_reference
-from tests.tiny import write_tiny_checkpoint
+from tests.tiny import FAMILIES, write_tiny_checkpoint
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 NEW_TOKENS = 12
 PROMPT_LENGTHS = (1, 5, 17, 40, 33)
 LEGAL_SHAPES = [(tp, pp) for tp in (1, 2, 3, 4) for pp in (1, 2, 3)]
+COVERING_SHAPES = [(1, 1), (3, 1), (2, 2)]  # even and uneven, the others with --full-matrix
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Reference]:
+    folder = tmp_path_factory.mktemp(request.param)
+    model = write_tiny_checkpoint(folder, request.param)
+    return folder, Reference(model, prompt_lengths=PROMPT_LENGTHS, new=NEW_TOKENS)
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("tiny")
-    for family in FAMILIES:
-        write_tiny_checkpoint(root / family, family)
-    return {family: root / family for family in FAMILIES}
-
-
-@pytest.fixture(scope="module")
-def references(checkpoints: dict[str, Path]) -> dict[str, Reference]:
-    models = {
-        family: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for family, path in checkpoints.items()
-    }
-    return {family: Reference(model, prompt_lengths=PROMPT_LENGTHS, new=NEW_TOKENS) for family, model in models.items()}
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    write_tiny_checkpoint(folder, "llama")
+    return folder
 
 
 def check(outputs: list[RequestOutput], reference: Reference) -> None:
@@ -47,14 +45,16 @@ def check(outputs: list[RequestOutput], reference: Reference) -> None:
 
 
 @pytest.mark.parametrize(("tp", "pp"), LEGAL_SHAPES)
-@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_and_shape(
-    family: str, tp: int, pp: int, checkpoints: dict[str, Path], references: dict[str, Reference]
+    family: tuple[Path, Reference], tp: int, pp: int, request: pytest.FixtureRequest
 ) -> None:
-    """Five prompts of mixed lengths at once, chunked (24 tokens a step), beyond Mistral's window."""
-    reference = references[family]
+    """Five prompts of mixed lengths at once, chunked (24 tokens a step), beyond the windows."""
+    folder, reference = family
+    is_first = request.node.callspec.params["family"] == FAMILIES[0]
+    if not is_first and (tp, pp) not in COVERING_SHAPES and not request.config.getoption("full_matrix"):
+        pytest.skip("--full-matrix runs every shape")
     with LLM(
-        str(checkpoints[family]),
+        str(folder),
         tensor_parallel_size=tp,
         pipeline_parallel_size=pp,
         device="cpu",
@@ -68,12 +68,12 @@ def test_every_family_and_shape(
     check(outputs, reference)
 
 
-def test_preempted_and_prefix_cached_requests(checkpoints: dict[str, Path]) -> None:
+def test_preempted_and_prefix_cached_requests(llama: Path) -> None:
     """Blocks for a fraction of the demand, and prompts that repeat: preemption and prefix hits change no token."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoints["llama"], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     reference = Reference(model, prompt_lengths=(14, 15, 13, 40, 12, 14), new=20)
     with LLM(
-        str(checkpoints["llama"]),
+        str(llama),
         tensor_parallel_size=2,
         device="cpu",
         dtype="float32",
@@ -89,6 +89,27 @@ def test_preempted_and_prefix_cached_requests(checkpoints: dict[str, Path]) -> N
     assert [output.outputs[0].token_ids for output in again] == [reference.tokens[3]] * 2
     assert stats.num_preemptions > 0
     assert stats.num_prefix_hits > 0
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(3, 1), (2, 2), (4, 1)])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_expert_parallel(name: str, tp: int, pp: int, tmp_path: Path) -> None:
+    """5 and 7 experts on 2, 3 and 4 ranks."""
+    reference = Reference(write_tiny_checkpoint(tmp_path, name), prompt_lengths=(1, 17, 40), new=NEW_TOKENS)
+    with LLM(
+        str(tmp_path),
+        tensor_parallel_size=tp,
+        pipeline_parallel_size=pp,
+        enable_expert_parallel=True,
+        device="cpu",
+        dtype="float32",
+        max_num_batched_tokens=24,
+        num_blocks=64,
+        max_model_len=128,
+        skip_tokenizer_init=True,
+    ) as llm:
+        outputs = llm.generate(reference.prompts, reference.greedy)
+    check(outputs, reference)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +133,7 @@ def test_smollm2(tp: int, pp: int, smollm2_gguf: Path, smollm2_reference: Refere
     check(outputs, smollm2_reference)
 
 
-def test_sampling_is_a_function_of_seed_and_position(checkpoints: dict[str, Path]) -> None:
+def test_sampling_is_a_function_of_seed_and_position(llama: Path) -> None:
     """The same request gives the same tokens alone, in a batch of 16, after a preemption, for any tp x pp."""
     prompt, params = list(range(3, 23)), SamplingParams(seed=1234, temperature=0.9, top_p=0.95, max_tokens=20)
     others = [list(range(n, 2 * n + 5)) for n in range(1, 16)]
@@ -120,7 +141,7 @@ def test_sampling_is_a_function_of_seed_and_position(checkpoints: dict[str, Path
     seen = []
     for tp, pp, num_blocks in ((1, 1, 96), (1, 1, 12), (3, 1, 96), (2, 2, 96)):
         with LLM(
-            str(checkpoints["qwen2"]),
+            str(llama),
             tensor_parallel_size=tp,
             pipeline_parallel_size=pp,
             device="cpu",

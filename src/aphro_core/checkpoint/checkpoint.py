@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FETCH_AGAIN: Final = "fetch the model again, or compare the file with the publisher's"
 
 # A parameter inside a layer; what else files contain (rotary tables, tokenizer data) does not change what is computed.
-_LAYER_PARAMETER: Final = re.compile(r"model\.layers\.(\d+)\..*\.(weight|bias)")
+_LAYER_PARAMETER: Final = re.compile(r"[\w.]+\.(?:layers|h)\.(\d+)\..*\.(weight|bias)")
 
 
 class Checkpoint(ABC):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from tokenizers import Tokenizer as Backend
 
 from aphro_core.errors import ModelError
+from aphro_core.frontend.qwen_tokenizer import FILE_NAME as QWEN_FILE
+from aphro_core.frontend.qwen_tokenizer import read_qwen_tokenizer
 from aphro_core.frontend.tokenizer_data import WITHOUT_TOKENIZER, TokenizerData
 
 logger: Final = logging.getLogger(__name__)
@@ -19,6 +22,8 @@ _OLDER_FORMATS: Final = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.m
 
 def read_folder_tokenizer(folder: Path) -> TokenizerData:
     """Only data of this folder is read: no code, no network. Raises ModelError when there is none, or a damaged one."""
+    if not (folder / "tokenizer.json").is_file() and (folder / QWEN_FILE).is_file():
+        return _with_models_ends(read_qwen_tokenizer(folder), folder)
     loaded = _load(folder)
     backend = getattr(loaded, "backend_tokenizer", None)
     if not isinstance(backend, Backend):
@@ -37,6 +42,10 @@ def read_folder_tokenizer(folder: Path) -> TokenizerData:
     )
 
 
+def _with_models_ends(data: TokenizerData, folder: Path) -> TokenizerData:
+    return replace(data, eos_token_ids=tuple(dict.fromkeys([*_eos_token_ids(folder), *data.eos_token_ids])))
+
+
 def _load(folder: Path) -> Any:
     try:
         if (folder / "tokenizer.json").is_file():
@@ -45,7 +54,7 @@ def _load(folder: Path) -> Any:
             return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         if not any((folder / name).is_file() for name in _OLDER_FORMATS):
             raise ModelError(
-                f"{folder} has no tokenizer, looked for: tokenizer.json, {', '.join(_OLDER_FORMATS)}",
+                f"{folder} has no tokenizer, looked for: tokenizer.json, {', '.join(_OLDER_FORMATS)}, {QWEN_FILE}",
                 hint=WITHOUT_TOKENIZER,
             )
         _refuse_code(folder)

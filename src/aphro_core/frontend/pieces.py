@@ -56,11 +56,15 @@ def _replacement(step: dict[str, Any]) -> tuple[str, str] | None:
     return None if pattern is None else (pattern, step["content"])
 
 
-def _byte_level() -> ToBytes:
+def byte_alphabet() -> dict[int, str]:
     """GPT-2's alphabet: a printable character for each byte."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + at): byte for at, byte in enumerate(others)}
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + at) for at, byte in enumerate(others)}
+
+
+def _byte_level() -> ToBytes:
+    byte_of = {letter: byte for byte, letter in byte_alphabet().items()}
 
     def to_bytes(token: str) -> bytes:
         try:

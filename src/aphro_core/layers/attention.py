@@ -33,11 +33,15 @@ class Attention:
         window: int | None,
         q_norm: RMSNorm | None = None,
         k_norm: RMSNorm | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
     ) -> None:
+        """``scale`` of the scores, None = head_dim ** -0.5; ``softcap`` c makes them c * tanh(score / c)."""
+        scale = head_dim**-0.5 if scale is None else scale
         self._qkv, self._out, self._group = qkv, out, group
         self._all_heads, self._head_dim = num_heads + 2 * num_kv_heads, head_dim
-        self._paged = PagedAttention(head_dim, window, q_norm, k_norm)
-        self._gathered = GatheredAttention(num_heads, num_kv_heads, head_dim, window, q_norm, k_norm)
+        self._paged = PagedAttention(window, q_norm, k_norm, scale)
+        self._gathered = GatheredAttention(num_heads, num_kv_heads, head_dim, window, q_norm, k_norm, scale, softcap)
 
     def __call__(self, x: Tensor, rotation: Rotation, rows: GatheredRows | PagedRows, cache: Tensor) -> Tensor:
         """``x`` [num_tokens, hidden_size] to the same shape. ``cache`` as worker/kv_cache.py allocates it."""
@@ -52,8 +56,8 @@ class Attention:
 class PagedAttention:
     """From a layer's QKV to the output of its heads by two kernels on the block tables (GPU)."""
 
-    def __init__(self, head_dim: int, window: int | None, q_norm: RMSNorm | None, k_norm: RMSNorm | None) -> None:
-        self._scale = head_dim**-0.5
+    def __init__(self, window: int | None, q_norm: RMSNorm | None, k_norm: RMSNorm | None, scale: float) -> None:
+        self._scale = scale
         self._window = window
         self._q_gain = None if q_norm is None else q_norm.weight
         self._k_gain = None if k_norm is None else k_norm.weight

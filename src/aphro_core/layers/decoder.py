@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
+import torch
 from torch import Tensor
 
 from aphro_core.distributed import TensorParallelGroup
 from aphro_core.layers.attention import Attention
 from aphro_core.layers.batch import Batch, GatheredRows, PagedRows
-from aphro_core.layers.embedding import VocabEmbedding, VocabHead
+from aphro_core.layers.embedding import PositionEmbedding, VocabEmbedding, VocabHead
 from aphro_core.layers.linear import Linear
-from aphro_core.layers.mlp import GatedMLP
-from aphro_core.layers.norm import RMSNorm
+from aphro_core.layers.mlp import GatedMLP, PlainMLP
+from aphro_core.layers.moe import Experts, LoopedExperts, SparseMoe
+from aphro_core.layers.norm import LayerNorm, Norm, RMSNorm
 from aphro_core.layers.rotary import RotaryEmbedding, Rotation
-from aphro_core.models.spec import DecoderSpec
+from aphro_core.models.spec import DecoderSpec, RopeSpec
 from aphro_core.parallel.shard import RankShard
 
 
 class Block:
-    """Pre-norm: ``x += attention(norm(x))``, then ``x += mlp(norm(x))``.
+    """Pre-norm: ``x += attention(norm(x))``, then ``x += mlp(norm(x))``, each passed through ``attention_out`` and
+    ``mlp_out`` where the model has something there (a norm, a factor).
 
     What a block adds last is handed to the next one, whose first norm adds it: on a GPU the two are one kernel.
     """
 
-    def __init__(self, input_norm: RMSNorm, attention: Attention, post_norm: RMSNorm, mlp: GatedMLP) -> None:
+    def __init__(
+        self,
+        input_norm: Norm,
+        attention: Attention,
+        post_norm: Norm,
+        mlp: Callable[[Tensor], Tensor],
+        attention_out: Callable[[Tensor], Tensor] | None = None,
+        mlp_out: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self._input_norm, self._attention, self._post_norm, self._mlp = input_norm, attention, post_norm, mlp
+        self._attention_out, self._mlp_out = attention_out, mlp_out
 
     def __call__(
         self, x: Tensor, delta: Tensor | None, rotation: Rotation, rows: GatheredRows | PagedRows, cache: Tensor
@@ -33,7 +46,10 @@ class Block:
         """``x`` [num_tokens, hidden_size] in place, ``delta`` what is still to be added; returns the next delta."""
         normed = self._input_norm(x) if delta is None else self._input_norm.add_(x, delta)
         delta = self._attention(normed, rotation, rows, cache)
-        return self._mlp(self._post_norm.add_(x, delta))
+        if self._attention_out is not None:
+            delta = self._attention_out(delta)
+        delta = self._mlp(self._post_norm.add_(x, delta))
+        return delta if self._mlp_out is None else self._mlp_out(delta)
 
 
 class Decoder:
@@ -45,11 +61,15 @@ class Decoder:
         """Empties ``weights`` (ARCHITECTURE.md, "Weights of a rank"): a reordered one must not stay in memory twice."""
         sample = next(iter(weights.values()))
         parts = _Parts(spec, shard, weights, group)
-        self._rotary = RotaryEmbedding(spec.rope, sample.dtype, sample.device)
+        ropes = [spec.rope_of(layer) for layer in shard.layers]
+        self._rotaries = [RotaryEmbedding(rope, sample.dtype, sample.device) for rope in _distinct(ropes)]
+        self._rotary_of = [_distinct(ropes).index(rope) for rope in ropes]
         self._embedding = parts.embedding() if shard.has_embedding else None
+        self._positions = parts.positions() if shard.has_embedding and spec.position_offset is not None else None
+        self._embedding_scale = float(torch.tensor(spec.embedding_scale, dtype=sample.dtype))
         if shard.has_head:
             self._norm, self._head = parts.norm("norm"), parts.head()
-        self._blocks = [parts.block(f"layers.{layer}", spec.window_of(layer)) for layer in shard.layers]
+        self._blocks = [parts.block(layer) for layer in shard.layers]
         self.weights_bytes = parts.num_bytes
         assert not weights, f"no part of the decoder reads {sorted(weights)}"
 
@@ -62,9 +82,13 @@ class Decoder:
         if x is None:
             assert self._embedding is not None, "only the first stage starts from token ids"
             x = self._embedding(batch.token_ids)
-        rotation, delta = self._rotary.at(batch.positions), None
-        for block, cache in zip(self._blocks, caches, strict=True):
-            delta = block(x, delta, rotation, batch.cache_rows, cache)
+            if self._embedding_scale != 1.0:
+                x = x * self._embedding_scale
+            if self._positions is not None:
+                x = self._positions.add_(x, batch.positions)
+        rotations, delta = [rotary.at(batch.positions) for rotary in self._rotaries], None
+        for block, rotary, cache in zip(self._blocks, self._rotary_of, caches, strict=True):
+            delta = block(x, delta, rotations[rotary], batch.cache_rows, cache)
         return x if delta is None else x.add_(delta)
 
     def logits(self, rows: Tensor) -> Tensor | None:
@@ -89,30 +113,101 @@ class _Parts:
     def embedding(self) -> VocabEmbedding:
         return VocabEmbedding(self._keep(self._weights.pop("embed_tokens.weight")), self._shard.vocab, self._group)
 
-    def head(self) -> VocabHead:
-        return VocabHead(self.linear("lm_head"), self._spec.vocab_size, self._group)
+    def positions(self) -> PositionEmbedding:
+        offset = self._spec.position_offset
+        assert offset is not None
+        return PositionEmbedding(self._keep(self._weights.pop("embed_positions.weight")), offset)
 
-    def block(self, name: str, window: int | None) -> Block:
+    def head(self) -> VocabHead:
+        spec = self._spec
+        return VocabHead(
+            self.linear("lm_head"),
+            spec.vocab_size,
+            self._group,
+            scale=spec.logits_scale,
+            softcap=spec.logits_softcap,
+        )
+
+    def block(self, layer: int) -> Block:
+        spec, name = self._spec, f"layers.{layer}"
+        attention = self._attention(f"{name}.attention", spec.window_of(layer))
+        mlp = self._moe(f"{name}.moe") if spec.has_experts(layer) else self._mlp(f"{name}.mlp")
+        outs: list[Callable[[Tensor], Tensor] | None] = [None, None]
+        if spec.sandwich_norms:
+            outs = [self.norm(f"{name}.attention_out_norm"), self.norm(f"{name}.mlp_out_norm")]
+        elif spec.residual_scale != 1.0:
+            outs = [partial(_scale_, scale=spec.residual_scale)] * 2
+        return Block(self.norm(f"{name}.input_norm"), attention, self.norm(f"{name}.post_attention_norm"), mlp, *outs)
+
+    def _attention(self, name: str, window: int | None) -> Attention:
         spec, shard = self._spec, self._shard
-        attention = Attention(
-            self.linear(f"{name}.attention.qkv_proj"),
-            self.linear(f"{name}.attention.o_proj"),
+        return Attention(
+            self.linear(f"{name}.qkv_proj"),
+            self.linear(f"{name}.o_proj"),
             self._group,
             num_heads=len(shard.heads),
             num_kv_heads=len(shard.kv_heads),
             head_dim=spec.head_dim,
             window=window,
-            q_norm=self.norm(f"{name}.attention.q_norm") if spec.qk_norm else None,
-            k_norm=self.norm(f"{name}.attention.k_norm") if spec.qk_norm else None,
+            q_norm=self._rms_norm(f"{name}.q_norm") if spec.qk_norm else None,
+            k_norm=self._rms_norm(f"{name}.k_norm") if spec.qk_norm else None,
+            scale=spec.attention_scale,
+            softcap=spec.attention_softcap,
         )
-        mlp = GatedMLP(self.linear(f"{name}.mlp.gate_up_proj"), self.linear(f"{name}.mlp.down_proj"), self._group)
-        return Block(self.norm(f"{name}.input_norm"), attention, self.norm(f"{name}.post_attention_norm"), mlp)
 
-    def norm(self, name: str) -> RMSNorm:
-        return RMSNorm(self._keep(self._weights.pop(f"{name}.weight")), self._spec.norm_eps)
+    def _mlp(self, name: str) -> GatedMLP | PlainMLP:
+        activation = self._spec.activation
+        if self._spec.gated_mlp:
+            return self._gated_mlp(name, self._group)
+        return PlainMLP(self.linear(f"{name}.up_proj"), self.linear(f"{name}.down_proj"), self._group, activation)
+
+    def _gated_mlp(self, name: str, group: TensorParallelGroup | None) -> GatedMLP:
+        activation = self._spec.activation
+        return GatedMLP(self.linear(f"{name}.gate_up_proj"), self.linear(f"{name}.down_proj"), group, activation)
+
+    def _moe(self, name: str) -> SparseMoe:
+        moe = self._spec.moe
+        assert moe is not None
+        has_shared = bool(moe.shared_intermediate_size)
+        return SparseMoe(
+            moe,
+            self.linear(f"{name}.router"),
+            self._experts(name),
+            self._group,
+            self._gated_mlp(f"{name}.shared", None) if has_shared else None,
+            self.linear(f"{name}.shared_gate") if has_shared else None,
+        )
+
+    def _experts(self, name: str) -> Experts:
+        num_experts = len(self._shard.experts)
+        if not num_experts:  # more ranks than experts: this one has the rest of the layer
+            self._weights.pop(f"{name}.gate_up_proj.weight"), self._weights.pop(f"{name}.down_proj.weight")
+            return LoopedExperts([], [], 0, self._spec.activation)
+        gate_up, down = (
+            [self._linear_of(part, None) for part in self._weights.pop(f"{name}.{each}.weight").chunk(num_experts)]
+            for each in ("gate_up_proj", "down_proj")
+        )
+        return LoopedExperts(gate_up, down, self._shard.experts.start, self._spec.activation)
+
+    def norm(self, name: str) -> Norm:
+        if self._spec.norm == "rms":
+            return self._rms_norm(name)
+        bias = self._weights.pop(f"{name}.bias", None)
+        return LayerNorm(self._gain(name), None if bias is None else self._keep(bias), self._spec.norm_eps)
+
+    def _rms_norm(self, name: str) -> RMSNorm:
+        return RMSNorm(self._gain(name), self._spec.norm_eps)
+
+    def _gain(self, name: str) -> Tensor:
+        """A norm's weight. One that is stored less 1 is kept in float32: the sum has more digits than its parts."""
+        weight = self._weights.pop(f"{name}.weight")
+        offset = self._spec.norm_offset
+        return self._keep(weight if offset == 0.0 else weight.float() + offset)
 
     def linear(self, name: str) -> Linear:
-        weight, bias = self._weights.pop(f"{name}.weight"), self._weights.pop(f"{name}.bias", None)
+        return self._linear_of(self._weights.pop(f"{name}.weight"), self._weights.pop(f"{name}.bias", None))
+
+    def _linear_of(self, weight: Tensor, bias: Tensor | None) -> Linear:
         linear = Linear(weight, None if bias is None else self._keep(bias))
         if linear.packed_bytes:
             self._packed_bytes += linear.packed_bytes
@@ -123,3 +218,11 @@ class _Parts:
     def _keep(self, parameter: Tensor) -> Tensor:
         self._plain[parameter.data_ptr()] = parameter.nbytes
         return parameter
+
+
+def _scale_(x: Tensor, scale: float) -> Tensor:
+    return x.mul_(scale)
+
+
+def _distinct(ropes: Sequence[RopeSpec]) -> list[RopeSpec]:
+    return [rope for at, rope in enumerate(ropes) if rope not in ropes[:at]]

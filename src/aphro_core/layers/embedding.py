@@ -1,7 +1,8 @@
-"""Vocabulary-parallel embedding and head: each tensor-parallel rank has its rows of the padded vocabulary."""
+"""Embeddings and head. The vocabulary is parallel: each tensor-parallel rank has its rows of the padded vocabulary."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
@@ -26,12 +27,39 @@ class VocabEmbedding:
 
 
 class VocabHead:
-    def __init__(self, linear: Linear, vocab_size: int, group: TensorParallelGroup) -> None:
+    """``softcap`` c makes logits x, scaled, c * tanh(x / c)."""
+
+    def __init__(
+        self,
+        linear: Linear,
+        vocab_size: int,
+        group: TensorParallelGroup,
+        *,
+        scale: float = 1.0,
+        softcap: float | None = None,
+    ) -> None:
         self._linear = linear
         self._vocab_size = vocab_size
         self._group = group
+        self._scale, self._softcap = scale, softcap
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """``[rows, hidden_size]`` to logits ``[rows, vocab_size]`` float32 on tp rank 0, None on the others."""
         logits = self._group.gather_columns(self._linear(x))
-        return None if logits is None else logits[:, : self._vocab_size].float()
+        if logits is None:
+            return None
+        logits = logits[:, : self._vocab_size].float()
+        if self._scale != 1.0:
+            logits = logits * self._scale
+        return logits if self._softcap is None else torch.tanh(logits / self._softcap).mul_(self._softcap)
+
+
+class PositionEmbedding:
+    """Learned positions: position p is row p + ``offset`` of a table that every rank has whole."""
+
+    def __init__(self, weight: Tensor, offset: int) -> None:
+        self._weight, self._offset = weight, offset
+
+    def add_(self, x: Tensor, positions: Tensor) -> Tensor:
+        """To ``x`` [num_tokens, hidden_size] in place; ``positions`` [num_tokens] int64."""
+        return x.add_(embedding(positions + self._offset, self._weight))

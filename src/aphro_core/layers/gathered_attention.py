@@ -22,10 +22,12 @@ class GatheredAttention:
         window: int | None,
         q_norm: RMSNorm | None,
         k_norm: RMSNorm | None,
+        scale: float,
+        softcap: float | None,
     ) -> None:
         self._num_heads, self._num_kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
         self._window = window
-        self._scale = head_dim**-0.5
+        self._scale, self._softcap = scale, softcap
         self._qk_gain: Tensor | None = None  # [heads, head_dim]
         if q_norm is not None and k_norm is not None:
             gains = [q_norm.weight.expand(num_heads, -1), k_norm.weight.expand(num_kv_heads, -1)]
@@ -50,14 +52,15 @@ class GatheredAttention:
         num_rows, num_kv_heads, num_keys, head_dim = part.keys.shape
         _gather(cache, part.key_rows, part.gathered)
         folded = torch.mul(q, self._scale).view(num_rows, num_kv_heads, -1, head_dim)
-        if part.is_fused:
+        if part.is_fused and self._softcap is None:
             attended = scaled_dot_product_attention(folded, part.keys, part.values, attn_mask=part.mask, scale=1.0)
             return attended.reshape(num_rows, -1)
         matrices = num_rows * num_kv_heads
         keys_t = part.keys.view(matrices, num_keys, head_dim).transpose(1, 2)
-        scores = torch.bmm(folded.view(matrices, -1, head_dim), keys_t)
+        scores = self._cap_(torch.bmm(folded.view(matrices, -1, head_dim), keys_t))
         scores.view(num_rows, num_kv_heads, -1, num_keys).add_(part.mask)
-        _gather(cache, part.value_rows, part.gathered)
+        if not part.is_fused:
+            _gather(cache, part.value_rows, part.gathered)
         return torch.bmm(_softmax_(scores), part.values.view(matrices, num_keys, head_dim)).view(num_rows, -1)
 
     def _prefill(self, part: Chunk, q: Tensor, cache: Tensor) -> Tensor:
@@ -67,10 +70,15 @@ class GatheredAttention:
         for tile in part.tiles:
             folded = torch.mul(q[tile.start : tile.stop].transpose(0, 1), self._scale)
             torch.bmm(folded.reshape(num_kv_heads, -1, head_dim), tile.keys_t, out=tile.scores)
+            self._cap_(tile.scores)
             tile.masked_scores.add_(tile.mask)
             out = torch.bmm(_softmax_(tile.scores), tile.values)
             attended[tile.start : tile.stop] = out.view(-1, tile.stop - tile.start, head_dim).transpose(0, 1)
         return attended.view(len(q), -1)
+
+    def _cap_(self, scores: Tensor) -> Tensor:
+        cap = self._softcap
+        return scores if cap is None else scores.div_(cap).tanh_().mul_(cap)
 
 
 def _gather(cache: Tensor, block_rows: Tensor, out: Tensor) -> None:

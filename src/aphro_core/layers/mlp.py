@@ -1,26 +1,69 @@
-"""The gated MLP: gate and up in one product, SiLU(gate) * up, down, summed over the tensor-parallel ranks."""
+"""The MLPs: gated (gate and up in one product) and plain, summed over the tensor-parallel ranks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
 from aphro_kernels.silu_and_mul import silu_and_mul
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn import functional
 
 from aphro_core.distributed import TensorParallelGroup
 from aphro_core.layers.linear import Linear
+from aphro_core.models.spec import Activation
+
+
+def _relu_squared(x: Tensor) -> Tensor:
+    return functional.relu(x).square_()
+
+
+ACTIVATIONS: Final[dict[Activation, Callable[[Tensor], Tensor]]] = {
+    "silu": functional.silu,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
+    "gelu": functional.gelu,
+    "relu": functional.relu,
+    "relu2": _relu_squared,
+}
+
+
+def gated(gate_up: Tensor, activation: Activation) -> Tensor:
+    """``[rows, 2 * columns]``, gate before up, to act(gate) * up."""
+    if gate_up.is_cuda and activation == "silu":
+        return silu_and_mul(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return ACTIVATIONS[activation](gate).mul_(up)
 
 
 class GatedMLP:
-    __slots__ = ("_down", "_gate_up", "_group")
+    """``down(act(gate x) * (up x))``. Without a ``group`` what it returns is this rank's summand."""
 
-    def __init__(self, gate_up: Linear, down: Linear, group: TensorParallelGroup) -> None:
+    __slots__ = ("_activation", "_down", "_gate_up", "_group")
+
+    def __init__(
+        self, gate_up: Linear, down: Linear, group: TensorParallelGroup | None, activation: Activation = "silu"
+    ) -> None:
         self._gate_up = gate_up
         self._down = down
         self._group = group
+        self._activation = activation
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate_up = self._gate_up(x)
-        if gate_up.is_cuda:
-            return self._group.all_reduce_(self._down(silu_and_mul(gate_up)))
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self._group.all_reduce_(self._down(silu(gate).mul_(up)))
+        y = self._down(gated(self._gate_up(x), self._activation))
+        return y if self._group is None else self._group.all_reduce_(y)
+
+
+class PlainMLP:
+    """``down(act(up x))``."""
+
+    __slots__ = ("_act", "_down", "_group", "_up")
+
+    def __init__(self, up: Linear, down: Linear, group: TensorParallelGroup, activation: Activation) -> None:
+        self._up = up
+        self._down = down
+        self._group = group
+        self._act = ACTIVATIONS[activation]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._group.all_reduce_(self._down(self._act(self._up(x))))

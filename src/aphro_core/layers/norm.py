@@ -1,4 +1,4 @@
-"""RMSNorm over the last dim, alone or with the residual add before it."""
+"""RMSNorm and LayerNorm over the last dim, alone or with the residual add before it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FEW_ROWS: Final = 4  # up to here a norm on a CPU costs its calls, above it its
 
 
 class RMSNorm:
-    """``x / sqrt(mean(x ** 2) + eps) * weight``, float32 inside."""
+    """``x / sqrt(mean(x ** 2) + eps) * weight``, float32 inside. The weight may be finer than ``x``."""
 
     __slots__ = ("_doubled_weight", "_width", "eps", "weight")
 
@@ -27,6 +27,8 @@ class RMSNorm:
         """``[..., width]`` to the same shape; rows may be strided, also in the answer."""
         if x.is_cuda:
             return rms_norm(x, self.weight, self.eps)
+        if x.dtype != self.weight.dtype:
+            return functional.rms_norm(x.float(), (self._width,), self.weight, self.eps).to(x.dtype)
         if x.shape[0] > _FEW_ROWS:
             return functional.rms_norm(x, (self._width,), self.weight, self.eps)
         # The mean of (x, -x) is 0 and its variance mean(x ** 2): a LayerNorm of both is the RMSNorm of each. Torch has
@@ -40,3 +42,24 @@ class RMSNorm:
         if residual.is_cuda:
             return add_rms_norm_(residual, delta, self.weight, self.eps)
         return self(residual.add_(delta))
+
+
+class LayerNorm:
+    """``(x - mean) / sqrt(var + eps) * weight + bias``, float32 inside. The weight may be finer than ``x``."""
+
+    __slots__ = ("_bias", "_eps", "_weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, eps: float) -> None:
+        self._weight, self._eps = weight, eps
+        self._bias = None if bias is None else bias.to(weight.dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        wide = x.to(self._weight.dtype)
+        return functional.layer_norm(wide, self._weight.shape, self._weight, self._bias, self._eps).to(x.dtype)
+
+    def add_(self, residual: Tensor, delta: Tensor) -> Tensor:
+        """``residual += delta`` in place; the norm of that sum."""
+        return self(residual.add_(delta))
+
+
+Norm = RMSNorm | LayerNorm

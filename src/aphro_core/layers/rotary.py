@@ -31,21 +31,27 @@ class RotaryEmbedding:
 
 @dataclass(slots=True)
 class Rotation:
-    """On a GPU ``cos`` and ``sin`` are [num_tokens, head_dim / 2] float32, as the kernel takes them. On a CPU they are
-    [num_tokens, 1, head_dim] in the run's dtype, each half of a head with its own, the first half of ``sin`` negated.
+    """On a GPU ``cos`` and ``sin`` are [num_tokens, rotary_dim / 2] float32, as the kernel takes them. On a CPU they
+    are [num_tokens, 1, rotary_dim] in the run's dtype, each half with its own, the first half of ``sin`` negated.
     """
 
     cos: Tensor
     sin: Tensor
 
     def apply_(self, x: Tensor) -> None:
-        """Rotate ``x`` [num_tokens, heads, head_dim] in place (CPU): dim i with dim i + head_dim / 2."""
+        """Rotate ``x`` [num_tokens, heads, head_dim] in place (CPU): dim i with dim i + rotary_dim / 2."""
+        rotary_dim = self.cos.shape[-1]
+        if not rotary_dim:
+            return
+        x = x[..., :rotary_dim]
         swapped = x.roll(x.shape[-1] // 2, -1)
         x.mul_(self.cos).addcmul_(swapped, self.sin)
 
 
 def inverse_frequencies(rope: RopeSpec) -> Tensor:
     """``[rotary_dim / 2]`` float32, by transformers' ``modeling_rope_utils`` for each kind."""
+    if not rope.rotary_dim:
+        return torch.empty(0)
     exponents = torch.arange(0, rope.rotary_dim, 2, dtype=torch.int64).float() / rope.rotary_dim
     frequencies = 1.0 / (rope.theta**exponents)
     if rope.kind == "linear":
@@ -54,6 +60,8 @@ def inverse_frequencies(rope: RopeSpec) -> Tensor:
         return _llama3(frequencies, rope.factors)
     if rope.kind == "yarn":
         return _yarn(frequencies, rope)
+    if rope.kind == "longrope":
+        return 1.0 / (torch.tensor(rope.short_factors) * rope.theta**exponents)
     return frequencies
 
 

@@ -62,6 +62,22 @@ class HfConfig:
             raise self.refuse(key, "a list of strings")
         return list(value)
 
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A list of positive numbers."""
+        value = self._read(key, None)
+        is_list = isinstance(value, Sequence) and not isinstance(value, str)
+        if not is_list or not all(type(x) in (int, float) and math.isfinite(x) and x > 0 for x in value):
+            raise self.refuse(key, "a list of numbers above 0")
+        return tuple(map(float, value))
+
+    def layers(self, key: str) -> tuple[int, ...]:
+        """A list of layer numbers; empty when the key is missing."""
+        value = self._read(key, ())
+        is_list = isinstance(value, Sequence) and not isinstance(value, str)
+        if not is_list or not all(type(x) is int and 0 <= x < MAX_SIZE for x in value):
+            raise self.refuse(key, "a list of layer numbers")
+        return tuple(value)
+
     def token_ids(self, key: str) -> tuple[int, ...]:
         """One token id or a list of them; empty when the key is missing."""
         value = self._read(key, ())

@@ -7,7 +7,23 @@ from collections.abc import Mapping
 from typing import Any, Final, Protocol
 
 from aphro_core.errors import ModelError
-from aphro_core.models import llama, mistral, qwen2, qwen3
+from aphro_core.models import (
+    gemma2,
+    gemma3,
+    granite,
+    internlm2,
+    llama,
+    mistral,
+    mixtral,
+    nemotron,
+    opt,
+    phi3,
+    qwen,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 from aphro_core.models.hf_config import HfConfig
 from aphro_core.models.spec import DecoderSpec
 from aphro_core.models.tensors import TensorRule
@@ -25,8 +41,19 @@ class Family(Protocol):
 FAMILIES: Final[dict[str, Family]] = {
     "LlamaForCausalLM": llama,
     "MistralForCausalLM": mistral,
+    "MixtralForCausalLM": mixtral,
+    "QWenLMHeadModel": qwen,
     "Qwen2ForCausalLM": qwen2,
+    "Qwen2MoeForCausalLM": qwen2_moe,
     "Qwen3ForCausalLM": qwen3,
+    "Qwen3MoeForCausalLM": qwen3_moe,
+    "NemotronForCausalLM": nemotron,
+    "OPTForCausalLM": opt,
+    "Phi3ForCausalLM": phi3,
+    "Gemma2ForCausalLM": gemma2,
+    "Gemma3ForCausalLM": gemma3,
+    "InternLM2ForCausalLM": internlm2,
+    "GraniteForCausalLM": granite,
 }
 
 

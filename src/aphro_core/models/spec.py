@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
+
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,9 +16,31 @@ class RopeSpec:
     """
 
     theta: float
-    rotary_dim: int  # leading dims of a head that rotate
-    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    rotary_dim: int  # leading dims of a head that rotate; 0 = none (learned positions)
+    kind: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
     factors: dict[str, float] = field(default_factory=dict)
+    short_factors: tuple[float, ...] = ()  # longrope: a divisor a rotated pair, within the pretraining context
+    long_factors: tuple[float, ...] = ()  # and for models that are served beyond it
+
+    def for_length(self, max_model_len: int) -> RopeSpec:
+        """The rule for requests of up to ``max_model_len`` tokens. Only longrope has two: keys in the cache stay as
+        they were rotated, so one must hold for all of them."""
+        if self.kind != "longrope":
+            return self
+        is_long = max_model_len > self.factors["original_max_position_embeddings"]
+        return replace(self, short_factors=self.long_factors if is_long else self.short_factors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeSpec:
+    """A mixture of experts in place of the MLP."""
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int  # of one expert
+    renormalize: bool  # the chosen experts' probabilities are divided by their sum
+    shared_intermediate_size: int = 0  # of an expert that every token takes, 0 = none
+    layers: tuple[bool, ...] | None = None  # which layers have experts; None = all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +59,27 @@ class DecoderSpec:
     rope: RopeSpec
     max_position_embeddings: int
     tie_word_embeddings: bool
-    activation: Literal["silu", "gelu_tanh"] = "silu"
+    activation: Activation = "silu"
+    gated_mlp: bool = True  # act(gate) * up, or act(up) alone
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm over head_dim of q and k before the rotation
+    norm: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = False
+    norm_offset: float = 0.0  # added to every stored gain
+    sandwich_norms: bool = False  # attention's and the MLP's outputs are normed too, before they are added
+    position_offset: int | None = None  # learned positions: position p is row p + offset; None = rotary alone
     sliding_window: int | None = None  # a token sees itself and the sliding_window - 1 before it
     sliding_layers: tuple[bool, ...] | None = None  # which layers slide; None = all, if sliding_window is set
+    sliding_rope: RopeSpec | None = None  # of sliding layers, where they rotate otherwise
+    attention_scale: float | None = None  # of q k; None = head_dim ** -0.5
+    attention_softcap: float | None = None  # scores s become cap * tanh(s / cap)
+    logits_softcap: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and MLP add
+    logits_scale: float = 1.0
+    moe: MoeSpec | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the checkpoint
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -56,3 +94,15 @@ class DecoderSpec:
         if self.sliding_window is None or (self.sliding_layers is not None and not self.sliding_layers[layer]):
             return None
         return self.sliding_window
+
+    def rope_of(self, layer: int) -> RopeSpec:
+        """How q and k of one layer rotate."""
+        slides = self.window_of(layer) is not None
+        return self.sliding_rope if slides and self.sliding_rope is not None else self.rope
+
+    def has_experts(self, layer: int) -> bool:
+        return self.moe is not None and (self.moe.layers is None or self.moe.layers[layer])
+
+    def for_length(self, max_model_len: int) -> DecoderSpec:
+        """The spec as it is served, with requests of up to ``max_model_len`` tokens."""
+        return replace(self, rope=self.rope.for_length(max_model_len))

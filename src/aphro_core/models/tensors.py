@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from aphro_core.models.spec import DecoderSpec
 
-Axis = Literal["hidden", "heads", "kv_heads", "head_dim", "mlp", "vocab"]
-Flag = Literal["qkv_bias", "o_bias", "mlp_bias", "qk_norm"]
+Axis = Literal[
+    "hidden", "heads", "kv_heads", "head_dim", "mlp", "vocab", "positions", "experts", "expert_mlp", "shared_mlp", "one"
+]
+Flag = Literal["qkv_bias", "o_bias", "mlp_bias", "qk_norm", "norm_bias"]
 
 
 class Shard(Protocol):
@@ -26,6 +28,12 @@ class Shard(Protocol):
     @property
     def mlp(self) -> range: ...
     @property
+    def experts(self) -> range: ...
+    @property
+    def expert_mlp(self) -> range: ...
+    @property
+    def shared_mlp(self) -> range: ...
+    @property
     def vocab(self) -> range: ...
     @property
     def has_embedding(self) -> bool: ...
@@ -33,63 +41,36 @@ class Shard(Protocol):
     def has_head(self) -> bool: ...
 
 
+class Source(NamedTuple):
+    """Rows of one checkpoint tensor. ``{i}`` in the name is the layer, ``{e}`` the expert.
+
+    ``fused`` are the axes that the tensor's rows consist of, one after the other, ``part`` which of them is meant;
+    ``by_group`` says that they alternate: the q heads of a KV head, its k head, its v head, then the next.
+    """
+
+    name: str
+    rows: Axis
+    fused: tuple[Axis, ...] = ()
+    part: int = 0
+    by_group: bool = False
+
+
 @dataclass(frozen=True)
 class TensorRule:
-    """One local parameter: checkpoint tensors fused along dim 0. ``{i}`` in the names is the layer.
+    """One local parameter: checkpoint tensors fused along dim 0, of every expert in turn if a name has ``{e}``.
 
-    ``sources`` are (checkpoint name, axis of its rows) in the order of the fusion; ``columns`` is the axis of dim 1,
-    None for vectors. Axes heads, kv_heads, mlp and vocab are cut over the tp ranks, the others are whole on each.
+    ``columns`` is the axis of dim 1, None for vectors. Axes heads, kv_heads, mlp, expert_mlp, shared_mlp and vocab are
+    cut over the tp ranks, the others are whole on each; with expert parallelism a rank has whole experts.
     """
 
     parameter: str
-    sources: tuple[tuple[str, Axis], ...]
+    sources: tuple[Source, ...]
     columns: Axis | None = None
     place: Literal["embedding", "layer", "head"] = "layer"
+    layers: Literal["all", "dense", "experts"] = "all"  # which of them, by their MLP
     only_if: Flag | None = None  # the spec's dial that brings it in
     first_rank_only: bool = False  # a bias added after the all-reduce's summands: once, not once a rank
     tied_to: str | None = None  # with tied embeddings it is this other parameter
-
-
-def _layer(
-    parameter: str,
-    *sources: tuple[str, Axis],
-    columns: Axis | None = None,
-    only_if: Flag | None = None,
-    first_rank_only: bool = False,
-) -> TensorRule:
-    prefixed = tuple((f"model.layers.{{i}}.{name}", axis) for name, axis in sources)
-    return TensorRule(f"layers.{{i}}.{parameter}", prefixed, columns, only_if=only_if, first_rank_only=first_rank_only)
-
-
-DECODER_RULES: Final[tuple[TensorRule, ...]] = (
-    TensorRule("embed_tokens.weight", (("model.embed_tokens.weight", "vocab"),), "hidden", place="embedding"),
-    _layer("input_norm.weight", ("input_layernorm.weight", "hidden")),
-    _layer(
-        "attention.qkv_proj.weight",
-        ("self_attn.q_proj.weight", "heads"),
-        ("self_attn.k_proj.weight", "kv_heads"),
-        ("self_attn.v_proj.weight", "kv_heads"),
-        columns="hidden",
-    ),
-    _layer(
-        "attention.qkv_proj.bias",
-        ("self_attn.q_proj.bias", "heads"),
-        ("self_attn.k_proj.bias", "kv_heads"),
-        ("self_attn.v_proj.bias", "kv_heads"),
-        only_if="qkv_bias",
-    ),
-    _layer("attention.q_norm.weight", ("self_attn.q_norm.weight", "head_dim"), only_if="qk_norm"),
-    _layer("attention.k_norm.weight", ("self_attn.k_norm.weight", "head_dim"), only_if="qk_norm"),
-    _layer("attention.o_proj.weight", ("self_attn.o_proj.weight", "hidden"), columns="heads"),
-    _layer("attention.o_proj.bias", ("self_attn.o_proj.bias", "hidden"), only_if="o_bias", first_rank_only=True),
-    _layer("post_attention_norm.weight", ("post_attention_layernorm.weight", "hidden")),
-    _layer("mlp.gate_up_proj.weight", ("mlp.gate_proj.weight", "mlp"), ("mlp.up_proj.weight", "mlp"), columns="hidden"),
-    _layer("mlp.gate_up_proj.bias", ("mlp.gate_proj.bias", "mlp"), ("mlp.up_proj.bias", "mlp"), only_if="mlp_bias"),
-    _layer("mlp.down_proj.weight", ("mlp.down_proj.weight", "hidden"), columns="mlp"),
-    _layer("mlp.down_proj.bias", ("mlp.down_proj.bias", "hidden"), only_if="mlp_bias", first_rank_only=True),
-    TensorRule("norm.weight", (("model.norm.weight", "hidden"),), place="head"),
-    TensorRule("lm_head.weight", (("lm_head.weight", "vocab"),), "hidden", place="head", tied_to="embed_tokens.weight"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,16 +99,18 @@ def rank_pieces(rules: Sequence[TensorRule], spec: DecoderSpec, shard: Shard) ->
     pieces = []
     for rule in _rules_of_rank(rules, spec, shard):
         offset = 0
-        for source, axis in rule.sources:
-            full_shape = _shape(sizes, axis, rule.columns)
-            dim: int | None = None
-            index = range(full_shape[0])
-            for at, name in enumerate((axis, rule.columns)):
-                if name in ranges:
-                    dim, index = at, range(ranges[name].start, min(ranges[name].stop, sizes[name]))
-            if index:
-                pieces.append(TensorPiece(rule.parameter, source, full_shape, dim, index, offset))
-            offset += len(ranges[axis]) if axis in ranges else sizes[axis]
+        for source in rule.sources:
+            full_shape = _shape(sizes, source, rule.columns)
+            filled = 0
+            if rule.columns is not None and rule.columns in ranges:
+                pieces.append(TensorPiece(rule.parameter, source.name, full_shape, 1, ranges[rule.columns], offset))
+            elif source.rows not in ranges and not source.fused:
+                pieces.append(TensorPiece(rule.parameter, source.name, full_shape, None, range(full_shape[0]), offset))
+            else:
+                for index in _row_ranges(source, spec, shard, sizes, ranges):
+                    pieces.append(TensorPiece(rule.parameter, source.name, full_shape, 0, index, offset + filled))
+                    filled += len(index)
+            offset += len(ranges[source.rows]) if source.rows in ranges else sizes[source.rows]
     return pieces
 
 
@@ -136,7 +119,7 @@ def parameter_shapes(rules: Sequence[TensorRule], spec: DecoderSpec, shard: Shar
     local = _axis_sizes(spec) | {axis: len(extent) for axis, extent in _axis_ranges(spec, shard).items()}
     shapes: dict[str, tuple[int, ...]] = {}
     for rule in _rules_of_rank(rules, spec, shard):
-        rows = sum(local[axis] for _, axis in rule.sources)
+        rows = sum(local[source.rows] for source in rule.sources)
         shapes[rule.parameter] = (rows,) if rule.columns is None else (rows, local[rule.columns])
     return shapes
 
@@ -151,13 +134,14 @@ def tied_parameters(rules: Sequence[TensorRule], spec: DecoderSpec, shard: Shard
 def source_shapes(rules: Sequence[TensorRule], spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
     """Every tensor that the checkpoint must have, with its shape."""
     sizes = _axis_sizes(spec)
+    experts = range(spec.moe.num_experts if spec.moe else 0)
     used = [
         each
         for rule in rules
         if _is_used(rule, spec) and not (spec.tie_word_embeddings and rule.tied_to)
-        for each in _of_layers(rule, range(spec.num_layers))
+        for each in _expanded(rule, spec, range(spec.num_layers), experts)
     ]
-    return {source: _shape(sizes, axis, rule.columns) for rule in used for source, axis in rule.sources}
+    return {source.name: _shape(sizes, source, rule.columns) for rule in used for source in rule.sources}
 
 
 def _rules_of_rank(rules: Sequence[TensorRule], spec: DecoderSpec, shard: Shard) -> Iterator[TensorRule]:
@@ -170,27 +154,67 @@ def _rules_of_rank(rules: Sequence[TensorRule], spec: DecoderSpec, shard: Shard)
             continue
         if spec.tie_word_embeddings and rule.tied_to:
             rule = replace(rule, sources=by_name[rule.tied_to].sources)  # noqa: PLW2901 - the last stage's own copy
-        yield from _of_layers(rule, shard.layers)
+        yield from _expanded(rule, spec, shard.layers, shard.experts)
 
 
-def _of_layers(rule: TensorRule, layers: range) -> Iterator[TensorRule]:
+def _expanded(rule: TensorRule, spec: DecoderSpec, layers: range, experts: range) -> Iterator[TensorRule]:
+    """The rule for each layer that it holds for, its sources for each expert."""
+    sources = rule.sources
+    if any("{e}" in source.name for source in sources):
+        sources = tuple(
+            source._replace(name=source.name.replace("{e}", str(expert))) for expert in experts for source in sources
+        )
     if rule.place != "layer":
         yield rule
         return
     for i in layers:
-        sources = tuple((name.format(i=i), axis) for name, axis in rule.sources)
-        yield replace(rule, parameter=rule.parameter.format(i=i), sources=sources)
+        if rule.layers != "all" and (rule.layers == "experts") != spec.has_experts(i):
+            continue
+        named = tuple(source._replace(name=source.name.replace("{i}", str(i))) for source in sources)
+        yield replace(rule, parameter=rule.parameter.format(i=i), sources=named)
 
 
 def _is_used(rule: TensorRule, spec: DecoderSpec) -> bool:
     return rule.only_if is None or bool(getattr(spec, rule.only_if))
 
 
-def _shape(sizes: dict[Axis, int], rows: Axis, columns: Axis | None) -> tuple[int, ...]:
-    return (sizes[rows],) if columns is None else (sizes[rows], sizes[columns])
+def _shape(sizes: Mapping[Axis, int], source: Source, columns: Axis | None) -> tuple[int, ...]:
+    rows = sum(sizes[axis] for axis in source.fused) if source.fused else sizes[source.rows]
+    return (rows,) if columns is None else (rows, sizes[columns])
+
+
+def _row_ranges(
+    source: Source, spec: DecoderSpec, shard: Shard, sizes: Mapping[Axis, int], ranges: Mapping[Axis, range]
+) -> list[range]:
+    """The rows of the checkpoint tensor that a rank takes, in the order in which they fill its parameter."""
+    if source.by_group:
+        return _alternating_rows(source, spec, shard)
+    whole = range(sizes[source.rows])
+    before = sum(sizes[axis] for axis in source.fused[: source.part])
+    mine = ranges.get(source.rows, whole)
+    stop = min(mine.stop, whole.stop)  # without the vocabulary's padding
+    return [range(before + mine.start, before + stop)] if mine.start < stop else []
+
+
+def _alternating_rows(source: Source, spec: DecoderSpec, shard: Shard) -> list[range]:
+    """Heads in the layout ``by_group``; neighbours that stand together are one range."""
+    width, group = spec.head_dim, spec.group_size
+    if source.rows == "heads":
+        places = [head // group * (group + 2) + head % group for head in shard.heads]
+    else:
+        places = [kv_head * (group + 2) + group + source.part - 1 for kv_head in shard.kv_heads]
+    found: list[range] = []
+    for place in places:
+        start = place * width
+        if found and found[-1].stop == start:
+            found[-1] = range(found[-1].start, start + width)
+        else:
+            found.append(range(start, start + width))
+    return found
 
 
 def _axis_sizes(spec: DecoderSpec) -> dict[Axis, int]:
+    moe = spec.moe
     return {
         "hidden": spec.hidden_size,
         "heads": spec.num_heads * spec.head_dim,
@@ -198,6 +222,11 @@ def _axis_sizes(spec: DecoderSpec) -> dict[Axis, int]:
         "head_dim": spec.head_dim,
         "mlp": spec.intermediate_size,
         "vocab": spec.vocab_size,
+        "positions": spec.max_position_embeddings + (spec.position_offset or 0),
+        "experts": moe.num_experts if moe else 0,
+        "expert_mlp": moe.intermediate_size if moe else 0,
+        "shared_mlp": moe.shared_intermediate_size if moe else 0,
+        "one": 1,
     }
 
 
@@ -208,5 +237,7 @@ def _axis_ranges(spec: DecoderSpec, shard: Shard) -> dict[Axis, range]:
         "heads": range(shard.heads.start * width, shard.heads.stop * width),
         "kv_heads": range(shard.kv_heads.start * width, shard.kv_heads.stop * width),
         "mlp": shard.mlp,
+        "expert_mlp": shard.expert_mlp,
+        "shared_mlp": shard.shared_mlp,
         "vocab": shard.vocab,
     }

@@ -44,7 +44,9 @@ def limiting_rank(ranks: Iterable[RankMemory]) -> RankMemory:
 def weights_bytes(spec: DecoderSpec, shard: RankShard, dtype_bytes: int) -> int:
     """Bytes of the parameters on a rank, vocabulary padding included: the sum over the loader's own shapes."""
     shapes = parameter_shapes(family_of(spec).tensors, spec, shard)
-    return dtype_bytes * sum(prod(shape) for shape in shapes.values())
+    gains = sum(prod(shape) for name, shape in shapes.items() if name.endswith("norm.weight"))
+    finer = (4 - dtype_bytes) * gains if spec.norm_offset else 0  # kept in float32, see layers/decoder.py
+    return dtype_bytes * sum(prod(shape) for shape in shapes.values()) + finer
 
 
 def kv_block_bytes(spec: DecoderSpec, shard: RankShard, block_size: int, kv_dtype_bytes: int) -> int:
@@ -63,7 +65,8 @@ def activation_bytes(
     With T tokens, H hidden, q/kv the local head widths and I the local MLP columns, a step holds for its whole length
     the residual and its normed copy (2 T H) and, with pp, a received and a sent one (2 T H); at its peak the larger of
     - attention: qkv, its rotated q and k, the output of attention, o_proj: T (2 q + 4 kv + q + H)
-    - MLP: gate and up, their product, down_proj: T (3 I + H)
+    - MLP: gate and up, their product, down_proj: T (3 I + H); with experts, of which a token takes k, besides the
+      shared one's as much: T k (3 I + 2 H), its rows copied in and out
     - head: LOGITS_COPIES float32 copies of the logits of min(max_num_seqs, T) rows, over the whole vocabulary
     plus a float32 copy of the hidden states inside a norm (T H 4) and the step's indices (T x 64 bytes).
     The terms are those of the profiled peaks of served models (forward = T e (3 I + 3 H), sampler = F S V 4). Not
@@ -73,10 +76,20 @@ def activation_bytes(
     query, kv = len(shard.heads) * spec.head_dim, len(shard.kv_heads) * spec.head_dim
     kept = (2 + 2 * (shard.pp_size > 1)) * tokens * hidden * dtype_bytes
     attention = tokens * (3 * query + 4 * kv + hidden) * dtype_bytes
-    mlp = tokens * (3 * len(shard.mlp) + hidden) * dtype_bytes
+    mlp = tokens * _mlp_width(spec, shard) * dtype_bytes
     vocab = len(shard.vocab) * shard.tp_size
     head = LOGITS_COPIES * min(max_num_seqs, tokens) * vocab * 4 if shard.has_head else 0
     return kept + max(attention, mlp, head) + tokens * hidden * 4 + tokens * 64
+
+
+def _mlp_width(spec: DecoderSpec, shard: RankShard) -> int:
+    """Elements a token at the peak of the widest MLP of the rank's layers."""
+    dense = 3 * len(shard.mlp) + spec.hidden_size
+    if spec.moe is None:
+        return dense
+    each = 3 * len(shard.expert_mlp) + 2 * spec.hidden_size
+    experts = spec.moe.experts_per_token * each + 3 * len(shard.shared_mlp) + 2 * spec.hidden_size
+    return experts if all(map(spec.has_experts, shard.layers)) else max(dense, experts)
 
 
 def num_blocks(budget_bytes: int, block_bytes: int) -> int:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 from aphro_core.errors import PlacementError
-from aphro_core.models.spec import DecoderSpec
+from aphro_core.models.spec import DecoderSpec, MoeSpec
 from aphro_core.parallel.partition import partition
 
 MLP_UNIT: Final = 32  # columns: the block of the small GGUF formats, and a tile that every kernel likes
@@ -31,6 +32,9 @@ class RankShard:
     heads: range
     kv_heads: range
     mlp: range
+    experts: range  # all of them, each cut by columns; with expert parallelism some of them, whole
+    expert_mlp: range  # columns of each expert
+    shared_mlp: range  # columns of the expert that every token takes
     vocab: range  # may reach past vocab_size, or lie wholly behind it
     has_embedding: bool
     has_head: bool  # final norm and output head
@@ -44,8 +48,11 @@ class ShardingPlan:
     padded_vocab_size: int
 
 
-def build_plan(spec: DecoderSpec, tp: int, pp: int, pp_layers: Sequence[int] | None = None) -> ShardingPlan:
+def build_plan(
+    spec: DecoderSpec, tp: int, pp: int, pp_layers: Sequence[int] | None = None, *, expert_parallel: bool = False
+) -> ShardingPlan:
     """What each of the tp x pp ranks holds. ``pp_layers`` gives the layers of each stage instead of the stated rule.
+    ``expert_parallel`` gives a rank whole experts instead of columns of each; it may leave a rank without any.
 
     MLP columns are split evenly even where attention is not: the ranks wait for each other after each of the two,
     so leaning one against the other would balance bytes and cost time. Raises PlacementError for sizes that the
@@ -54,7 +61,8 @@ def build_plan(spec: DecoderSpec, tp: int, pp: int, pp_layers: Sequence[int] | N
     _check_tensor_parallel(spec, tp)
     stages = _split_layers(spec.num_layers, pp, pp_layers)
     heads = _split_heads(spec, tp)
-    mlp = partition(spec.intermediate_size, [1] * tp, unit=_mlp_unit(spec.intermediate_size, tp))
+    mlp = _split_columns(spec.intermediate_size, tp)
+    experts, expert_mlp, shared_mlp = _split_experts(spec.moe, tp, expert_parallel)
     rows = -(-spec.vocab_size // (tp * VOCAB_UNIT)) * VOCAB_UNIT
     ranks = tuple(
         RankShard(
@@ -67,6 +75,9 @@ def build_plan(spec: DecoderSpec, tp: int, pp: int, pp_layers: Sequence[int] | N
             heads=heads[tp_rank][0],
             kv_heads=heads[tp_rank][1],
             mlp=mlp[tp_rank],
+            experts=experts[tp_rank],
+            expert_mlp=expert_mlp[tp_rank],
+            shared_mlp=shared_mlp[tp_rank],
             vocab=range(tp_rank * rows, (tp_rank + 1) * rows),
             has_embedding=pp_rank == 0,
             has_head=pp_rank == pp - 1,
@@ -79,7 +90,14 @@ def build_plan(spec: DecoderSpec, tp: int, pp: int, pp_layers: Sequence[int] | N
 
 def legal_tensor_parallel_sizes(spec: DecoderSpec) -> range:
     """Every size from 1 to the number of query heads (or of MLP columns, if a model has fewer)."""
-    return range(1, min(spec.num_heads, spec.intermediate_size) + 1)
+    return range(1, min(spec.num_heads, _fewest_columns(spec)) + 1)
+
+
+def _fewest_columns(spec: DecoderSpec) -> int:
+    """Of the MLPs that are cut by columns."""
+    moe = spec.moe
+    widths = [spec.intermediate_size] + ([moe.intermediate_size, moe.shared_intermediate_size] if moe else [])
+    return min(width for width in widths if width)
 
 
 def _check_tensor_parallel(spec: DecoderSpec, tp: int) -> None:
@@ -87,7 +105,7 @@ def _check_tensor_parallel(spec: DecoderSpec, tp: int) -> None:
     if tp in legal:
         return
     nearest = legal[-1] if tp > legal[-1] else 1
-    what = "query heads" if spec.num_heads <= spec.intermediate_size else "MLP columns"
+    what = "query heads" if spec.num_heads <= _fewest_columns(spec) else "MLP columns"
     raise PlacementError(
         f"tensor_parallel_size is {tp}, but {spec.architecture} here has {legal[-1]} {what} and each rank needs one, "
         f"allowed: 1 to {legal[-1]}",
@@ -111,6 +129,23 @@ def _split_heads(spec: DecoderSpec, tp: int) -> list[tuple[range, range]]:
         for kv, num_ranks in enumerate(sharers)
         for part in partition(group, [1] * num_ranks)
     ]
+
+
+def _split_columns(width: int, tp: int) -> list[range]:
+    return partition(width, [1] * tp, unit=_mlp_unit(width, tp))
+
+
+def _split_experts(moe: MoeSpec | None, tp: int, expert_parallel: bool) -> tuple[list[range], list[range], list[range]]:
+    """(experts, columns of each, columns of the shared expert) of each tp rank; empty ranges without experts."""
+    nothing = [range(0)] * tp
+    if moe is None:
+        return nothing, nothing, nothing
+    shared = _split_columns(moe.shared_intermediate_size, tp) if moe.shared_intermediate_size else nothing
+    if not expert_parallel:
+        return [range(moe.num_experts)] * tp, _split_columns(moe.intermediate_size, tp), shared
+    each, rest = divmod(moe.num_experts, tp)
+    starts = [rank * each + min(rank, rest) for rank in range(tp + 1)]
+    return [range(*cut) for cut in pairwise(starts)], [range(moe.intermediate_size)] * tp, shared
 
 
 def _mlp_unit(intermediate_size: int, tp: int) -> int:

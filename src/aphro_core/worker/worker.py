@@ -39,9 +39,9 @@ class Worker:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
         model, parallel, rank = self._config.model, self._config.parallel, self._start.rank
-        self._spec = self._read_spec()
+        self._spec = self._read_spec().for_length(model.max_model_len)
         sizes = (parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
-        plan = build_plan(self._spec, *sizes, parallel.pp_layers)
+        plan = build_plan(self._spec, *sizes, parallel.pp_layers, expert_parallel=parallel.expert_parallel)
         self._shard = plan.ranks[rank]
         self._progress("rendezvous", 0, 1)
         timeout = self._config.distributed_timeout_seconds

@@ -70,8 +70,9 @@ def test_every_family_opens_and_verifies(family: str, max_shard_size: str, tmp_p
     with open_checkpoint(tmp_path) as checkpoint:
         checkpoint.verify(load_spec(checkpoint.hf_config))
         assert checkpoint.bytes_read == 0
-        state = model.state_dict()
-        assert all(torch.equal(checkpoint.read(name), state[name]) for name in checkpoint.tensor_names)
+        if family in tiny.PLAIN:
+            state = model.state_dict()
+            assert all(torch.equal(checkpoint.read(name), state[name]) for name in checkpoint.tensor_names)
 
 
 def test_generation_config_adds_its_end_tokens(whole: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 import pytest
@@ -14,11 +14,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from aphro_core.errors import ExitCode, ModelError
 from aphro_core.models.registry import FAMILIES, family_of, load_spec
-from tests import tiny
+from aphro_core.models.spec import DecoderSpec
+from tests.families import TINY
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"} | {
-    f"qwen{n}": f"Qwen{n}ForCausalLM" for n in (2, 3)
-}
+REQUIRED = [each.name for each in fields(DecoderSpec) if each.default is MISSING]
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 576,
@@ -33,52 +32,76 @@ LLAMA: dict[str, Any] = {
 
 
 def config_of(family: str, **overrides: Any) -> dict[str, Any]:
-    config_class, _ = tiny._CLASSES[family]
-    return config_class(**(tiny.SIZES[family] | overrides)).to_dict() | {"architectures": [ARCHITECTURES[family]]}
+    row = TINY[family]
+    return row.config(**(row.sizes | overrides)).to_dict() | {"architectures": [row.architecture]}
 
 
 def test_every_family_has_a_tiny_checkpoint_so_that_the_other_tests_cover_it() -> None:
-    assert set(ARCHITECTURES.values()) == set(FAMILIES)
-    assert set(ARCHITECTURES) == set(tiny.FAMILIES)
+    assert {row.architecture for row in TINY.values()} == set(FAMILIES)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+OWN_CONFIGS = [name for name, row in TINY.items() if row.publish is None]
+
+
+@pytest.mark.parametrize("family", OWN_CONFIGS)
 def test_a_config_of_transformers_gives_its_own_dials(family: str) -> None:
-    hf = config_of(family)
+    hf, row = config_of(family), TINY[family]
     spec = load_spec(hf)
     assert (spec.hidden_size, spec.num_layers, spec.vocab_size) == (
         hf["hidden_size"],
         hf["num_hidden_layers"],
         hf["vocab_size"],
     )
-    assert (spec.num_heads, spec.num_kv_heads) == (hf["num_attention_heads"], hf["num_key_value_heads"])
-    assert spec.head_dim == hf.get("head_dim", hf["hidden_size"] // hf["num_attention_heads"])
-    assert spec.tie_word_embeddings == hf["tie_word_embeddings"]
-    assert spec.rope.theta == hf["rope_parameters"]["rope_theta"]
-    assert spec.rope.rotary_dim == spec.head_dim
-    assert spec.qkv_bias == (family == "qwen2")
-    assert spec.qk_norm == (family == "qwen3")
-    assert family_of(spec) is FAMILIES[ARCHITECTURES[family]]
-
-
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_what_a_config_may_omit_defaults_as_in_transformers(family: str) -> None:
-    required = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    sizes = {key: tiny.SIZES[family][key] for key in required}
-    config_class, _ = tiny._CLASSES[family]
-    theirs = config_class(**sizes, num_key_value_heads=tiny.SIZES[family]["num_key_value_heads"])
-    ours = load_spec(
-        {
-            "architectures": [ARCHITECTURES[family]],
-            **sizes,
-            "num_key_value_heads": tiny.SIZES[family]["num_key_value_heads"],
-        }
+    assert (spec.num_heads, spec.num_kv_heads) == (
+        hf["num_attention_heads"],
+        hf.get("num_key_value_heads", hf["num_attention_heads"]),
     )
+    assert spec.head_dim == (hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"])
+    assert spec.tie_word_embeddings == hf["tie_word_embeddings"]
+    if "rope_parameters" in hf and "rope_theta" in hf["rope_parameters"]:
+        assert spec.rope.theta == hf["rope_parameters"]["rope_theta"]
+        share = hf["rope_parameters"].get("partial_rotary_factor", 1.0)
+        assert spec.rope.rotary_dim == spec.head_dim * share
+    plain = DecoderSpec(**{name: getattr(spec, name) for name in REQUIRED})
+    expected = {"qkv_bias": family == "opt", "qk_norm": False, "gated_mlp": True, "norm_offset": plain.norm_offset}
+    if not row.has_gains_less_one:
+        expected["sandwich_norms"] = False
+    for dial, value in (expected | row.spec).items():
+        if dial != "norm_offset" or not row.has_gains_less_one:
+            assert getattr(spec, dial) == value, dial
+    assert (spec.norm_offset == 1.0) == row.has_gains_less_one
+    assert (spec.moe is not None) == ("moe" in family or family == "mixtral")
+    assert family_of(spec) is FAMILIES[row.architecture]
+
+
+DEFAULTED = [name for name in OWN_CONFIGS if name not in ("opt", "gemma3")]  # those have other keys, tested below
+
+
+@pytest.mark.parametrize("family", DEFAULTED)
+def test_what_a_config_may_omit_defaults_as_in_transformers(family: str) -> None:
+    row = TINY[family]
+    required = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    )
+    sizes = {key: row.sizes[key] for key in required}
+    if sizes["hidden_size"] % sizes["num_attention_heads"]:
+        sizes["head_dim"] = row.sizes["head_dim"]
+    theirs = row.config(**sizes)
+    ours = load_spec({"architectures": [row.architecture], **sizes})
     assert ours.max_position_embeddings == theirs.max_position_embeddings
-    assert ours.norm_eps == theirs.rms_norm_eps
+    assert ours.norm_eps == getattr(theirs, "rms_norm_eps", None) or theirs.norm_eps
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
-    assert ours.sliding_window == theirs.to_dict().get("sliding_window")
+    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
+    assert (ours.sliding_window or None) == (theirs.to_dict().get("sliding_window") or None)
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+    if ours.moe is not None:
+        num_experts = getattr(theirs, "num_experts", None) or theirs.num_local_experts
+        assert (ours.moe.num_experts, ours.moe.experts_per_token) == (num_experts, theirs.num_experts_per_tok)
 
 
 def test_mistral_slides_in_every_layer_and_null_means_no_window() -> None:
@@ -185,8 +208,8 @@ def test_yarn_factors_come_out_complete_and_as_in_transformers(scaling: dict[str
         ({"eos_token_id": "</s>"}, "eos_token_id"),
         ({"rope_theta": 0}, "rope_theta = 0"),
         (
-            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-            "rope_scaling.type = 'dynamic', allowed: default, linear",
+            {"rope_scaling": {"type": "mrope", "factor": 2.0}},
+            "rope_scaling.type = 'mrope', allowed: default, linear",
         ),
         ({"rope_scaling": {"rope_type": "linear"}}, "lacks rope_scaling.factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor = 0.5, allowed: a number from 1.0"),
@@ -206,8 +229,8 @@ def test_a_bad_key_is_named_with_its_value_and_what_is_allowed(change: dict[str,
 
 def test_an_unknown_architecture_lists_the_known_and_the_nearest() -> None:
     with pytest.raises(ModelError, match="supported: LlamaForCausalLM, Mistral") as error:
-        load_spec(LLAMA | {"architectures": ["Qwen2MoeForCausalLM"]})
-    assert error.value.hint == "the nearest is Qwen2ForCausalLM"
+        load_spec(LLAMA | {"architectures": ["Qwen4ForCausalLM"]})
+    assert error.value.hint == "the nearest is Qwen3ForCausalLM"
 
 
 JSON = st.recursive(

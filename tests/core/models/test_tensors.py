@@ -36,6 +36,9 @@ def shard(**changes: object) -> SimpleNamespace:
         "heads": range(3, 6),
         "kv_heads": range(1, 2),
         "mlp": range(20, 40),
+        "experts": range(0),
+        "expert_mlp": range(0),
+        "shared_mlp": range(0),
         "vocab": range(64, 128),
         "has_embedding": True,
         "has_head": True,
@@ -127,5 +130,5 @@ def test_sources_name_every_checkpoint_tensor_once() -> None:
 def test_rules_of_a_family_name_each_parameter_once(name: str) -> None:
     parameters = [rule.parameter for rule in FAMILIES[name].tensors]
     assert len(set(parameters)) == len(parameters)
-    sources = [source for rule in FAMILIES[name].tensors for source, _ in rule.sources]
+    sources = [(source.name, source.part) for rule in FAMILIES[name].tensors for source in rule.sources]
     assert len(set(sources)) == len(sources)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aphro_core.errors import ExitCode, PlacementError
-from aphro_core.models.spec import DecoderSpec, RopeSpec
+from aphro_core.models.spec import DecoderSpec, MoeSpec, RopeSpec
 from aphro_core.parallel.shard import build_plan, legal_tensor_parallel_sizes
 
 
@@ -186,3 +186,33 @@ def test_an_illegal_size_names_the_dimension_and_the_nearest_legal_one(
 def test_few_mlp_columns_limit_too() -> None:
     with pytest.raises(PlacementError, match="4 MLP columns"):
         build_plan(spec_of(intermediate_size=4), 5, 1)
+
+
+def moe_of(num_experts: int = 7) -> DecoderSpec:
+    moe = MoeSpec(
+        num_experts=num_experts,
+        experts_per_token=2,
+        intermediate_size=96,
+        renormalize=True,
+        shared_intermediate_size=64,
+    )
+    return replace(spec_of(), moe=moe)
+
+
+def test_experts_are_cut_by_columns_or_handed_out_whole() -> None:
+    by_columns = build_plan(moe_of(), 3, 1).ranks
+    assert [rank.experts for rank in by_columns] == [range(7)] * 3
+    assert [rank.expert_mlp for rank in by_columns] == [range(32), range(32, 64), range(64, 96)]
+    assert elements([rank.shared_mlp for rank in by_columns]) == list(range(64))
+    whole = build_plan(moe_of(), 3, 1, expert_parallel=True).ranks
+    assert [rank.experts for rank in whole] == [range(3), range(3, 5), range(5, 7)]
+    assert [rank.expert_mlp for rank in whole] == [range(96)] * 3
+    assert elements([rank.shared_mlp for rank in whole]) == list(range(64))
+
+
+def test_more_ranks_than_experts_leave_some_without() -> None:
+    assert [len(rank.experts) for rank in build_plan(moe_of(2), 4, 1, expert_parallel=True).ranks] == [1, 1, 0, 0]
+
+
+def test_a_dense_model_has_no_experts() -> None:
+    assert {len(rank.experts) for rank in build_plan(spec_of(), 2, 1, expert_parallel=True).ranks} == {0}

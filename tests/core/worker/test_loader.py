@@ -80,7 +80,7 @@ def storage_bytes(weights: dict[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in {tensor.data_ptr(): tensor for tensor in weights.values()}.values())
 
 
-@pytest.fixture(scope="module", params=[*tiny.FAMILIES, "llama-biased"])
+@pytest.fixture(scope="module", params=[*tiny.PLAIN, "llama-biased"])
 def checkpoint_folder(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Tensor]]:

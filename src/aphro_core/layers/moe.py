@@ -1,0 +1,79 @@
+"""The mixture of experts of one layer on one rank: its columns of every expert, or some experts whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from aphro_core.distributed import TensorParallelGroup
+from aphro_core.layers.linear import Linear
+from aphro_core.layers.mlp import GatedMLP, gated
+from aphro_core.models.spec import Activation, MoeSpec
+
+
+class Experts(Protocol):
+    """This rank's experts: every row through those of its choice that are here, weighed and added up."""
+
+    def __call__(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        """``x`` [num_tokens, hidden_size], ``chosen`` [num_tokens, k] int64 numbers of the model's experts, ``shares``
+        [num_tokens, k] float32, to [num_tokens, hidden_size]: this rank's summand."""
+        ...
+
+
+class SparseMoe:
+    """Router, experts, and perhaps one expert that every token takes. One all-reduce for all of them."""
+
+    def __init__(
+        self,
+        spec: MoeSpec,
+        router: Linear,
+        experts: Experts,
+        group: TensorParallelGroup,
+        shared: GatedMLP | None = None,
+        shared_gate: Linear | None = None,
+    ) -> None:
+        self._top, self._renormalize = spec.experts_per_token, spec.renormalize
+        self._router, self._experts, self._group = router, experts, group
+        self._shared, self._shared_gate = shared, shared_gate
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[num_tokens, hidden_size]`` to the same shape."""
+        chosen, shares = self._route(x)
+        y = self._experts(x, chosen, shares)
+        if self._shared is not None:
+            shared = self._shared(x)
+            y += shared if self._shared_gate is None else shared.mul_(torch.sigmoid(self._shared_gate(x)))
+        return self._group.all_reduce_(y)
+
+    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Every rank has the whole router and the same rows, so all choose alike."""
+        shares, chosen = torch.softmax(self._router(x).float(), dim=-1).topk(self._top, dim=-1)
+        if self._renormalize:
+            shares = shares / shares.sum(dim=-1, keepdim=True)
+        return chosen, shares
+
+
+class LoopedExperts:
+    """One expert after the other, each over the rows that chose it (CPU)."""
+
+    def __init__(self, gate_up: Sequence[Linear], down: Sequence[Linear], first: int, activation: Activation) -> None:
+        """Linears of the local experts, whose numbers count from ``first``."""
+        self._gate_up, self._down, self._first = gate_up, down, first
+        self._activation = activation
+
+    def __call__(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        order = chosen.flatten().argsort(stable=True)
+        rows = order // chosen.shape[1]
+        weights = shares.flatten()[order].to(x.dtype)
+        stops = torch.bincount(chosen.flatten(), minlength=self._first + len(self._down)).cumsum(0).tolist()
+        for local, (gate_up, down) in enumerate(zip(self._gate_up, self._down, strict=True)):
+            expert = self._first + local
+            here = slice(stops[expert - 1] if expert else 0, stops[expert])
+            if here.start < here.stop:
+                y = down(gated(gate_up(x[rows[here]]), self._activation))
+                out.index_add_(0, rows[here], y.mul_(weights[here, None]))
+        return out
