@@ -36,6 +36,8 @@ complete -c aphro -n '__fish_seen_subcommand_from run serve' -l drain-seconds -x
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l json-ready -r -F -d 'Written once it serves - url, pid, workers, KV blocks.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l start-timeout -x -d 'Seconds from the first worker to the last one ready.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l distributed-timeout -l distributed-timeout-seconds -x -d 'Seconds for ranks to meet, and for each collective.'
+complete -c aphro -n '__fish_seen_subcommand_from run serve' -l step-timeout -x -d 'Seconds a step may take, if steps of its size took no longer before; default - 10 on CPUs, 60 on GPUs.'
+complete -c aphro -n '__fish_seen_subcommand_from run serve' -l max-recoveries -x -d 'Times in 60 s that an engine which died is started again.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l log-level -x -a 'debug info warning error' -d 'debug adds tracebacks and the libraries’ own logs.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l help -s h -d 'Show help and exit.'
 complete -c aphro -n '__fish_seen_subcommand_from version' -f

@@ -121,6 +121,17 @@ DistributedTimeout = Annotated[
         help="Seconds for ranks to meet, and for each collective.",
     ),
 ]
+StepTimeout = Annotated[
+    float | None,
+    typer.Option(
+        "--step-timeout",
+        min=1,
+        help="Seconds a step may take, if steps of its size took no longer before; default: 10 on CPUs, 60 on GPUs.",
+    ),
+]
+MaxRecoveries = Annotated[
+    int, typer.Option("--max-recoveries", min=0, help="Times in 60 s that an engine which died is started again.")
+]
 Level = Annotated[
     LogLevel,
     typer.Option("--log-level", envvar="APHRO_LOG_LEVEL", help="debug adds tracebacks and the libraries' own logs."),

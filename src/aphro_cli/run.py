@@ -54,6 +54,8 @@ def run(
     json_ready: opt.JsonReady = None,
     start_timeout: opt.StartTimeout = 1800.0,
     distributed_timeout: opt.DistributedTimeout = 300.0,
+    step_timeout: opt.StepTimeout = None,
+    max_recoveries: opt.MaxRecoveries = 3,
     log_level: opt.Level = "info",
 ) -> None:
     """Serve MODEL over the OpenAI API until Ctrl-C or SIGTERM."""
@@ -71,6 +73,7 @@ def run(
         opt.check_finite(
             drain_seconds=drain_seconds, start_timeout=start_timeout, distributed_timeout=distributed_timeout
         )
+        opt.check_finite(step_timeout=step_timeout or 0.0)
         backend = opt.parse_backend(distributed_executor_backend)
         layers = opt.parse_pp_layers(pp_layers)
         length = opt.parse_max_model_len(max_model_len)
@@ -111,6 +114,8 @@ def run(
                 json_ready=json_ready,
                 start_timeout=start_timeout,
                 distributed_timeout=distributed_timeout,
+                step_timeout=step_timeout,
+                max_recoveries=max_recoveries,
             ),
             console,
         )

@@ -56,6 +56,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: Device = "cpu"
     distributed_timeout_seconds: float = 300.0  # rendezvous and every collective
     start_timeout_seconds: float = 1800.0  # from the first worker started to the last one ready
+    step_timeout_seconds: float = 10.0  # a step has this long, or a multiple of what steps of its size take
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):

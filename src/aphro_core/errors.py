@@ -16,6 +16,7 @@ class ExitCode(IntEnum):
     MEMORY = 5  # the model or its KV cache does not fit
     ADDRESS = 6  # the address or port cannot be bound
     ENGINE = 7  # the engine or a worker died
+    RECOVERY = 8  # it died too often to be started again
     INTERRUPTED = 130  # Ctrl-C before the server was up
 
 
@@ -57,9 +58,27 @@ class AddressError(AphroError):
 
 
 class EngineDeadError(AphroError):
-    """The engine or one of its workers is gone; ``message`` carries rank, host and first cause."""
+    """The engine or one of its workers is gone; ``message`` carries rank, host and first cause.
+
+    ``is_external``: it was killed or stopped from outside, so that no request is to blame.
+    """
 
     exit_code = ExitCode.ENGINE
+
+    def __init__(
+        self, message: str, *, hint: str | None = None, exit_code: ExitCode | None = None, is_external: bool = False
+    ) -> None:
+        super().__init__(message, hint=hint, exit_code=exit_code)
+        self.is_external = is_external
+
+
+class RequestFailedError(Exception):
+    """One request cannot be computed (HTTP 500): a step with it alone failed, or the engine died under it twice."""
+
+    def __init__(self, message: str, *, code: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code
 
 
 class RequestError(Exception):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -58,3 +59,29 @@ def _read_number(path: Path) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdigit() else None
+
+
+@dataclass(frozen=True)
+class ProcessState:
+    """``state`` is the letter of ``ps`` (T: stopped); ``cpu_seconds`` all that its threads have computed."""
+
+    state: str
+    cpu_seconds: float
+
+
+def process_state(pid: int) -> ProcessState | None:
+    """What the kernel says of a process of this host; None when there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return ProcessState(fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
+
+
+def num_oom_kills() -> int:
+    """Processes that the kernel has killed for want of memory since it started."""
+    try:
+        text = Path("/proc/vmstat").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in text.splitlines() if line.startswith("oom_kill ")), 0)

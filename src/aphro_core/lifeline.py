@@ -10,6 +10,8 @@ import threading
 import time
 from typing import Final
 
+STACKS_SIGNAL: Final = signal.SIGUSR2  # engines and workers write the stacks of all their threads to stderr
+
 _PR_SET_PDEATHSIG: Final = 1
 
 

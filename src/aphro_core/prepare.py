@@ -53,6 +53,8 @@ class EngineOptions:
     seed: int = 0
     start_timeout: float = 1800.0
     distributed_timeout: float = 300.0
+    step_timeout: float | None = None  # None: 10 s on CPUs, 60 s on GPUs, whose kernels may be compiled in a step
+    max_recoveries: int = 3  # of the engine in 60 s
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ def prepare(options: EngineOptions, reporter: Reporter) -> Prepared:
         device=device,
         start_timeout_seconds=options.start_timeout,
         distributed_timeout_seconds=options.distributed_timeout,
+        step_timeout_seconds=options.step_timeout or (60.0 if device == "cuda" else 10.0),
     )
     return Prepared(config, spec, plan)
 

@@ -2,64 +2,108 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
+from typing import Final
 
 import anyio
 import anyio.to_thread
+from anyio.abc import TaskGroup
 
 from aphro_core.errors import AphroError
 from aphro_core.frontend.frontend import Frontend
-from aphro_core.frontend.supervisor import EngineProcess, open_engine
+from aphro_core.frontend.recovery_budget import RecoveryBudget
+from aphro_core.frontend.supervisor import EngineLostError, EngineProcess, Supervisor, engine_environment
 from aphro_core.frontend.tokenizer import Tokenizer, open_tokenizer
-from aphro_core.messages.requests import EngineProgress, EngineReady, FromEngine, StepOutputs
+from aphro_core.messages.requests import (
+    EngineProgress,
+    EnginePulse,
+    EngineReady,
+    FromEngine,
+    StepFailed,
+    StepOutputs,
+)
 from aphro_core.prepare import EngineOptions, Prepared
 from aphro_core.reporter import Reporter
+from aphro_core.spawn import ForkServer, open_fork_server
+
+_LOG: Final = logging.getLogger(__name__)
 
 
 class Session:
-    """A starting, then serving, then perhaps dead model."""
+    """A starting, then serving, then perhaps dead model. Engines come and go in it; the first one is waited for."""
 
-    def __init__(self, prepared: Prepared, engine: EngineProcess, frontend: Frontend, reporter: Reporter) -> None:
+    def __init__(self, prepared: Prepared, frontend: Frontend, reporter: Reporter, tasks: TaskGroup) -> None:
         self.prepared = prepared
-        self.engine = engine
         self.frontend = frontend
         self.ready: EngineReady | None = None
+        self.failure: AphroError | None = None
         self._reporter = reporter
+        self._tasks = tasks
         self._settled = anyio.Event()
+        self._dead = anyio.Event()
         self._started_at = time.monotonic()
 
     async def wait_ready(self) -> EngineReady:
         """Return when the model serves. Raises the first cause if it never will."""
         await self._settled.wait()
         if self.ready is None:
-            assert self.engine.failure is not None
-            raise self.engine.failure
+            assert self.failure is not None
+            raise self.failure
         return self.ready
 
     async def wait_dead(self) -> AphroError:
-        """Return why the engine died."""
-        await self.engine.dead.wait()
-        assert self.engine.failure is not None
-        return self.engine.failure
+        """Return why no engine will come any more."""
+        await self._dead.wait()
+        assert self.failure is not None
+        return self.failure
 
-    def take_message(self, message: FromEngine) -> None:
+    def take_message(self, message: FromEngine, engine: EngineProcess) -> None:
         match message:
             case StepOutputs():
                 self.frontend.on_outputs(message)
+            case EnginePulse():
+                self.frontend.on_pulse(message)
             case EngineProgress():
                 self._report_progress(message)
             case EngineReady():
-                self.ready = message
-                self._report_capacity(message)
-                self.frontend.on_engine_ready(message)
-                self._settled.set()
+                self._take_ready(message, engine)
+            case StepFailed():
+                self._reporter.line(f"a step failed: {message.message}; the engine goes on without its culprit")
+                _LOG.warning("a step failed: %s\n%s", message.message, message.detail)
+                self.frontend.on_step_failed(message)
+                self._tasks.start_soon(partial(self.frontend.resume, engine, after_failed_step=True))
 
-    def take_death(self, failure: AphroError) -> None:
-        self.frontend.on_engine_dead(failure)
+    def _take_ready(self, ready: EngineReady, engine: EngineProcess) -> None:
+        if self.ready is None:
+            self._report_capacity(ready)
+        else:
+            num_open = self.frontend.num_open
+            self._reporter.line(f"Engine ready again after {self._seconds():.1f} s: {num_open} open requests go on.")
+        self.ready = ready
+        self.frontend.on_engine_ready(ready)
+        self._tasks.start_soon(self.frontend.resume, engine)
         self._settled.set()
+
+    def take_loss(self, lost: EngineLostError, *, is_final: bool) -> None:
+        if is_final:
+            self.failure = lost
+            self.frontend.on_engine_dead(lost)
+            self._settled.set()
+            self._dead.set()
+            return
+        self._started_at = time.monotonic()
+        self._reporter.line(f"{lost.message}; starting another engine, open requests wait.")
+        for note in getattr(lost, "__notes__", ()):
+            _LOG.warning("of the engine that died:\n%s", note)
+        self.frontend.on_engine_lost(lost.seq_ids, is_external=lost.is_external)
+
+    def _seconds(self) -> float:
+        return time.monotonic() - self._started_at
 
     def _report_progress(self, progress: EngineProgress) -> None:
         text = f"rank {progress.rank}: {progress.phase}"
@@ -102,30 +146,41 @@ class Session:
         self._reporter.line(
             f"Maximum concurrency for {ready.max_model_len:,} tokens per request: {tokens / ready.max_model_len:.2f}x"
         )
-        self._reporter.line(f"Engine ready after {time.monotonic() - self._started_at:.1f} s.")
+        self._reporter.line(f"Engine ready after {self._seconds():.1f} s.")
 
 
 @asynccontextmanager
 async def open_session(
-    prepared: Prepared, options: EngineOptions, reporter: Reporter, *, max_queued_requests: int
+    prepared: Prepared,
+    options: EngineOptions,
+    reporter: Reporter,
+    *,
+    max_queued_requests: int,
+    fork_server: ForkServer | None = None,
 ) -> AsyncIterator[Session]:
-    """Start the engine, and read the tokenizer meanwhile. Nothing of either is left when the block is left."""
-    async with open_engine(prepared.config) as engine:
-        tokenizer = (
-            None if options.skip_tokenizer_init else await anyio.to_thread.run_sync(_open_tokenizer, prepared, options)
-        )
-        frontend = Frontend(
-            engine,
-            tokenizer,
-            served_name=prepared.config.model.served_name,
-            vocab_size=prepared.spec.vocab_size,
-            max_model_len=prepared.config.model.max_model_len,
-            eos_token_ids=prepared.spec.eos_token_ids,
-            max_queued_requests=max_queued_requests,
-        )
-        session = Session(prepared, engine, frontend, reporter)
+    """Start the engine and read the tokenizer. Nothing of either is left when the block is left.
+
+    ``fork_server`` None: one of its own.
+    """
+    config = prepared.config
+    with ExitStack() as stack:
+        if fork_server is None:
+            fork_server = stack.enter_context(open_fork_server(engine_environment(config)))
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(engine.watch, session.take_message, session.take_death)
+            tokenizer = None  # read while the fork server imports
+            if not options.skip_tokenizer_init:
+                tokenizer = await anyio.to_thread.run_sync(_open_tokenizer, prepared, options)
+            frontend = Frontend(
+                tokenizer,
+                served_name=config.model.served_name,
+                vocab_size=prepared.spec.vocab_size,
+                max_model_len=config.model.max_model_len,
+                eos_token_ids=prepared.spec.eos_token_ids,
+                max_queued_requests=max_queued_requests,
+            )
+            session = Session(prepared, frontend, reporter, tasks)
+            budget = RecoveryBudget(options.max_recoveries, time.monotonic)
+            tasks.start_soon(Supervisor(config, fork_server, budget, session).run)
             yield session
             tasks.cancel_scope.cancel()
 

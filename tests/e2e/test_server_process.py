@@ -68,19 +68,16 @@ def test_a_signal_drains_and_leaves_nothing(tmp_path: Path, tiny: Path, number: 
         assert server.port_is_free()
 
 
-@pytest.mark.parametrize("victim", ["api", "engine"])
-def test_sigkill_leaves_nothing_and_the_port_is_free(tmp_path: Path, tiny: Path, victim: str) -> None:
+def test_sigkill_leaves_nothing_and_the_port_is_free(tmp_path: Path, tiny: Path) -> None:
     with running_server(tmp_path, tiny, *SMALL, "-tp", "2") as server:
         complete(server.url)
-        pid = server.process.pid if victim == "api" else server.descendants[0]
-        os.kill(pid, signal.SIGKILL)
-        server.wait_all_gone(5)
+        os.kill(server.process.pid, signal.SIGKILL)
+        server.wait_all_gone(3)
         assert server.port_is_free()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_worker_is_named_and_open_requests_end(tmp_path: Path, tiny: Path, rank: int) -> None:
-    with running_server(tmp_path, tiny, *SMALL, "-tp", "2") as server:
+def test_an_engine_that_dies_too_often_ends_the_server(tmp_path: Path, tiny: Path) -> None:
+    with running_server(tmp_path, tiny, *SMALL, "-tp", "2", "--max-recoveries", "0") as server:
         status: list[int] = []
 
         def ask() -> None:
@@ -90,14 +87,13 @@ def test_a_killed_worker_is_named_and_open_requests_end(tmp_path: Path, tiny: Pa
         thread = threading.Thread(target=ask)
         thread.start()
         wait_until_running(server)
-        pid = server.record["workers"][rank]["pid"]
+        pid = server.record["workers"][1]["pid"]
         os.kill(pid, signal.SIGKILL)
         thread.join(20)
         assert status == [503]
-        assert server.process.wait(10) == ExitCode.ENGINE
+        assert server.process.wait(10) == ExitCode.RECOVERY
         assert (
-            f"rank {rank} on {socket.gethostname()} (pid {pid}) was killed by signal 9 (SIGKILL)"
-            in server.log.read_text()
+            f"rank 1 on {socket.gethostname()} (pid {pid}) was killed by signal 9 (SIGKILL)" in server.log.read_text()
         )
         server.wait_all_gone(3)
 

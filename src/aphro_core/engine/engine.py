@@ -1,25 +1,39 @@
-"""The step loop: commands in, schedule, execute, update, tokens out."""
+"""The step loop: commands in, schedule, execute, update, tokens out; a step that failed is told and forgotten."""
 
 from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Final
 
 import anyio
 from anyio.abc import TaskGroup
 
 from aphro_core.channel import Channel
+from aphro_core.engine.progress import Progress, describe_hang
+from aphro_core.engine.step_watch import StepWatch
+from aphro_core.engine.trial import trial_steps
 from aphro_core.errors import EngineDeadError, RequestError
 from aphro_core.executor.executor import Executor
 from aphro_core.messages.requests import (
     AbortSequences,
     AddSequence,
+    EnginePulse,
     FromEngine,
+    ResumeEngine,
     SequenceOutput,
     StartEngine,
+    StepFailed,
     StepOutputs,
     StopEngine,
     ToEngine,
 )
-from aphro_core.messages.steps import StepResult
+from aphro_core.messages.steps import StepFailure, StepPlan, StepResult
 from aphro_core.scheduler.scheduler import Scheduler
+
+_PULSE_SECONDS: Final = 0.25
+_STACKS_SECONDS: Final = 0.3  # for the ranks of a group that hangs to write their stacks
 
 
 class Engine:
@@ -29,46 +43,65 @@ class Engine:
         self,
         api: Channel[FromEngine, ToEngine],
         executor: Executor,
-        scheduler: Scheduler,
-        *,
-        step_timeout_seconds: float,
+        build_scheduler: Callable[[], Scheduler],
+        watch: StepWatch,
     ) -> None:
         self._api = api
         self._executor = executor
-        self._scheduler = scheduler
-        self._step_timeout_seconds = step_timeout_seconds
+        self._build_scheduler = build_scheduler
+        self._scheduler = build_scheduler()
+        self._watch = watch
+        self._progress = Progress(executor.ranks, time.monotonic)
+        self._plans: deque[StepPlan] = deque()  # in flight
+        self._known: set[int] = set()  # the sequences that the workers keep
         self._results: list[StepResult] = []
         self._refused: list[SequenceOutput] = []
         self._owes_stats = False
+        self._awaits_resume = False
+        self._num_answered = 0
         self._wake = anyio.Event()
 
-    async def run(self) -> None:
-        """Serve until StopEngine. Raises ChannelClosedError when the API process is gone."""
+    @property
+    def in_flight(self) -> list[int]:
+        """The sequences of the steps in flight."""
+        return sorted({row.seq_id for plan in self._plans for row in plan.scheduled})
+
+    async def run(self, announce: Callable[[], Awaitable[None]]) -> None:
+        """Try the group out, ``announce`` it, serve until StopEngine. Raises ChannelClosedError without the API."""
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._take_commands, tasks)
             tasks.start_soon(self._take_results)
+            tasks.start_soon(self._watch_progress)
+            await self._try_out()
+            await announce()
+            tasks.start_soon(self._take_commands, tasks)
             await self._step_for_ever()
 
     async def _take_commands(self, tasks: TaskGroup) -> None:
         while True:
             match await self._api.receive():
+                case StopEngine():
+                    tasks.cancel_scope.cancel()
+                    return
+                case ResumeEngine():
+                    self._awaits_resume = False
+                case _ if self._awaits_resume:
+                    continue  # sent before the API process knew that all is forgotten
                 case AddSequence() as add:
                     self._add(add)
                 case AbortSequences(seq_ids=seq_ids):
                     self._scheduler.abort(seq_ids)
                     self._owes_stats = True  # what they held is free, and perhaps no step follows to say so
-                case StopEngine():
-                    tasks.cancel_scope.cancel()
-                    return
                 case StartEngine():
                     raise ValueError("a second StartEngine")
             self._wake.set()
 
     def _add(self, add: AddSequence) -> None:
         try:
-            self._scheduler.add(add)
+            output = self._scheduler.add(add)
         except RequestError:  # the frontend checks the same limits; this is the last gate
-            self._refused.append(SequenceOutput(seq_id=add.seq_id, token_ids=[], finish_reason="abort"))
+            output = SequenceOutput(seq_id=add.seq_id, token_ids=[], finish_reason="abort")
+        if output is not None:
+            self._refused.append(output)
 
     async def _take_results(self) -> None:
         async for result in self._executor.results:
@@ -78,24 +111,85 @@ class Engine:
     async def _step_for_ever(self) -> None:
         while True:
             outputs, self._refused = self._refused, []
-            results, self._results = self._results, []
-            for result in results:
-                outputs += self._scheduler.update(result)
-            while plan := self._scheduler.schedule():
-                await self._executor.submit(plan)
-            if outputs or results or self._owes_stats:
+            has_news = self._owes_stats or bool(self._results)
+            failure = self._take_answers(outputs)
+            if failure is None:
+                await self._submit_plans()
+            if outputs or has_news:
                 self._owes_stats = False
                 await self._api.send(StepOutputs(outputs=outputs, stats=self._scheduler.stats()))
+            if failure is not None:
+                await self._recover(failure)
             await self._wait_for_news()
+
+    def _take_answers(self, outputs: list[SequenceOutput]) -> StepFailure | None:
+        """Update the scheduler with each answer, up to one that failed: what follows was computed on top of it."""
+        while self._results:
+            result = self._next_answer()
+            if result.failure is not None:
+                return result.failure
+            outputs += self._scheduler.update(result)
+        return None
+
+    def _next_answer(self) -> StepResult:
+        self._watch.answered()
+        self._plans.popleft()
+        self._num_answered += 1
+        return self._results.pop(0)
+
+    async def _submit_plans(self) -> None:
+        while not self._awaits_resume and (plan := self._scheduler.schedule()):
+            await self._submit(plan)
+
+    async def _submit(self, plan: StepPlan) -> None:
+        self._plans.append(plan)
+        self._watch.submitted(plan.num_tokens)
+        if plan.new or plan.released:
+            self._known.difference_update(plan.released)
+            self._known.update(new.seq_id for new in plan.new)
+        await self._executor.submit(plan)
 
     async def _wait_for_news(self) -> None:
         if not self._results and not self._refused:
-            limit = self._step_timeout_seconds if self._scheduler.num_in_flight else None
-            with anyio.move_on_after(limit) as scope:
-                await self._wake.wait()
-            if scope.cancelled_caught:
-                raise EngineDeadError(
-                    f"no rank has answered a step within {limit:g} s",
-                    hint="a worker hangs, most often in a collective: look at it with `py-spy dump --pid PID`",
-                )
+            await self._wake.wait()
         self._wake = anyio.Event()
+
+    # --- failures ---
+
+    async def _recover(self, failure: StepFailure) -> None:
+        """Forget every sequence, here and in the workers, prove that the group still works, and say so."""
+        self._awaits_resume = True
+        while self._plans:
+            await self._wait_answer()
+        self._scheduler = self._build_scheduler()
+        self._refused.clear()
+        await self._submit(StepPlan(step_id=0, scheduled=[], released=sorted(self._known)))
+        await self._wait_answer()
+        await self._try_out()
+        await self._api.send(StepFailed(failure.message, failure.seq_ids, failure.detail))
+
+    async def _try_out(self) -> None:
+        """Raises EngineDeadError when the group cannot compute a step of no request at all."""
+        for plan in trial_steps():
+            await self._submit(plan)
+            failure = (await self._wait_answer()).failure
+            if failure is not None:
+                error = EngineDeadError(f"a trial step failed: {failure.message}", hint="see the log above")
+                error.add_note(failure.detail)
+                raise error
+
+    async def _wait_answer(self) -> StepResult:
+        while not self._results:
+            await self._wait_for_news()
+        return self._next_answer()
+
+    async def _watch_progress(self) -> None:
+        """Tell the API process that this loop runs, and whether steps advance; raise when one will not end."""
+        while True:
+            await anyio.sleep(_PULSE_SECONDS)
+            stalled = self._progress.look(self._num_answered, is_in_flight=bool(self._plans))
+            if self._watch.overdue_seconds() > 0:
+                self._executor.dump_stacks()
+                await anyio.sleep(_STACKS_SECONDS)
+                raise describe_hang(self._executor.ranks, self._watch.allowed_seconds(self._plans[0].num_tokens))
+            await self._api.send(EnginePulse(step=self._scheduler.stats().step, stalled=stalled))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import faulthandler
 import socket
-import sys
+import time
 import traceback
 from contextlib import suppress
 
@@ -15,9 +14,10 @@ import msgspec
 from aphro_core.channel import Channel, ChannelClosedError
 from aphro_core.config import EngineConfig
 from aphro_core.engine.engine import Engine
-from aphro_core.errors import AphroError, ExitCode, MemoryBudgetError, first_cause
-from aphro_core.executor.executor import open_executor
-from aphro_core.lifeline import die_with_parent, exit_on_hangup
+from aphro_core.engine.step_watch import StepWatch
+from aphro_core.errors import AphroError, EngineDeadError, ExitCode, MemoryBudgetError, first_cause
+from aphro_core.executor.executor import Executor, open_executor
+from aphro_core.lifeline import STACKS_SIGNAL, exit_on_hangup
 from aphro_core.messages import codec
 from aphro_core.messages.requests import (
     EngineFailed,
@@ -30,55 +30,60 @@ from aphro_core.messages.requests import (
 from aphro_core.messages.steps import WorkerLoaded, WorkerProgress
 from aphro_core.parallel.memory import max_useful_blocks
 from aphro_core.scheduler.scheduler import Scheduler
+from aphro_core.spawn import Spawner
 
 ApiChannel = Channel[FromEngine, ToEngine]
 
 
-def main() -> int:
-    """``python -m aphro_core.engine.entry FD PARENT_PID``, FD a connected Unix socket. Returns the exit code."""
-    fd, parent_pid = int(sys.argv[1]), int(sys.argv[2])
-    die_with_parent(parent_pid)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # the API process says when to stop; a stray SIGTERM to the process group must not cut a drain short
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sock = socket.socket(fileno=fd)
-    exit_on_hangup(sock.fileno(), grace_seconds=2.0)
-    return anyio.run(_serve, sock)
+def main(sock: socket.socket, link: socket.socket) -> int:
+    """Serve the API process at the other end of ``sock``; ``link`` leads to the fork server. Returns the exit code."""
+    faulthandler.register(STACKS_SIGNAL, all_threads=True)
+    exit_on_hangup(sock.fileno(), grace_seconds=0.5)
+    return anyio.run(_serve, sock, Spawner(link))
 
 
-async def _serve(sock: socket.socket) -> int:
+async def _serve(sock: socket.socket, spawner: Spawner) -> int:
     api: ApiChannel = await Channel.over(sock, codec.engine_side_of_api())
+    process = EngineProcess(api, spawner)
     try:
-        start = await api.receive()
-        assert isinstance(start, StartEngine)
-        await _run_engine(api, start.config)
+        await process.run()
         return 0
     except BaseException as group:
-        failed = _describe(first_cause(group))
+        failed = _describe(first_cause(group), process.in_flight)
     with suppress(ChannelClosedError):  # the API process may be gone, and with it whoever would read this
         await api.send(failed)
     return failed.exit_code
 
 
-async def _run_engine(api: ApiChannel, config: EngineConfig) -> None:
-    send_progress, receive_progress = anyio.create_memory_object_stream[WorkerProgress](1024)
+class EngineProcess:
+    """Builds what an engine is made of, once it is told which."""
 
-    async def forward_progress() -> None:
-        async for progress in receive_progress:
-            await api.send(EngineProgress(**msgspec.structs.asdict(progress)))
+    def __init__(self, api: ApiChannel, spawner: Spawner) -> None:
+        self._api = api
+        self._spawner = spawner
+        self._engine: Engine | None = None
+        self._send_progress, self._receive_progress = anyio.create_memory_object_stream[WorkerProgress](1024)
 
-    def on_progress(progress: WorkerProgress) -> None:
-        try:
-            send_progress.send_nowait(progress)
-        except anyio.WouldBlock:
-            return  # a later figure of the same phase follows
+    @property
+    def in_flight(self) -> list[int]:
+        """The sequences that were being computed, also after the end."""
+        return self._engine.in_flight if self._engine else []
 
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(forward_progress)
-        async with open_executor(config, on_progress) as executor:
-            num_blocks, max_model_len = fit_cache(config, executor.ranks)
-            await executor.allocate(num_blocks)
-            scheduler = Scheduler(
+    async def run(self) -> None:
+        start = await self._api.receive()
+        assert isinstance(start, StartEngine)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._forward_progress)
+            async with open_executor(start.config, self._spawner, self._take_progress) as executor:
+                await self._run_engine(start.config, executor)
+            tasks.cancel_scope.cancel()
+
+    async def _run_engine(self, config: EngineConfig, executor: Executor) -> None:
+        num_blocks, max_model_len = fit_cache(config, executor.ranks)
+        await executor.allocate(num_blocks)
+
+        def build_scheduler() -> Scheduler:
+            return Scheduler(
                 config.scheduler,
                 num_blocks=num_blocks,
                 block_size=config.cache.block_size,
@@ -86,10 +91,21 @@ async def _run_engine(api: ApiChannel, config: EngineConfig) -> None:
                 max_in_flight=config.parallel.pipeline_parallel_size,
                 enable_prefix_caching=config.cache.enable_prefix_caching,
             )
-            await api.send(EngineReady(num_blocks=num_blocks, max_model_len=max_model_len, ranks=executor.ranks))
-            timeout = config.distributed_timeout_seconds
-            await Engine(api, executor, scheduler, step_timeout_seconds=timeout).run()
-        tasks.cancel_scope.cancel()
+
+        async def announce() -> None:
+            await self._api.send(EngineReady(num_blocks=num_blocks, max_model_len=max_model_len, ranks=executor.ranks))
+
+        watch = StepWatch(config.step_timeout_seconds, config.distributed_timeout_seconds, time.monotonic)
+        self._engine = Engine(self._api, executor, build_scheduler, watch)
+        await self._engine.run(announce)
+
+    async def _forward_progress(self) -> None:
+        async for progress in self._receive_progress:
+            await self._api.send(EngineProgress(**msgspec.structs.asdict(progress)))
+
+    def _take_progress(self, progress: WorkerProgress) -> None:
+        with suppress(anyio.WouldBlock):  # a later figure of the same phase follows
+            self._send_progress.send_nowait(progress)
 
 
 def fit_cache(config: EngineConfig, ranks: list[WorkerLoaded]) -> tuple[int, int]:
@@ -124,15 +140,11 @@ def _does_not_fit(config: EngineConfig, limiting: WorkerLoaded, num_blocks: int)
     )
 
 
-def _describe(error: BaseException) -> EngineFailed:
+def _describe(error: BaseException, seq_ids: list[int]) -> EngineFailed:
     if isinstance(error, AphroError):
         notes = "".join(getattr(error, "__notes__", []))
-        return EngineFailed(error.message, error.hint, int(error.exit_code), notes)
+        is_external = isinstance(error, EngineDeadError) and error.is_external
+        return EngineFailed(error.message, error.hint, int(error.exit_code), notes, is_external, seq_ids)
     detail = "".join(traceback.format_exception(error))
-    return EngineFailed(f"{type(error).__name__}: {error}", None, int(ExitCode.ENGINE), detail)
-
-
-if __name__ == "__main__":
-    exit_code = main()
-    sys.stderr.flush()
-    os._exit(exit_code)  # a step that still computes on the worker's thread must not hold the process
+    message = f"{type(error).__name__}: {error}"
+    return EngineFailed(message, None, int(ExitCode.ENGINE), detail, seq_ids=seq_ids)

@@ -10,6 +10,7 @@ from anyio.abc import ObjectReceiveStream
 
 from aphro_core.config import Backend, EngineConfig
 from aphro_core.messages.steps import StepPlan, StepResult, WorkerLoaded, WorkerProgress
+from aphro_core.spawn import Spawner
 
 OnProgress = Callable[[WorkerProgress], None]
 
@@ -29,15 +30,25 @@ class Executor(Protocol):
     async def submit(self, plan: StepPlan) -> None:
         """Hand a plan to every rank; ranks apply plans in this order."""
 
+    def dump_stacks(self) -> None:
+        """Every rank that can writes the stacks of its threads to stderr."""
+
 
 @asynccontextmanager
-async def open_executor(config: EngineConfig, on_progress: OnProgress) -> AsyncIterator[Executor]:
-    """Start the workers of ``config.parallel`` and load the weights; leaving the block ends every one of them."""
-    async with _opener(config.parallel.backend)(config, on_progress) as executor:
+async def open_executor(
+    config: EngineConfig, spawner: Spawner | None, on_progress: OnProgress
+) -> AsyncIterator[Executor]:
+    """Start the workers of ``config.parallel`` and load the weights; leaving the block ends every one of them.
+
+    ``spawner`` forks them; None: where no process but this one is needed.
+    """
+    async with _opener(config.parallel.backend)(config, spawner, on_progress) as executor:
         yield executor
 
 
-def _opener(backend: Backend) -> Callable[[EngineConfig, OnProgress], AbstractAsyncContextManager[Executor]]:
+def _opener(
+    backend: Backend,
+) -> Callable[[EngineConfig, Spawner | None, OnProgress], AbstractAsyncContextManager[Executor]]:
     if backend == "inprocess":
         from aphro_core.executor.inprocess import (
             open_inprocess,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -15,6 +16,7 @@ from anyio.abc import ObjectReceiveStream, ObjectSendStream
 from aphro_core.config import EngineConfig
 from aphro_core.host import available_memory_bytes
 from aphro_core.messages.steps import StartWorker, StepPlan, StepResult, WorkerLoaded, WorkerProgress
+from aphro_core.spawn import Spawner
 from aphro_core.worker.worker import Worker
 
 T = TypeVar("T")
@@ -38,6 +40,9 @@ class InProcessExecutor:
     async def submit(self, plan: StepPlan) -> None:
         await self._send_plan.send(plan)
 
+    def dump_stacks(self) -> None:
+        faulthandler.dump_traceback(all_threads=True)
+
     async def execute_plans(self, send_result: ObjectSendStream[StepResult]) -> None:
         async for plan in self._plans:
             result = await self._call(lambda plan=plan: self._worker.execute(plan))  # type: ignore[misc]
@@ -50,9 +55,9 @@ class InProcessExecutor:
 
 @asynccontextmanager
 async def open_inprocess(
-    config: EngineConfig, on_progress: Callable[[WorkerProgress], None]
+    config: EngineConfig, spawner: Spawner | None, on_progress: Callable[[WorkerProgress], None]
 ) -> AsyncIterator[InProcessExecutor]:
-    """Build the one rank here. An exception of a step is raised out of this block."""
+    """Build the one rank here. An exception that the worker does not survive is raised out of this block."""
     memory_bytes = int(available_memory_bytes() * config.cache.cpu_memory_utilization)
     start = StartWorker(config=config, rank=0, local_rank=0, store="", memory_bytes=memory_bytes)
     worker = Worker(start, lambda progress: anyio.from_thread.run_sync(on_progress, progress))

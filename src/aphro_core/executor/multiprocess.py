@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
 import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from multiprocessing.context import ForkServerProcess
 from typing import Final
 
 import anyio
@@ -20,7 +18,8 @@ from anyio.abc import ObjectReceiveStream, ObjectSendStream
 from aphro_core.channel import Channel, ChannelClosedError
 from aphro_core.config import EngineConfig
 from aphro_core.errors import AphroError, EngineDeadError, ExitCode
-from aphro_core.host import available_memory_bytes
+from aphro_core.host import available_memory_bytes, num_oom_kills
+from aphro_core.lifeline import STACKS_SIGNAL
 from aphro_core.messages import codec
 from aphro_core.messages.steps import (
     AllocateCache,
@@ -35,7 +34,7 @@ from aphro_core.messages.steps import (
     WorkerProgress,
     WorkerReady,
 )
-from aphro_core.worker import entry
+from aphro_core.spawn import Child, Spawner
 
 _STOP_SECONDS: Final = 2.0  # for a rank to end by itself before it is killed
 _BLAME_SECONDS: Final = 0.5  # after a first death: time for the others to report, so that the first cause is found
@@ -44,7 +43,7 @@ _BLAME_SECONDS: Final = 0.5  # after a first death: time for the others to repor
 class WorkerHandle:
     """One rank: its process and the engine's end of its channel."""
 
-    def __init__(self, rank: int, process: ForkServerProcess, channel: Channel[ToWorker, FromWorker]) -> None:
+    def __init__(self, rank: int, process: Child, channel: Channel[ToWorker, FromWorker]) -> None:
         self.rank = rank
         self.process = process
         self.channel = channel
@@ -54,19 +53,12 @@ class WorkerHandle:
         self.is_gone = False
         self.gone_at = math.inf
 
-    def death(self) -> str:
-        """How the process ended, as an operator says it."""
-        code = self.process.exitcode
-        if code is None:
-            return "closed its channel but has not ended"
-        if code < 0:
-            return f"was killed by signal {-code} ({signal.Signals(-code).name})"
-        return f"exited with code {code}"
-
 
 class MultiprocessExecutor:
-    def __init__(self, config: EngineConfig, on_progress: Callable[[WorkerProgress], None]) -> None:
+    def __init__(self, config: EngineConfig, spawner: Spawner, on_progress: Callable[[WorkerProgress], None]) -> None:
         self._config = config
+        self._spawner = spawner
+        self._num_oom_kills = num_oom_kills()
         self._on_progress = on_progress
         self._workers: list[WorkerHandle] = []
         self._send_result, self.results = _result_stream()
@@ -78,16 +70,12 @@ class MultiprocessExecutor:
         return [worker.loaded for worker in self._workers if worker.loaded is not None]
 
     async def start(self, store: str) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([entry.__name__, "aphro_core.worker.worker"])
         world_size = self._config.parallel.world_size
         memory_bytes = int(available_memory_bytes() * self._config.cache.cpu_memory_utilization / world_size)
         for rank in range(world_size):
             ours, theirs = socket.socketpair()
-            process = context.Process(target=entry.main, args=(theirs,), name=f"aphro-rank-{rank}")
-            # the first start waits for the fork server to import torch: not on the event loop
-            await anyio.to_thread.run_sync(process.start)
-            theirs.close()
+            with theirs:
+                process = await anyio.to_thread.run_sync(self._spawner.fork, "worker", f"aphro-rank-{rank}", theirs)
             channel = await Channel[ToWorker, FromWorker].over(ours, codec.engine_side_of_worker())
             self._workers.append(WorkerHandle(rank, process, channel))
             await channel.send(
@@ -106,6 +94,10 @@ class MultiprocessExecutor:
     async def submit(self, plan: StepPlan) -> None:
         await self._broadcast(plan)
 
+    def dump_stacks(self) -> None:
+        for worker in self._workers:
+            worker.process.send_signal(STACKS_SIGNAL)
+
     async def watch(self, worker: WorkerHandle) -> None:
         """Take one rank's frames until it is gone; then name the first cause, unless we are stopping."""
         try:
@@ -114,7 +106,10 @@ class MultiprocessExecutor:
         except ChannelClosedError:
             worker.is_gone, worker.gone_at = True, time.monotonic()
         if not self._is_stopping:
-            await anyio.sleep(_BLAME_SECONDS)
+            with anyio.move_on_after(_BLAME_SECONDS):
+                await worker.process.wait()
+            if worker.failed is not None and worker.failed.secondary:
+                await anyio.sleep(_BLAME_SECONDS)  # it only lost a peer, whose own end is about to be known
             raise self._first_cause()
 
     async def _take(self, worker: WorkerHandle, message: FromWorker) -> None:
@@ -156,50 +151,59 @@ class MultiprocessExecutor:
         own = [worker for worker in gone if worker.failed is not None and not worker.failed.secondary]
         silent = [worker for worker in gone if worker.failed is None]
         worker = (own or silent or gone)[0]
-        worker.process.join(timeout=_BLAME_SECONDS)
+        worker.process.poll()
         failed, pid = worker.failed, worker.process.pid
         host = failed.host if failed else socket.gethostname()
         where = f"rank {worker.rank} on {host} (pid {pid})"
         if failed is None:
-            return EngineDeadError(f"{where} {worker.death()}", hint=_hint_for_death(worker.process.exitcode))
-        error = AphroError(f"{where}: {failed.message}", hint=failed.hint, exit_code=ExitCode(failed.exit_code))
+            return _explain_end(where, worker.process, was_short=num_oom_kills() > self._num_oom_kills)
+        error = EngineDeadError(f"{where}: {failed.message}", hint=failed.hint, exit_code=ExitCode(failed.exit_code))
         error.add_note(failed.traceback)
         return error
 
-    async def stop(self) -> None:
-        """End every rank: asked first, killed after a while, reaped in the end."""
+    async def stop(self, *, at_once: bool) -> None:
+        """End every rank: asked first unless ``at_once``, killed after a while, gone in the end."""
         self._is_stopping = True
-        await self._broadcast(StopWorker())
-        await anyio.to_thread.run_sync(self._reap)
+        if not at_once:
+            with anyio.move_on_after(_STOP_SECONDS):
+                await self._broadcast(StopWorker())
+                for worker in self._workers:
+                    await worker.process.wait()
         for worker in self._workers:
+            if not worker.process.poll():
+                worker.process.send_signal(signal.SIGKILL)
+        with anyio.move_on_after(_STOP_SECONDS):  # else the fork server says so when this engine is gone
+            for worker in self._workers:
+                await worker.process.wait()
+        for worker in self._workers:
+            worker.process.close()
             await worker.channel.aclose()
-
-    def _reap(self) -> None:
-        deadline = time.monotonic() + _STOP_SECONDS
-        for worker in self._workers:
-            worker.process.join(timeout=max(0.0, deadline - time.monotonic()))
-        for worker in self._workers:
-            if worker.process.is_alive():
-                worker.process.kill()
-                worker.process.join(timeout=_STOP_SECONDS)
 
 
 def _result_stream() -> tuple[ObjectSendStream[StepResult], ObjectReceiveStream[StepResult]]:
     return anyio.create_memory_object_stream[StepResult](math.inf)
 
 
-def _hint_for_death(exitcode: int | None) -> str:
-    if exitcode == -signal.SIGKILL:
-        return "the kernel kills like this when memory is short (`dmesg | grep -i oom`); lower --cpu-memory-utilization"
-    return "start again with `--log-level debug` and read that rank's lines"
+def _explain_end(where: str, process: Child, *, was_short: bool) -> EngineDeadError:
+    """``was_short``: the kernel has killed something for want of memory since the group started."""
+    is_killed = process.exit_code == -signal.SIGKILL
+    if is_killed and was_short:
+        hint = "the kernel killed it because memory was short: lower --cpu-memory-utilization"
+    elif is_killed:
+        hint = "somebody killed it: the kernel has not run out of memory since the start"
+    else:
+        hint = "start again with `--log-level debug` and read that rank's lines"
+    return EngineDeadError(f"{where} {process.describe_end()}", hint=hint, is_external=is_killed and not was_short)
 
 
 @asynccontextmanager
 async def open_multiprocess(
-    config: EngineConfig, on_progress: Callable[[WorkerProgress], None]
+    config: EngineConfig, spawner: Spawner | None, on_progress: Callable[[WorkerProgress], None]
 ) -> AsyncIterator[MultiprocessExecutor]:
     """Start one process a rank on this host and load the weights. Nothing of it is left when the block is left."""
-    executor = MultiprocessExecutor(config, on_progress)
+    assert spawner is not None, "ranks are processes of their own"
+    executor = MultiprocessExecutor(config, spawner, on_progress)
+    has_failed = True
     # ranks meet in a file that has no name: nothing to clean up, and no other user can open it
     store_fd = os.memfd_create("aphro-store")
     try:
@@ -209,8 +213,9 @@ async def open_multiprocess(
                 tasks.start_soon(executor.watch, worker)
             await executor.wait_loaded()
             yield executor
+            has_failed = False
             tasks.cancel_scope.cancel()
     finally:
         with anyio.CancelScope(shield=True):
-            await executor.stop()
+            await executor.stop(at_once=has_failed)
         os.close(store_fd)

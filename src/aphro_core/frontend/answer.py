@@ -7,7 +7,7 @@ from typing import Self
 
 import anyio
 
-from aphro_core.errors import EngineDeadError
+from aphro_core.errors import EngineDeadError, RequestFailedError
 from aphro_core.request import OutputDelta
 
 
@@ -23,7 +23,7 @@ class Answer:
         self._before_read = before_read
         self._ready: dict[int, OutputDelta] = {}  # by choice, oldest first
         self._quiet: dict[int, OutputDelta] = {}
-        self._failure: EngineDeadError | None = None
+        self._failure: Exception | None = None
         self._news = anyio.Event()
 
     def put(self, delta: OutputDelta, *, shows: bool) -> None:
@@ -40,7 +40,7 @@ class Answer:
         if shows:
             self._news.set()
 
-    def fail(self, failure: EngineDeadError) -> None:
+    def fail(self, failure: EngineDeadError | RequestFailedError) -> None:
         """Nothing follows; the reader gets what is ready, then this error."""
         self._failure = failure
         self._news.set()

@@ -5,39 +5,44 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
-from typing import Final, Protocol
+from typing import Final
 
 import anyio
 
-from aphro_core.errors import AphroError, EngineDeadError, OverloadedError, RequestError
+from aphro_core.errors import AphroError, EngineDeadError, OverloadedError, RequestError, RequestFailedError
 from aphro_core.frontend.answer import Answer
 from aphro_core.frontend.detokenizer import Detokenizer, TextRules
 from aphro_core.frontend.limits import ModelLimits
 from aphro_core.frontend.live_choice import LiveChoice, OpenRequest
-from aphro_core.frontend.metrics import Health, Metrics
-from aphro_core.frontend.request_table import RequestTable
+from aphro_core.frontend.metrics import Health, Metrics, Phase
+from aphro_core.frontend.recovery import EngineLink, Recovery
+from aphro_core.frontend.request_table import RequestTable, Row
 from aphro_core.frontend.tokenizer import Tokenizer
-from aphro_core.messages.requests import AbortSequences, EngineReady, EngineStats, StepOutputs, ToEngine
+from aphro_core.messages.requests import (
+    AbortSequences,
+    EnginePulse,
+    EngineReady,
+    EngineStats,
+    StepFailed,
+    StepOutputs,
+)
 from aphro_core.request import FinishReason, OutputDelta, Request
 
 _RETRY_STARTING: Final = 5  # seconds, what a client is told while the engine starts
-_SEND_SECONDS: Final = 60  # the engine reads while it computes, so that this long is a hang
-
-
-class EngineLink(Protocol):
-    """The way to the engine. ``send`` raises AphroError once the engine is gone."""
-
-    async def send(self, message: ToEngine) -> None: ...
+_SILENT_SECONDS: Final = 1.25  # an engine sends a pulse every quarter of a second
 
 
 class Frontend:
-    """All of it runs on one event loop. The supervisor hands in what the engine says (``on_...``)."""
+    """All of it runs on one event loop. The session hands in what engines say and how they end (``on_...``).
+
+    The table keeps what every request has got, so that an engine may die: the next one is told all that is open, and
+    streams go on behind their last token. Meanwhile requests are taken, and wait.
+    """
 
     def __init__(
         self,
-        engine: EngineLink,
         tokenizer: Tokenizer | None,
         *,
         served_name: str,
@@ -54,13 +59,15 @@ class Frontend:
         self.served_name = served_name
         self.metrics = Metrics(served_name, clock)
         self._limits = ModelLimits(vocab_size, max_model_len, tuple(end for end in ends if 0 <= end < vocab_size))
-        self._engine = engine
         self._clock = clock
         self._draw_seed = draw_seed
         self._table = RequestTable(max_queued_requests)
         self._live: dict[int, LiveChoice] = {}  # by seq_id
         self._aborts: list[int] = []  # seq_ids that the engine is still to be told to forget
-        self._is_ready = False
+        self._recovery = Recovery(self._table, self._live.__contains__, self._give_up, clock)
+        self._was_ready = False
+        self._pulse_at = clock()
+        self._stalled = ""
         self._failure: AphroError | None = None
 
     @property
@@ -76,19 +83,29 @@ class Frontend:
         """The engine's gauges and counters as of its last step."""
         return self.metrics.stats or EngineStats(0, 0, 0, 0, 0, 0, 0)
 
+    @property
+    def num_open(self) -> int:
+        """Requests that are not answered yet."""
+        return len(self._recovery.open_rows)
+
     def health(self) -> Health:
+        """Ready: an engine takes requests, its loop runs, and if it computes a step, the step advances."""
         step, age = self.stats.step, self.metrics.seconds_since_step
         if self._failure is not None:
             return Health("dead", False, self._failure.message, step, age)
-        if not self._is_ready:
-            return Health("starting", False, "the engine is starting", step, age)
+        if self._recovery.engine is None:
+            phase: Phase = "recovering" if self._was_ready else "starting"
+            return Health(phase, False, "the engine is being started", step, age)
+        silent = self._clock() - self._pulse_at
+        if silent > _SILENT_SECONDS or self._stalled:
+            return Health("stalled", False, self._stalled or f"the engine is silent for {silent:.1f} s", step, age)
         return Health("ready", True, f"{len(self._table)} requests open", step, age)
 
     def check_admission(self) -> None:
         """Raises what ``stream`` would raise of any request now, before the work of tokenising it."""
         if self._failure is not None:
             raise self._dead()
-        if not self._is_ready:
+        if not self._was_ready:
             raise OverloadedError("the engine is starting", retry_after=_RETRY_STARTING, draining=True)
         self._table.check_room()
 
@@ -96,14 +113,17 @@ class Frontend:
     async def stream(self, request: Request) -> AsyncIterator[AsyncIterator[OutputDelta]]:
         """``async with frontend.stream(request) as deltas``: each choice's last delta has a ``finish_reason``.
 
-        Leaving the block early aborts what is not finished. Raises RequestError, OverloadedError or EngineDeadError,
-        the last one also out of the iterator.
+        Leaving the block early aborts what is not finished. Raises RequestError, OverloadedError, RequestFailedError
+        or EngineDeadError, the last two also out of the iterator.
         """
         self.check_admission()
+        if self._recovery.suspects.is_refused(request):
+            raise RequestError("the engine died under this request before, and it is not taken again")
         opened = self._open(request)
+        engine = self._recovery.engine  # of the moment in which the row is opened: a later one finds it in the table
         try:
-            for choice in opened.row.choices:
-                await self._send(opened.row.add_sequence(choice))
+            if engine is not None:
+                await self._recovery.send_row(engine, opened.row)
             yield opened.answer
         finally:
             self._close(opened)
@@ -112,18 +132,45 @@ class Frontend:
     # --- what the engine says ---
 
     def on_engine_ready(self, ready: EngineReady) -> None:
-        self._is_ready, self._failure = True, None
+        """An engine is there; it takes requests once :meth:`resume` has told it of the open ones."""
+        self._failure = None
         self.metrics.num_blocks = ready.num_blocks
         self._limits = replace(self._limits, max_model_len=ready.max_model_len)
 
+    async def resume(self, engine: EngineLink, *, after_failed_step: bool = False) -> None:
+        """Tell an engine that knows nothing of every open request; from then on it takes requests."""
+        await self._recovery.resume(engine, after_failed_step=after_failed_step)
+        self._pulse_at = self._clock()
+        self._was_ready |= self._recovery.engine is engine
+
+    def on_pulse(self, pulse: EnginePulse) -> None:
+        self._pulse_at = self._clock()
+        self._stalled = pulse.stalled
+
+    def on_step_failed(self, failed: StepFailed) -> None:
+        """A step failed and the engine lives: it has forgotten everything, and :meth:`resume` is next."""
+        self._lose_engine()
+        self.metrics.take_failed_step()
+        self._recovery.step_failed(failed.seq_ids)
+
+    def on_engine_lost(self, seq_ids: Sequence[int] | None, *, is_external: bool) -> None:
+        """The engine has died, another one will come. ``seq_ids`` were in its steps; None: all that it had may be."""
+        self._lose_engine()
+        self.metrics.take_recovery()
+        self._recovery.engine_lost(seq_ids, is_external=is_external)
+
     def on_engine_dead(self, failure: AphroError) -> None:
-        """Every open stream ends in this error. What the table holds could start again in another engine."""
-        self._is_ready = False
+        """No engine will come any more: every open stream ends in this error."""
+        self._lose_engine()
+        self._recovery.detach()
         self._failure = failure
         for opened in {id(live.request): live.request for live in self._live.values()}.values():
             opened.answer.fail(self._dead())
         self._live.clear()
-        self._aborts.clear()
+
+    def _lose_engine(self) -> None:
+        self._stalled = ""
+        self._aborts.clear()  # nobody knows those sequences any more
 
     def on_outputs(self, outputs: StepOutputs) -> None:
         """Record a step, then speak: one call a step, a few microseconds a token."""
@@ -131,6 +178,7 @@ class Frontend:
         num_tokens = 0
         intervals: dict[float, int] = {}
         for output in outputs.outputs:
+            self._recovery.take_output(output.seq_id)
             live = self._live.get(output.seq_id)
             if live is None:  # aborted while the engine computed it
                 continue
@@ -190,6 +238,7 @@ class Frontend:
         return opened
 
     def _close(self, opened: OpenRequest) -> None:
+        self._recovery.forget(opened.row)
         for seq_id in self._table.close(opened.row):
             self.metrics.take_finished("abort")
             if self._live.pop(seq_id, None) is not None:
@@ -197,28 +246,17 @@ class Frontend:
 
     async def _send_aborts(self) -> None:
         """Tell the engine what to forget; whoever waits or leaves next does it, since a step only notes it."""
-        if self._aborts:
+        engine = self._recovery.engine
+        if self._aborts and engine is not None:
             seq_ids, self._aborts = self._aborts, []
-            try:
-                await self._send(AbortSequences(seq_ids))
-            except EngineDeadError:
-                return  # it has forgotten everything
+            # half a message would damage all that follow; an engine that is gone has forgotten everything
+            with anyio.CancelScope(shield=True), suppress(AphroError):
+                await engine.send(AbortSequences(seq_ids))
 
-    async def _send(self, message: ToEngine) -> None:
-        # half a message would damage all that follow, so a client that leaves does not interrupt it
-        with anyio.move_on_after(_SEND_SECONDS, shield=True):
-            try:
-                return await self._engine.send(message)
-            except AphroError as error:
-                self._failure = self._failure or error
-                raise self._dead() from error
-        self.on_engine_dead(
-            EngineDeadError(
-                f"the engine has not read a message for {_SEND_SECONDS} s",
-                hint="its process hangs: look at it with `py-spy dump --pid PID`, then start again",
-            )
-        )
-        raise self._dead()
+    def _give_up(self, row: Row, error: RequestFailedError) -> None:
+        opened = [live.request for choice in row.choices if (live := self._live.pop(choice.seq_id, None))]
+        if opened:
+            opened[0].answer.fail(error)
 
     def _dead(self) -> EngineDeadError:
         """A new error for each stream, so that each has its own traceback."""

@@ -27,7 +27,7 @@ _BETWEEN_TOKENS: Final = _bounds(".001 .0025 .005 .01 .025 .05 .075 .1 .15 .2 .3
 _WHOLE_REQUEST: Final = _bounds(".3 .5 .8 1 1.5 2 2.5 5 10 15 20 30 40 50 60 120 240 480 960 1920 7680")
 _TOKENS: Final = tuple(float(digit * 10**power) for power in range(7) for digit in (1, 2, 5))
 
-Phase = Literal["starting", "ready", "dead"]
+Phase = Literal["starting", "ready", "stalled", "recovering", "dead"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +73,12 @@ class Metrics(Collector):
         self._registry.register(self)
         self.stats: EngineStats | None = None
         self.num_blocks = 0
+        self._earlier = EngineStats(0, 0, 0, 0, 0, 0, 0)  # the sums of what came before the last death
         self._last_step_at: float | None = None
         self._num_open = 0  # choices
         self._num_prompt_tokens = 0
         self._num_generation_tokens = 0
+        self._num_recoveries = self._num_failed_steps = 0
         self._finished: dict[FinishReason, int] = {"stop": 0, "length": 0, "abort": 0}
         self._first_token = Histogram(_FIRST_TOKEN)
         self._between_tokens = Histogram(_BETWEEN_TOKENS)
@@ -102,6 +104,31 @@ class Metrics(Collector):
         self._num_generation_tokens += num_tokens
         for seconds, times in intervals.items():
             self._between_tokens.observe(seconds, times)
+
+    def take_recovery(self) -> None:
+        """An engine has died and another one is started."""
+        self._num_recoveries += 1
+        self._forget_steps()
+
+    def take_failed_step(self) -> None:
+        """A step failed and its engine lives."""
+        self._num_failed_steps += 1
+        self._forget_steps()
+
+    def _forget_steps(self) -> None:
+        """The next step count begins anew; what the old one said stays in the counters."""
+        if self.stats is not None:
+            earlier, stats = self._earlier, self.stats
+            self._earlier = EngineStats(
+                earlier.step + stats.step,
+                0,
+                0,
+                0,
+                earlier.num_preemptions + stats.num_preemptions,
+                earlier.num_prefix_queries + stats.num_prefix_queries,
+                earlier.num_prefix_hits + stats.num_prefix_hits,
+            )
+            self.stats = None
 
     def take_finished(self, reason: FinishReason) -> None:
         """One choice is done, or given up."""
@@ -148,16 +175,15 @@ class Metrics(Collector):
                 yield family
 
     def _counters(self) -> Iterator[Metric]:
-        stats = self.stats
+        stats, earlier = self.stats or EngineStats(0, 0, 0, 0, 0, 0, 0), self._earlier
+        preemptions = earlier.num_preemptions + stats.num_preemptions
         for name, text, value in (
-            ("engine_steps", "Steps of the engine.", stats.step if stats else 0),
-            (
-                "num_preemptions",
-                "Sequences that gave up their blocks to others.",
-                stats.num_preemptions if stats else 0,
-            ),
-            ("prefix_cache_queries", "Prompt tokens looked up.", stats.num_prefix_queries if stats else 0),
-            ("prefix_cache_hits", "Prompt tokens found.", stats.num_prefix_hits if stats else 0),
+            ("engine_steps", "Steps of the engine.", earlier.step + stats.step),
+            ("engine_recoveries", "Engines that died and were replaced.", self._num_recoveries),
+            ("failed_steps", "Steps that failed while the engine lived on.", self._num_failed_steps),
+            ("num_preemptions", "Sequences that gave up their blocks to others.", preemptions),
+            ("prefix_cache_queries", "Prompt tokens looked up.", earlier.num_prefix_queries + stats.num_prefix_queries),
+            ("prefix_cache_hits", "Prompt tokens found.", earlier.num_prefix_hits + stats.num_prefix_hits),
             ("prompt_tokens", "Prompt tokens computed or found in the cache.", self._num_prompt_tokens),
             ("generation_tokens", "Tokens generated.", self._num_generation_tokens),
         ):

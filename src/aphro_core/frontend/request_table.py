@@ -93,12 +93,9 @@ class RequestTable:
             choice.finish_reason = "abort"
         return [choice.seq_id for choice in left]
 
-    def unfinished(self) -> Iterator[AddSequence]:
-        """Every open choice as a new engine would have to be told of it, oldest first."""
-        for row in self._rows.values():
-            for choice in row.choices:
-                if choice.finish_reason is None:
-                    yield row.add_sequence(choice)
+    def __iter__(self) -> Iterator[Row]:
+        """Oldest first."""
+        return iter(self._rows.values())
 
 
 _GOLDEN: Final = 0x9E3779B97F4A7C15

@@ -1,37 +1,53 @@
-"""Starts the engine process, hands its messages on, and knows when and why it died."""
+"""Keeps an engine running: starts it, hands its messages on, knows why it died, starts the next one within a budget."""
 
 from __future__ import annotations
 
 import os
 import signal
 import socket
-import subprocess
-import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import Final, Protocol
 
 import anyio
-import anyio.abc
+import anyio.to_thread
+import msgspec
 
 from aphro_core import host
 from aphro_core.channel import Channel, ChannelClosedError
 from aphro_core.config import EngineConfig
 from aphro_core.errors import AphroError, EngineDeadError, ExitCode
+from aphro_core.frontend.recovery_budget import WINDOW_SECONDS, RecoveryBudget
+from aphro_core.lifeline import STACKS_SIGNAL
 from aphro_core.messages import codec
-from aphro_core.messages.requests import EngineFailed, FromEngine, StartEngine, StopEngine, ToEngine
+from aphro_core.messages.requests import EngineFailed, EngineReady, FromEngine, StartEngine, StopEngine, ToEngine
+from aphro_core.spawn import Child, ForkServer
 
-_STOP_SECONDS: Final = 5.0  # for the engine to end its workers and itself before it is killed
+_STOP_SECONDS: Final = 3.0  # for the engine to end its workers and itself before it is killed
+_END_SECONDS: Final = 2.0  # from the last message of an engine to the end of its process
+_STACKS_SECONDS: Final = 0.3  # for an engine that hangs to write its stacks
+_LEAST_START_SECONDS: Final = 30.0  # for an engine that is started again, or a multiple of what the first one took
+_START_FACTOR: Final = 5.0
+_WAKE_SECONDS: Final = 0.5  # a second chance for the engine, should this process have been stopped itself
+
+
+class EngineLostError(EngineDeadError):
+    """An engine has died. ``seq_ids`` were in its steps; None: nobody knows."""
+
+    def __init__(self, error: AphroError, seq_ids: list[int] | None = None, *, is_external: bool = False) -> None:
+        super().__init__(error.message, hint=error.hint, exit_code=error.exit_code, is_external=is_external)
+        self.seq_ids = seq_ids
 
 
 class EngineProcess:
-    """The running engine: send it messages; ``failure`` says why it died once ``dead`` is set."""
+    """One running engine: send it messages, take what it says."""
 
-    def __init__(self, process: anyio.abc.Process, channel: Channel[ToEngine, FromEngine]) -> None:
-        self.dead = anyio.Event()
-        self.failure: AphroError | None = None
+    def __init__(self, process: Child, channel: Channel[ToEngine, FromEngine], config: EngineConfig) -> None:
         self._process = process
         self._channel = channel
+        self._config = config
+        self._num_oom_kills = host.num_oom_kills()
+        self._is_ready = False
 
     @property
     def pid(self) -> int:
@@ -42,79 +58,152 @@ class EngineProcess:
         try:
             await self._channel.send(message)
         except ChannelClosedError:
-            raise self.failure or EngineDeadError("the engine process is gone") from None
+            raise EngineDeadError("the engine process is gone") from None
 
-    async def watch(self, on_message: Callable[[FromEngine], None], on_death: Callable[[AphroError], None]) -> None:
-        """Hand every message to ``on_message`` until the engine is gone, then tell ``on_death`` why, once."""
-        failed: EngineFailed | None = None
+    async def receive(self) -> FromEngine:
+        """The next message. Raises EngineLostError when the engine has died, or has been silent for too long."""
         try:
-            while True:
-                message = await self._channel.receive()
-                if isinstance(message, EngineFailed):
-                    failed = message
-                else:
-                    on_message(message)
+            message = await self._receive()
         except ChannelClosedError:
-            pass
-        with anyio.move_on_after(_STOP_SECONDS):
-            await self._process.wait()
-        self.failure = self._explain(failed)
-        self.dead.set()
-        on_death(self.failure)
+            with anyio.move_on_after(_END_SECONDS):
+                await self._process.wait()
+            raise self._explain_end() from None
+        if isinstance(message, EngineFailed):
+            error = AphroError(message.message, hint=message.hint, exit_code=ExitCode(message.exit_code))
+            lost = EngineLostError(error, message.seq_ids, is_external=message.is_external)
+            if message.detail:
+                lost.add_note(message.detail)
+            raise lost
+        self._is_ready |= isinstance(message, EngineReady)
+        return message
 
-    def _explain(self, failed: EngineFailed | None) -> AphroError:
-        if failed is not None:
-            error = AphroError(failed.message, hint=failed.hint, exit_code=ExitCode(failed.exit_code))
-            if failed.detail:
-                error.add_note(failed.detail)
-            return error
-        code = self._process.returncode
-        end = "hangs" if code is None else f"exited with code {code}"
-        if code is not None and code < 0:
-            end = f"was killed by signal {-code} ({signal.Signals(-code).name})"
-        return EngineDeadError(
-            f"the engine process (pid {self.pid}) {end}",
-            hint="if memory was short the kernel's log says so: dmesg | grep -i oom",
-        )
+    async def _receive(self) -> FromEngine:
+        # an engine that serves sends a pulse several times a second, whatever it computes
+        seconds = self._config.step_timeout_seconds if self._is_ready else self._config.start_timeout_seconds
+        for limit in (seconds, _WAKE_SECONDS):
+            with anyio.move_on_after(limit):
+                return await self._channel.receive()
+        state = host.process_state(self.pid)
+        self._process.send_signal(STACKS_SIGNAL)
+        await anyio.sleep(_STACKS_SECONDS)
+        is_stopped = state is not None and state.state in ("T", "t")
+        what = "is stopped (SIGSTOP)" if is_stopped else "hangs"
+        error = EngineDeadError(f"the engine process (pid {self.pid}) {what}: silent for {seconds:g} s")
+        raise EngineLostError(error, is_external=is_stopped)
+
+    def _explain_end(self) -> EngineLostError:
+        is_killed = self._process.exit_code == -signal.SIGKILL
+        was_short = host.num_oom_kills() > self._num_oom_kills
+        hint = "the kernel killed it because memory was short: dmesg | grep -i oom" if was_short else None
+        error = EngineDeadError(f"the engine process (pid {self.pid}) {self._process.describe_end()}", hint=hint)
+        return EngineLostError(error, is_external=is_killed and not was_short)
 
     async def stop(self) -> None:
-        """End the engine: asked first, killed after a while, reaped in the end."""
-        try:
-            with anyio.move_on_after(_STOP_SECONDS):
-                await self._channel.send(StopEngine())
-                await self._process.wait()
-        except ChannelClosedError:
-            with anyio.move_on_after(_STOP_SECONDS):
-                await self._process.wait()
-        if self._process.returncode is None:
-            self._process.kill()
-            await self._process.wait()
+        """Ask a serving engine to end itself and its workers. What remains is killed with the fork server's link."""
+        if self._is_ready:
+            try:
+                with anyio.move_on_after(_STOP_SECONDS):
+                    await self._channel.send(StopEngine())
+                    await self._process.wait()
+            except ChannelClosedError:
+                pass
         await self._channel.aclose()
 
 
 @asynccontextmanager
-async def open_engine(config: EngineConfig) -> AsyncIterator[EngineProcess]:
+async def open_engine(config: EngineConfig, fork_server: ForkServer, epoch: int) -> AsyncIterator[EngineProcess]:
     """Start an engine process for ``config``. Nothing of it is left when the block is left."""
+    link = await anyio.to_thread.run_sync(fork_server.open_link)
     ours, theirs = socket.socketpair()
-    command = [sys.executable, "-m", "aphro_core.engine.entry", str(theirs.fileno()), str(os.getpid())]
-    # a session of its own: Ctrl-C in the terminal is for the API process alone, which then drains
-    process = await anyio.open_process(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=2,  # talk goes to stderr: stdout belongs to data
-        stderr=None,
-        env=engine_environment(config),
-        start_new_session=True,
-        pass_fds=[theirs.fileno()],
-    )
-    theirs.close()
-    engine = EngineProcess(process, await Channel.over(ours, codec.api_side_of_engine()))
     try:
-        await engine.send(StartEngine(config=config))
-        yield engine
+        workers = await anyio.to_thread.run_sync(link.open_link)
+        with theirs:
+            process = await anyio.to_thread.run_sync(link.fork, "engine", "aphro-engine", theirs, workers)
+        workers.close()
+        engine = EngineProcess(process, await Channel.over(ours, codec.api_side_of_engine()), config)
+        try:
+            await engine.send(StartEngine(config=config, epoch=epoch))
+            yield engine
+        finally:
+            with anyio.CancelScope(shield=True):
+                await engine.stop()
+            process.close()
     finally:
-        with anyio.CancelScope(shield=True):
-            await engine.stop()
+        link.close()  # kills the engine, whose own link kills its workers
+
+
+class Listener(Protocol):
+    """Whoever lives through the deaths of engines."""
+
+    def take_message(self, message: FromEngine, engine: EngineProcess) -> None: ...
+
+    def take_loss(self, lost: EngineLostError, *, is_final: bool) -> None: ...
+
+
+class Supervisor:
+    """Runs engine after engine, each under its own epoch, until one fails that was never ready, or the budget ends."""
+
+    def __init__(
+        self, config: EngineConfig, fork_server: ForkServer, budget: RecoveryBudget, listener: Listener
+    ) -> None:
+        self._config = config
+        self._fork_server = fork_server
+        self._budget = budget
+        self._listener = listener
+        self._was_ready = False
+        self._started_at = 0.0
+        self.epoch = 0
+
+    async def run(self) -> None:
+        """Returns when there will be no engine any more; the listener has been told why."""
+        while True:
+            lost = await self._run_engine()
+            failure = self._final_failure(lost)
+            self._listener.take_loss(failure or lost, is_final=failure is not None)
+            if failure is not None:
+                return
+
+    async def _run_engine(self) -> EngineLostError:
+        self.epoch += 1
+        self._started_at = anyio.current_time()
+        try:
+            async with open_engine(self._config, self._fork_server, self.epoch) as engine:
+                while True:
+                    message = await engine.receive()
+                    if isinstance(message, EngineReady):
+                        self._take_ready(message)
+                    self._listener.take_message(message, engine)
+        except EngineLostError as lost:
+            return lost
+        except AphroError as error:  # it could not even be started
+            return EngineLostError(error, [])
+
+    def _take_ready(self, ready: EngineReady) -> None:
+        """The next engine is to have the same cache, however much memory is free then."""
+        seconds = anyio.current_time() - self._started_at
+        limit = self._config.start_timeout_seconds
+        if not self._was_ready:  # what has started once takes no half hour the next time
+            limit = min(limit, max(_LEAST_START_SECONDS, _START_FACTOR * seconds))
+        self._was_ready = True
+        cache = msgspec.structs.replace(self._config.cache, num_blocks=ready.num_blocks)
+        model = msgspec.structs.replace(self._config.model, max_model_len=ready.max_model_len)
+        self._config = msgspec.structs.replace(self._config, cache=cache, model=model, start_timeout_seconds=limit)
+
+    def _final_failure(self, lost: EngineLostError) -> EngineLostError | None:
+        if not self._was_ready:
+            return lost
+        if self._budget.take():
+            return None
+        allowed = f"{self._budget.max_recoveries} in {WINDOW_SECONDS:g} s are allowed"
+        error = AphroError(
+            f"the engine died once more than it may be started again ({allowed}); the last cause: {lost.message}",
+            hint=lost.hint or "--max-recoveries allows more",
+            exit_code=ExitCode.RECOVERY,
+        )
+        final = EngineLostError(error, lost.seq_ids, is_external=lost.is_external)
+        for note in getattr(lost, "__notes__", ()):
+            final.add_note(note)
+        return final
 
 
 def engine_environment(config: EngineConfig) -> dict[str, str]:

@@ -10,7 +10,10 @@ from aphro_core.request import FinishReason, SamplingParams
 
 
 class StartEngine(msgspec.Struct, frozen=True, tag="start_engine"):
+    """``epoch`` counts the engines of a server: each has a channel of its own, so that none hears of another's."""
+
     config: EngineConfig
+    epoch: int = 1
 
 
 class AddSequence(msgspec.Struct, frozen=True, tag="add"):
@@ -36,6 +39,10 @@ class AbortSequences(msgspec.Struct, frozen=True, tag="abort"):
     seq_ids: list[int]
 
 
+class ResumeEngine(msgspec.Struct, frozen=True, tag="resume"):
+    """The answer to StepFailed: what was sent before it is void, all that is still open follows."""
+
+
 class StopEngine(msgspec.Struct, frozen=True, tag="stop_engine"):
     pass
 
@@ -56,12 +63,35 @@ class EngineReady(msgspec.Struct, frozen=True, tag="engine_ready"):
 
 
 class EngineFailed(msgspec.Struct, frozen=True, tag="engine_failed"):
-    """The first cause of a failed start or of a death in service; nothing follows."""
+    """The first cause of a failed start or of a death in service; nothing follows.
+
+    ``is_external``: somebody killed or stopped a process, no request did. ``seq_ids`` were in a step just then.
+    """
 
     message: str
     hint: str | None
     exit_code: int
     detail: str = ""  # the failing rank's traceback
+    is_external: bool = False
+    seq_ids: list[int] = []
+
+
+class EnginePulse(msgspec.Struct, frozen=True, tag="pulse"):
+    """Sent a few times a second: the engine's loop runs. ``stalled`` names what keeps a step from advancing."""
+
+    step: int
+    stalled: str = ""
+
+
+class StepFailed(msgspec.Struct, frozen=True, tag="step_failed"):
+    """A step failed and the group survived it: every sequence is forgotten, and commands are until ResumeEngine.
+
+    ``seq_ids`` are the sequences that may be the reason.
+    """
+
+    message: str
+    seq_ids: list[int]
+    detail: str = ""
 
 
 class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
@@ -93,5 +123,5 @@ class StepOutputs(msgspec.Struct, frozen=True, tag="outputs"):
     stats: EngineStats
 
 
-ToEngine = StartEngine | AddSequence | AbortSequences | StopEngine
-FromEngine = EngineProgress | EngineReady | EngineFailed | StepOutputs
+ToEngine = StartEngine | AddSequence | AbortSequences | ResumeEngine | StopEngine
+FromEngine = EngineProgress | EngineReady | EngineFailed | EnginePulse | StepFailed | StepOutputs

@@ -126,12 +126,24 @@ class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
     entries: list[TokenLogprobs]
 
 
+class StepFailure(msgspec.Struct, frozen=True, array_like=True):
+    """Why a step has no tokens, and the sequences of it that may be the reason. The group goes on."""
+
+    message: str
+    seq_ids: list[int]
+    detail: str = ""  # the traceback
+
+
 class StepResult(msgspec.Struct, frozen=True, tag="result"):
-    """From the last stage's tp rank 0: one SampledToken per scheduled sequence with ``samples``, in plan order."""
+    """From the last stage's tp rank 0: one SampledToken per scheduled sequence with ``samples``, in plan order.
+
+    With a ``failure`` nothing is sampled, and what the cache holds of the step's sequences is not to be used.
+    """
 
     step_id: int
     sampled: list[SampledToken]
     prompt_logprobs: list[PromptLogprobs] = []
+    failure: StepFailure | None = None
 
 
 class StopWorker(msgspec.Struct, frozen=True, tag="stop"):

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from aphro_core.errors import AphroError, OverloadedError, RequestError, first_cause
+from aphro_core.errors import AphroError, OverloadedError, RequestError, RequestFailedError, first_cause
 
 _LOG: Final = logging.getLogger(__name__)
 _ENGINE_RETRY_SECONDS: Final = 5
@@ -47,13 +47,17 @@ class HttpError(Exception):
         return msgspec.json.encode({"error": error})
 
 
-def refusal_of(error: BaseException) -> HttpError:
+def refusal_of(  # noqa: PLR0911  a table of cases, each its own answer
+    error: BaseException,
+) -> HttpError:
     """What the client is told of ``error``. An error that nobody foresaw is logged here, under the id it is told."""
     match first_cause(error):
         case HttpError() as refusal:
             return refusal
         case RequestError() as wrong:
             return HttpError(400, wrong.message, param=wrong.field)
+        case RequestFailedError() as failed:
+            return HttpError(500, failed.message, kind="internal_error", code=failed.code)
         case OverloadedError() as overloaded:
             return _overloaded(overloaded)
         case AphroError():

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
-import signal
 import socket
 import traceback
 
 from aphro_core.channel import BlockingChannel, ChannelClosedError
 from aphro_core.errors import AphroError, ExitCode
-from aphro_core.lifeline import die_with_parent, exit_on_hangup
+from aphro_core.lifeline import STACKS_SIGNAL, exit_on_hangup
 from aphro_core.messages import codec
 from aphro_core.messages.steps import (
     AllocateCache,
@@ -25,13 +25,14 @@ from aphro_core.messages.steps import (
 WorkerChannel = BlockingChannel[FromWorker, ToWorker]
 
 
-def main(sock: socket.socket) -> None:
-    """Serve the engine at the other end of ``sock`` until it says stop or is gone."""
-    die_with_parent()
-    # Ctrl-C reaches every process of a terminal; the engine decides when a worker ends
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def main(sock: socket.socket) -> int:
+    """Serve the engine at the other end of ``sock`` until it says stop or is gone. Returns the exit code.
+
+    The caller ends the process with it at once: the teardown of process groups would wait for peers that end, too.
+    """
+    faulthandler.register(STACKS_SIGNAL, all_threads=True)  # what it does when it hangs, in a collective too
     channel: WorkerChannel = BlockingChannel(sock, codec.worker_side())
-    exit_on_hangup(channel.fileno(), grace_seconds=1.0)
+    exit_on_hangup(channel.fileno(), grace_seconds=0.5)
     rank = -1
     try:
         start = channel.receive()
@@ -39,12 +40,11 @@ def main(sock: socket.socket) -> None:
         rank = start.rank
         serve(channel, start)
     except ChannelClosedError:
-        os._exit(1)  # the engine is gone: no peer to say goodbye to, and collectives would only wait
+        return 1  # the engine is gone: no peer to say goodbye to, and collectives would only wait
     except BaseException as error:
         _report(channel, rank, error)
-        os._exit(int(ExitCode.ENGINE))
-    channel.close()
-    os._exit(0)  # skips the teardown of process groups, which waits for peers that end at the same time
+        return int(ExitCode.ENGINE)
+    return 0
 
 
 def serve(channel: WorkerChannel, start: StartWorker) -> None:

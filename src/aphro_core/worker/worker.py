@@ -20,6 +20,8 @@ from aphro_core.parallel.shard import build_plan
 from aphro_core.worker.kv_cache import allocate_kv_cache
 from aphro_core.worker.loader import dummy_weights, load_weights
 from aphro_core.worker.model_runner import ModelRunner
+from aphro_core.worker.sampler import SamplingError
+from aphro_core.worker.step_failure import failed_step, is_survivable
 
 
 class Worker:
@@ -78,9 +80,22 @@ class Worker:
         )
 
     def execute(self, plan: StepPlan) -> StepResult | None:
-        """One step. A result only from tp rank 0 of the last stage."""
+        """One step. A result only from tp rank 0 of the last stage.
+
+        A step that fails is answered as failed if the group can go on; whatever it cannot survive is raised.
+        """
         assert self._runner is not None, "allocate() comes first"
-        return self._runner.execute(plan)
+        try:
+            return self._runner.execute(plan)
+        except SamplingError as error:  # all ranks have computed the step, this one draws
+            return failed_step(plan, error, error.seq_ids)
+        except Exception as error:
+            if self._config.parallel.world_size > 1 or not is_survivable(error):
+                raise
+            failed = failed_step(plan, error)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # memory that ran out in pieces may be whole again
+        return failed
 
     def close(self) -> None:
         """Leave the group. Safe at any time."""

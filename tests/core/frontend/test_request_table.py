@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from aphro_core.errors import OverloadedError
 from aphro_core.frontend.request_table import RequestTable, Row, choice_seed
+from aphro_core.messages.requests import AddSequence
 from aphro_core.request import MAX_SEED, Request, SamplingParams
 
 
@@ -35,18 +36,22 @@ def test_only_the_first_choice_computes_prompt_logprobs() -> None:
     assert [each.sampling.prompt_logprobs for each in added] == [3, None]
 
 
+def unfinished(table: RequestTable) -> list[AddSequence]:
+    return [row.add_sequence(choice) for row in table for choice in row.choices if choice.finish_reason is None]
+
+
 def test_open_choices_could_go_on_elsewhere() -> None:
     table = RequestTable(4)
     first, second = open_row(table, n=2), open_row(table)
     first.choices[0].output_token_ids += [10, 11]
     first.choices[1].finish_reason = "stop"
-    again = list(table.unfinished())
+    again = unfinished(table)
     assert [(each.seq_id, each.output_token_ids) for each in again] == [(1, [10, 11]), (3, [])]
     first.choices[0].output_token_ids.append(12)
     assert again[0].output_token_ids == [10, 11], "a message does not change once it is made"
     assert table.close(first) == [1]
     assert table.close(second) == [3]
-    assert list(table.unfinished()) == []
+    assert unfinished(table) == []
 
 
 def test_is_bounded() -> None:

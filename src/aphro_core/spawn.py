@@ -1,0 +1,191 @@
+"""Processes from a warm fork server: ask for one, hold it by pidfd, learn how it ended. No pickle, no names."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Final, Literal, Self
+
+import anyio
+import msgspec
+
+from aphro_core.errors import EngineDeadError
+
+Door = Literal["engine", "worker"]
+
+STATUS: Final = struct.Struct("<i")  # an exit code, or minus the signal, written once to a child's status pipe
+MAX_REQUEST_BYTES: Final = 4096
+_ANSWER_SECONDS: Final = 120.0  # the first answer waits for the fork server's imports
+
+
+class ForkChild(msgspec.Struct, frozen=True, tag="fork"):
+    """Fork a child that runs ``door``. With it: its channel, and for an engine a link of its own to fork workers."""
+
+    door: Door
+    name: str  # as /proc shows it; 15 bytes
+
+
+class OpenLink(msgspec.Struct, frozen=True, tag="link"):
+    """Open another link to the fork server. Whatever a link forked is killed when the link's last owner is gone."""
+
+
+class Forked(msgspec.Struct, frozen=True, tag="forked"):
+    """The answer to both: the new child's pid with its pidfd and status pipe, or pid 0 with the new link."""
+
+    pid: int
+    error: str = ""
+
+
+Request = ForkChild | OpenLink
+encode: Final = msgspec.msgpack.Encoder().encode
+decode_request: Final = msgspec.msgpack.Decoder(Request).decode
+_decode_answer: Final = msgspec.msgpack.Decoder(Forked).decode
+
+
+class Child:
+    """A process of ours. ``exit_code`` is minus the signal for one that was killed, None while it runs."""
+
+    def __init__(self, pid: int, pidfd: int, status_fd: int) -> None:
+        self.pid = pid
+        self.exit_code: int | None = None
+        self._pidfd = pidfd
+        self._status_fd = status_fd
+
+    async def wait(self) -> None:
+        """Return once it has ended (or the fork server has, and with it every child)."""
+        await anyio.wait_readable(self._status_fd)
+        self.poll()
+
+    def poll(self) -> bool:
+        """Whether it has ended."""
+        if self._status_fd >= 0 and self.exit_code is None:
+            os.set_blocking(self._status_fd, False)
+            with suppress(BlockingIOError):
+                data = os.read(self._status_fd, STATUS.size)
+                self.exit_code = STATUS.unpack(data)[0] if len(data) == STATUS.size else -signal.SIGKILL
+        return self.exit_code is not None
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """To this very process: a pidfd never means another one."""
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, number)
+
+    def close(self) -> None:
+        for fd in (self._pidfd, self._status_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._pidfd = self._status_fd = -1
+
+    def describe_end(self) -> str:
+        """How it ended, as an operator says it."""
+        code = self.exit_code
+        if code is None:
+            return "closed its channel but has not ended"
+        if code < 0:
+            return f"was killed by signal {-code} ({signal.Signals(-code).name})"
+        return f"exited with code {code}"
+
+
+class Spawner:
+    """One link to the fork server. One request at a time; every call waits for its answer."""
+
+    def __init__(self, link: socket.socket) -> None:
+        self._link = link
+        link.settimeout(_ANSWER_SECONDS)
+
+    def fork(self, door: Door, name: str, channel: socket.socket, link: Self | None = None) -> Child:
+        """A new process that serves ``door`` at the other end of ``channel``. Raises EngineDeadError."""
+        handed = [channel.fileno()] if link is None else [channel.fileno(), link.fileno()]
+        answer, fds = self._ask(ForkChild(door, name), handed, num_fds=2)
+        return Child(answer.pid, *fds)
+
+    def open_link(self) -> Spawner:
+        """Another link, to hand on: what is forked over it ends with it."""
+        _, (fd,) = self._ask(OpenLink(), [], num_fds=1)
+        return Spawner(socket.socket(fileno=fd))
+
+    def fileno(self) -> int:
+        return self._link.fileno()
+
+    def close(self) -> None:
+        self._link.close()
+
+    def _ask(self, request: Request, fds: Sequence[int], num_fds: int) -> tuple[Forked, list[int]]:
+        try:
+            socket.send_fds(self._link, [encode(request)], list(fds))
+            data, received, _, _ = socket.recv_fds(self._link, MAX_REQUEST_BYTES, num_fds)
+        except TimeoutError:
+            raise EngineDeadError(f"the fork server has not answered within {_ANSWER_SECONDS:g} s") from None
+        except OSError as error:
+            raise EngineDeadError(f"the fork server is gone: {error}") from error
+        if not data:
+            raise EngineDeadError("the fork server is gone", hint="its last words are above, on stderr")
+        answer = _decode_answer(data)
+        if answer.error:
+            raise EngineDeadError(f"no process can be started: {answer.error}", hint="raise the limits of this user")
+        return answer, received
+
+
+class ForkServer:
+    """The fork server's process, as the one who started it sees it; started again where it has died."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = dict(environment)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._root: Spawner | None = None
+
+    def open_link(self) -> Spawner:
+        """A link to a fork server that answers. Blocks until its imports are done. Raises EngineDeadError."""
+        if self._process is not None and self._process.poll() is not None:
+            self.close()
+        self.start()
+        assert self._root is not None
+        return self._root.open_link()
+
+    def start(self) -> None:
+        """Begin to start it, unless it runs; returns at once."""
+        if self._process is not None:
+            return
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            # a session of its own: Ctrl-C in the terminal is for the process that drains, and for nobody else
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "aphro_core.forkserver", str(theirs.fileno()), str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # talk goes to stderr: stdout belongs to data
+                env=self._environment,
+                start_new_session=True,
+                pass_fds=[theirs.fileno()],
+            )
+        self._root = Spawner(ours)
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def close(self) -> None:
+        """End it, and with it whatever it forked."""
+        if self._root is not None:
+            self._root.close()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._process = self._root = None
+
+
+@contextmanager
+def open_fork_server(environment: Mapping[str, str]) -> Iterator[ForkServer]:
+    """Start a fork server. Nothing of it, nor of what it forked, is left when the block is left."""
+    server = ForkServer(environment)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.close()

@@ -1,0 +1,26 @@
+"""A step that failed, as the engine is told of it, and which exceptions leave a rank fit for the next step."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+
+from aphro_core.messages.steps import StepFailure, StepPlan, StepResult
+
+
+def failed_step(plan: StepPlan, error: Exception, seq_ids: Sequence[int] | None = None) -> StepResult:
+    """``seq_ids`` may be the reason; None: any of the step's. The traceback goes along, for the log alone."""
+    suspects = [row.seq_id for row in plan.scheduled] if seq_ids is None else list(seq_ids)
+    detail = "".join(traceback.format_exception(error))
+    failure = StepFailure(f"{type(error).__name__}: {error}"[:500], suspects, detail[-8000:])
+    return StepResult(step_id=plan.step_id, sampled=[], failure=failure)
+
+
+def is_survivable(error: Exception) -> bool:
+    """Whether the device still computes: memory that ran out, or a plain exception, but no error of CUDA itself.
+
+    After an illegal address or a failed kernel every later call of that process fails too.
+    """
+    text = str(error)
+    is_out_of_memory = isinstance(error, MemoryError) or "out of memory" in text
+    return is_out_of_memory or not ("CUDA" in text or "cuda" in text or "NCCL" in text)

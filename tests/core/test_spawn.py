@@ -1,0 +1,130 @@
+"""The fork server: children come warm, are held by pidfd, and end with whoever asked for them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import anyio
+import pytest
+
+from aphro_core.channel import BlockingChannel
+from aphro_core.errors import EngineDeadError
+from aphro_core.messages import codec
+from aphro_core.spawn import Child, ForkServer, Spawner, open_fork_server
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    with open_fork_server(dict(os.environ)) as server:
+        yield server
+
+
+def fork_worker(link: Spawner) -> tuple[Child, socket.socket]:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        return link.fork("worker", "aphro-test", theirs), ours
+
+
+def read(path: str) -> str:
+    return Path(path).read_text()
+
+
+def is_gone(pid: int) -> bool:
+    return not Path(f"/proc/{pid}/stat").exists()
+
+
+async def test_a_child_is_fast_named_and_its_end_is_known(server: ForkServer) -> None:
+    link = server.open_link()
+    began = time.monotonic()
+    child, channel = fork_worker(link)
+    assert time.monotonic() - began < 1.0
+    with anyio.fail_after(5):
+        while read(f"/proc/{child.pid}/comm") != "aphro-test\n":
+            await anyio.sleep(0.01)
+    assert not child.poll()
+    assert child.describe_end() == "closed its channel but has not ended"
+    child.send_signal(signal.SIGKILL)
+    with anyio.fail_after(5):
+        await child.wait()
+    assert child.describe_end() == "was killed by signal 9 (SIGKILL)"
+    assert is_gone(child.pid), "no zombie is left"
+    child.send_signal(signal.SIGKILL)  # a pidfd never means another process
+    child.close()
+    channel.close()
+    link.close()
+
+
+async def test_a_worker_ends_by_itself_when_its_engine_is_gone(server: ForkServer) -> None:
+    link = server.open_link()
+    child, channel = fork_worker(link)
+    channel.close()
+    with anyio.fail_after(5):
+        await child.wait()
+    assert child.exit_code == 1
+    child.close()
+    link.close()
+
+
+async def test_children_of_a_link_end_with_it_and_those_of_others_do_not(server: ForkServer) -> None:
+    one, other = server.open_link(), server.open_link()
+    mine, my_channel = fork_worker(one)
+    stopped, its_channel = fork_worker(one)
+    stopped.send_signal(signal.SIGSTOP)
+    others, channel = fork_worker(other)
+    one.close()
+    server.open_link().close()  # answered behind it
+    assert is_gone(mine.pid)
+    assert is_gone(stopped.pid)
+    assert not others.poll()
+    other.close()
+    for sock in (my_channel, its_channel, channel):
+        sock.close()
+    for child in (mine, stopped, others):
+        child.close()
+
+
+async def test_a_worker_answers_over_its_channel(server: ForkServer) -> None:
+    link = server.open_link()
+    child, sock = fork_worker(link)
+    channel = BlockingChannel(sock, codec.engine_side_of_worker())
+    sock.sendall((3).to_bytes(4, "little") + b"???")  # no StartWorker
+    failed = channel.receive()
+    assert failed.message.startswith("ValidationError") or "Error" in failed.message
+    with anyio.fail_after(5):
+        await child.wait()
+    assert child.exit_code == 7
+    child.close()
+    channel.close()
+    link.close()
+
+
+async def test_a_fork_server_that_died_is_replaced_and_its_children_are_gone() -> None:
+    with open_fork_server(dict(os.environ)) as server:
+        link = server.open_link()
+        child, channel = fork_worker(link)
+        os.kill(server.pid, signal.SIGKILL)
+        with anyio.fail_after(5):
+            await child.wait()
+        assert child.exit_code == -signal.SIGKILL
+        deadline = time.monotonic() + 3
+        while not is_gone(child.pid) and "Z" not in read(f"/proc/{child.pid}/stat"):
+            assert time.monotonic() < deadline
+        with pytest.raises(EngineDeadError, match="the fork server is gone"):
+            link.open_link()
+        again = server.open_link()
+        other, its_channel = fork_worker(again)
+        assert not other.poll()
+        channel.close()
+        its_channel.close()
