@@ -7,7 +7,7 @@ _aphro() {
     [[ "$previous" == "=" ]] && previous="${COMP_WORDS[COMP_CWORD-2]}"
     COMPREPLY=()
     if [[ "$COMP_CWORD" -eq 1 ]]; then
-        COMPREPLY=($(compgen -W "run serve version --help --version" -- "$current"))
+        COMPREPLY=($(compgen -W "run serve doctor version --help --version" -- "$current"))
         return
     fi
     case "${COMP_WORDS[1]}" in
@@ -25,6 +25,18 @@ _aphro() {
         esac
         if [[ "$current" == -* ]]; then
             COMPREPLY=($(compgen -W "--tensor-parallel-size -tp --pipeline-parallel-size -pp --pp-layers --enable-expert-parallel --distributed-executor-backend --device --dtype --max-model-len --max-num-seqs --max-num-batched-tokens --gpu-memory-utilization -gmu --cpu-memory-utilization --block-size --num-gpu-blocks-override --enable-prefix-caching --no-enable-prefix-caching --load-format --revision --served-model-name --chat-template --skip-tokenizer-init --seed --host --port --api-key --api-keys --allow-anonymous --max-queued-requests --drain-seconds --json-ready --start-timeout --distributed-timeout --distributed-timeout-seconds --step-timeout --max-recoveries --log-level --help -h" -- "$current"))
+        else
+            compopt -o default
+        fi
+        ;;
+    doctor)
+        case "$previous" in
+        --device) COMPREPLY=($(compgen -W "auto cuda cpu" -- "$current")); return ;;
+        --nccl-log|--bundle) compopt -o default; return ;;
+        --only|--skip|--hosts|--model|--tensor-parallel-size|-tp) return ;;
+        esac
+        if [[ "$current" == -* ]]; then
+            COMPREPLY=($(compgen -W "--nccl-log --json --only --skip --ib --hosts --model --tensor-parallel-size -tp --device --bundle --help -h" -- "$current"))
         else
             compopt -o default
         fi

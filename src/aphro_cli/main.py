@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from aphro_cli import doctor
 from aphro_cli.run import EXAMPLES, run
 
 
@@ -55,6 +56,7 @@ def version() -> None:
 
 app.command("run", epilog=EXAMPLES)(run)
 app.command("serve", epilog=EXAMPLES, short_help="The same as run.")(run)
+app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 app.command("version")(version)
 
 

@@ -14,6 +14,7 @@ from aphro_cli.main import app
 from aphro_cli.options import ENVIRONMENT
 from aphro_cli.run import run
 from aphro_core.config import ServerConfig
+from aphro_core.doctor.nccl_log.topics import TOPICS
 from aphro_core.errors import ExitCode
 from aphro_core.server.app import build_app
 from aphro_core.server.schema import ChatBody, CompletionBody
@@ -21,12 +22,15 @@ from aphro_core.server.schema import ChatBody, CompletionBody
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND: Any = typer.main.get_command(app)
-PARAMETERS = {
-    name: param.name
-    for param in COMMAND.commands["run"].params
-    for name in (*param.opts, *param.secondary_opts)
-    if name.startswith("-")
-}
+
+
+def options_of(command: str) -> dict[str, str]:
+    params = COMMAND.commands[command].params
+    options = {name: param.name for param in params for name in (*param.opts, *param.secondary_opts)}
+    return {name: field for name, field in options.items() if name.startswith("-")}
+
+
+PARAMETERS = options_of("run")
 
 
 def rows_of(document: str) -> list[list[str]]:
@@ -79,7 +83,8 @@ def test_readme_has_the_exit_codes() -> None:
 def test_readme_flags_exist() -> None:
     named = re.findall(r"(?<![\w-])(--?[a-z][a-z_-]+)\b", (ROOT / "README.md").read_text())
     foreign = {"--use-system-torch", "--help"}
-    unknown = {name for name in named if name.replace("_", "-") not in {*PARAMETERS, *foreign}}
+    known = {name for command in COMMAND.commands for name in options_of(command)} | foreign
+    unknown = {name for name in named if name.replace("_", "-") not in known}
     assert unknown == set()
     assert len(named) > 10
 
@@ -103,3 +108,12 @@ def test_api_page_has_every_route() -> None:
 def test_links_lead_somewhere(document: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", document.read_text())
     assert [link for link in links if "://" not in link and not (document.parent / link).exists()] == []
+
+
+def test_doctor_page_has_every_option_and_finding() -> None:
+    rows = [row[0] for row in rows_of("docs/doctor.md")]
+    documented = {
+        name for row in rows for name in re.findall(r"`(-[a-z-]+)|, `(-[a-z-]+)", row) for name in name if name
+    }
+    assert documented | {"--tensor-parallel-size"} == set(options_of("doctor"))
+    assert {id for row in rows for id in re.findall(r"`(log\.[a-z0-9-]+)`", row)} == set(TOPICS)

@@ -1,0 +1,56 @@
+"""Errors, warnings and trails of errors in a record, by the table of wordings."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from aphro_core.doctor.nccl_log.error_table import ERRORS, ErrorRule
+from aphro_core.doctor.nccl_log.facts import LogFacts, Sighting
+
+_TRAIL: Final = re.compile(r"^(?P<file>[\w./-]+\.(?:cc|h|cu|cpp|c)):\d+ -> (?P<code>\d)\b(?P<rest>.*)")
+_DEADLY_FILES: Final = re.compile(
+    r"(?:^|/)(?:init|group|bootstrap|transport|generic|enqueue|proxy|socket)\.(?:cc|h|cu)$"
+)
+_HARMLESS_WARN: Final = re.compile(
+    r"Could not find a path for pattern|falling back to simple order|libibverbs|NCCL_\w+ .*deprecated"
+    r"|[Uu]nable to (?:load|find) .*(?:tuner|profiler)|GDRCOPY|NET/Plugin"
+)
+
+
+def read_error(seen: Sighting, facts: LogFacts) -> bool:
+    """Take down an error, a warning or part of an error's trail. False if the text is none of these."""
+    record = seen.record
+    rule, match = _match_rule(record.level, record.text)
+    if rule and match:
+        facts.note(rule.id, _fill(rule.title, match), seen)
+        return True
+    if record.level == "WARN" and not _HARMLESS_WARN.search(record.text):
+        facts.note("log.warn", record.text[:200], seen)
+        return True
+    trail = _TRAIL.match(record.text)
+    if (
+        trail
+        and trail["code"] not in "079"
+        and record.level
+        and (_DEADLY_FILES.search(trail["file"]) or "hread]" in trail["rest"])
+    ):
+        facts.note("trail", trail["code"], seen)
+    return bool(trail)
+
+
+def _match_rule(level: str, text: str) -> tuple[ErrorRule | None, re.Match[str] | None]:
+    for rule in ERRORS:
+        if (level == "INFO" and not rule.in_info) or (not level and rule.is_general):
+            continue
+        match = rule.words.search(text)
+        if match:
+            return rule, match
+    return None, None
+
+
+def _fill(title: str, match: re.Match[str]) -> str:
+    named = {name: (value or "").strip(" .'\"") for name, value in match.groupdict().items()}
+    defaults = {"peer": "the peer", "work": "no details"}
+    text = re.sub(r"\{(\w+)\}", lambda hole: named.get(hole[1]) or defaults.get(hole[1], ""), title)
+    return text.rstrip(": ").replace(" ()", "").replace("(such as )", "")

@@ -1,0 +1,153 @@
+"""What to type: the topic's lines, led by what this log's own facts single out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Final
+
+from aphro_core.doctor.nccl_log.facts import LogFacts
+from aphro_core.doctor.nccl_log.reasons import forced_choices, rdma_switched_off
+from aphro_core.doctor.nccl_log.topics import TOPICS
+
+_VERSION_WITH_GDR_CHECK: Final = (2, 23, 4)
+_VERSION_WITH_AUTO_GID: Final = (2, 21, 0)
+
+
+def remedy_for(id: str, facts: LogFacts) -> str:
+    """Lines to paste; those that begin with # say when or why."""
+    special = _SPECIAL.get(id)
+    lines = [*(special(facts) if special else ()), *TOPICS[id].remedy.splitlines()]
+    return "\n".join(dict.fromkeys(lines))
+
+
+def version_of(facts: LogFacts) -> tuple[int, ...]:
+    """The oldest NCCL version that the log shows; () if none."""
+    versions = [tuple(map(int, re.findall(r"\d+", note.value)[:3])) for note in facts.all_notes("version")]
+    return min(versions, default=())
+
+
+def _sockets(facts: LogFacts) -> list[str]:
+    lines = [f"unset {name}" for name in rdma_switched_off(facts)]
+    if facts.first("no-verbs"):
+        lines += [
+            "apt-get install -y libibverbs1 ibverbs-providers rdma-core   # in the image: the library is missing",
+            "docker run --device /dev/infiniband --cap-add IPC_LOCK --ulimit memlock=-1 --network host ...",
+        ]
+    if facts.first("log.no-plugin-start", "platform", "provider"):
+        lines += [
+            "fi_info -p efa   # inside the container: lists the EFA devices",
+            "docker run --device /dev/infiniband/uverbs0 ...   # one --device for each EFA device",
+        ]
+    elif is_rccl(facts) or any("hsn" in note.value for note in facts.all_notes("interfaces")):
+        lines += ['export NCCL_NET="AWS Libfabric"   # Slingshot: with aws-ofi-nccl (aws-ofi-rccl) on LD_LIBRARY_PATH']
+    if is_rccl(facts):
+        lines += ["export NCCL_DMABUF_ENABLE=1   # RCCL: GPUDirect over DMA-BUF is off unless asked for"]
+    if facts.first("no-device") and not lines:
+        lines += ["ibv_devinfo | grep -e hca_id -e state   # an ACTIVE port; in containers --device /dev/infiniband"]
+    return lines
+
+
+def is_rccl(facts: LogFacts) -> bool:
+    """RCCL says so, or puts the communicator behind its Channel lines."""
+    return bool(facts.first("rccl")) or any(" nRanks " in pair.first.raw for pair in facts.pairs.values())
+
+
+def _no_gdr(facts: LogFacts) -> list[str]:
+    level = facts.environment("NCCL_NET_GDR_LEVEL")
+    lines = (
+        ["unset NCCL_NET_GDR_LEVEL   # LOC switches GPUDirect off"]
+        if level and level.value.endswith(("=LOC", "=0"))
+        else []
+    )
+    version = version_of(facts)
+    if facts.first("gdr-off") and (not version or version < _VERSION_WITH_GDR_CHECK):
+        lines += [
+            "cat /sys/module/nvidia_peermem/version   # loaded? Then upgrade: NCCL before 2.23.4 does not see it there"
+        ]
+    if facts.first("ofi-no-gdr"):
+        lines += [
+            "fi_info --version   # EFA: update the EFA installer (libfabric); some instance types have no GPUDirect"
+        ]
+    if facts.first("gdr-far"):
+        lines += [
+            "nvidia-smi topo -m   # the GPU is far from the NIC: PIX or PXB is wanted; NCCL_NET_GDR_LEVEL=PHB to try"
+        ]
+    return lines
+
+
+def _address(facts: LogFacts, *ids: str) -> str:
+    for id in ids:
+        for note in facts.all_notes(id):
+            found = re.search(r"\b(\d{1,3}(?:\.\d{1,3}){3})\b(?:<(\d+)>)?", note.value)
+            if found:
+                return f"{found[1]} {found[2] or 'PORT'}"
+    return ""
+
+
+def _reach(facts: LogFacts) -> list[str]:
+    peer = _address(facts, "log.no-route", "log.tcp-timeout", "log.refused")
+    return [f"ip route get {peer.split()[0]}; nc -vz {peer}   # on the node that reports it"] if peer else []
+
+
+def _interface(facts: LogFacts) -> list[str]:
+    named = facts.environment("NCCL_SOCKET_IFNAME")
+    return [f"ip -br addr   # {named.value} matches no interface of this host"] if named else []
+
+
+def _ib_ports(facts: LogFacts) -> dict[str, list[str]]:
+    ports: dict[str, list[str]] = {}
+    for note in facts.all_notes("ports"):
+        for name, layer in re.findall(r"\[\d+\](\S+?):\d+/(IB|RoCE)", note.value):
+            if name not in ports.setdefault(layer, []):
+                ports[layer].append(name)
+    return ports
+
+
+def _one_fabric(facts: LogFacts) -> list[str]:
+    ports = _ib_ports(facts)
+    if len(ports) < 2:
+        return []
+    return [
+        f"export NCCL_IB_HCA=={','.join(ports['IB'][:16])}   # InfiniBand and RoCE ports are mixed: keep one fabric"
+    ]
+
+
+def _roce(facts: LogFacts) -> list[str]:
+    """Peers that do not answer: one fabric, then the GID; the topic goes on with the path between them."""
+    lines = _one_fabric(facts)
+    gid = facts.environment("NCCL_IB_GID_INDEX")
+    version = version_of(facts)
+    if gid and version >= _VERSION_WITH_AUTO_GID:
+        lines += [f"unset NCCL_IB_GID_INDEX   # {gid.value}; NCCL 2.21 and later choose it themselves"]
+    elif "RoCE" in _ib_ports(facts) or not _ib_ports(facts):
+        lines += ["show_gids; export NCCL_IB_GID_INDEX=3   # RoCE: the RoCE v2 IPv4 index; NCCL 2.21 chooses it"]
+    return lines
+
+
+def _shm(facts: LogFacts) -> list[str]:
+    disabled, level = facts.environment("NCCL_P2P_DISABLE"), facts.environment("NCCL_P2P_LEVEL")
+    lines = ["unset NCCL_P2P_DISABLE"] if disabled and disabled.value.endswith("=1") else []
+    return lines + ([f"unset NCCL_P2P_LEVEL   # {level.value} forbids P2P over PCIe"] if level else [])
+
+
+def _environment(facts: LogFacts) -> list[str]:
+    return [f"unset {name}" for name in forced_choices(facts)]
+
+
+_SPECIAL: Final[dict[str, Callable[[LogFacts], list[str]]]] = {
+    "log.sockets": _sockets,
+    "log.rdma-no-gdr": _no_gdr,
+    "log.gdr-mixed": _no_gdr,
+    "log.gdr-off": _no_gdr,
+    "log.shm": _shm,
+    "log.env": _environment,
+    "log.no-route": _reach,
+    "log.tcp-timeout": _reach,
+    "log.refused": _reach,
+    "log.no-interface": _interface,
+    "log.ib-timeout": _roce,
+    "log.ib-rail": _roce,
+    "log.ib-mixed": _one_fabric,
+    "log.ib-unreachable": _one_fabric,
+}

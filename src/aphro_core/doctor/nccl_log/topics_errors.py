@@ -1,0 +1,266 @@
+"""What the findings on errors mean, and what to type."""
+
+from __future__ import annotations
+
+from typing import Final
+
+TEXT: Final = """
+log.dup-gpu
+Two ranks of one host use the same GPU: the launcher starts more processes than there are GPUs, the local rank is not
+used to choose the device, or CUDA_VISIBLE_DEVICES hides the other GPUs.
+> torchrun --nproc_per_node=NUMBER_OF_GPUS ...   # one process a GPU; in Slurm one launcher a node: --ntasks-per-node=1
+> # in the program: torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+> echo $CUDA_VISIBLE_DEVICES   # per rank; containers: --gpus all
+
+log.mismatch
+Ranks do not issue the same collectives in the same order with the same sizes: a fault of the program.
+> export TORCH_DISTRIBUTED_DEBUG=DETAIL   # PyTorch then names the first difference
+
+log.rank-count
+Processes disagree about the number of ranks, or a rank joined twice: two jobs share one rendezvous, or a launcher was
+started with another size.
+> # a fresh rendezvous id and port for each job; the same world size everywhere
+
+log.port-busy
+The port is in use, often by an earlier run.
+> ss -ltnp   # who holds the port; choose another, or end that process
+
+log.nofile
+NCCL opens many sockets a peer.
+> ulimit -n 1048576   # and nofile in /etc/security/limits.conf
+
+log.shm-small
+NCCL needs about 10 MB of /dev/shm a channel pair; containers get 64 MB unless told otherwise.
+> docker run --shm-size=16g ...   # or --ipc=host
+> # Kubernetes: an emptyDir with medium: Memory mounted at /dev/shm
+> df -h /dev/shm; ls -l /dev/shm/nccl-*
+
+log.shm-gone
+A segment that one rank made is not visible to another of the same host: separate containers, an earlier failure of
+that rank, or systemd removed it at logout.
+> docker run --ipc=host ...   # all ranks of a host in one IPC namespace with one /dev/shm
+> grep RemoveIPC /etc/systemd/logind.conf   # must be: RemoveIPC=no
+
+log.ib-timeout
+Completion status 12 (retries exceeded, vendor error 129): packets to the peer's NIC get no answer. RoCE: wrong GID,
+VLAN, routing, PFC, or a firewall for UDP 4791. InfiniBand: the hosts are not in one fabric or partition. Or a link is
+down, or the peer died.
+> ib_write_bw -d mlx5_0 -x 3   # on one of the two nodes, then with the other's name: the NICs that the line names
+> ibstat   # both ports ACTIVE, in one fabric (cloud: one placement group or availability set)
+> export NCCL_IB_TIMEOUT=22   # only for a link that works but loses packets
+
+log.ib-protection
+The NIC was refused access to the GPU's buffer: ACS or an IOMMU in the way, or a peer-memory module of another driver.
+> NCCL_NET_GDR_LEVEL=LOC ...   # works, slower: then it is GPUDirect
+> sudo setpci -s BRIDGE ECAP_ACS+0x6.w=0000   # each PCIe bridge above GPU and NIC; or iommu=pt on the kernel line
+> sudo modprobe -r nvidia_peermem && sudo modprobe nvidia_peermem
+
+log.ib-flush
+Requests that waited behind a failed one are flushed.
+> # look for the first error of this NIC
+
+log.ib-rnr
+The receiver posted no buffers in time: it stalls or is gone.
+> # look at the peer's log
+
+log.ib-completion
+A work request of the NIC failed with a rare status.
+> ib_write_bw -d mlx5_0   # between the two NICs named; the same NCCL version and settings on both nodes
+
+log.ib-event
+The driver reported an event of a port or device: a link went down, or the NIC failed.
+> ibstat; sudo dmesg | grep -i -e mlx5 -e 'link down'   # cable, switch port, firmware
+
+log.ib-nomem
+RDMA pins memory, and the limit on locked memory is too low for the process (a daemon's limit is inherited: slurmd,
+containerd, ssh). If the limit is unlimited already: the GPU's BAR1 is full, or the kernel limits pinning.
+> docker run --ulimit memlock=-1 --cap-add IPC_LOCK ...
+> printf '* soft memlock unlimited\\n* hard memlock unlimited\\n' | sudo tee /etc/security/limits.d/rdma.conf
+> # services such as slurmd: LimitMEMLOCK=infinity, then restart them
+> grep -i locked /proc/PID/limits
+
+log.ib-register
+The NIC could not register a buffer. For GPU memory: the peer-memory module or DMA-BUF is missing or does not fit the
+driver, or the virtual machine does not pass it through.
+> sudo modprobe nvidia_peermem
+> NCCL_NET_GDR_LEVEL=LOC ...   # works, slower: then it is GPUDirect; or NCCL_DMABUF_ENABLE=0
+
+log.ib-mixed
+InfiniBand and RoCE ports were paired.
+> export NCCL_IB_HCA==mlx5_0,mlx5_1   # ports of one kind, exactly
+
+log.ib-rail
+The queue pair could not be connected in time: NICs of different rails or subnets have no route to one another, or the
+pod's RoCE port is not on the RDMA network, or the GID is not routable.
+> export NCCL_CROSS_NIC=0   # rails that are apart: each NIC talks to its own rail only
+> export NCCL_IB_HCA==mlx5_0   # only ports that reach their peers: test with ib_write_bw -d mlx5_0 -x GID
+> # pods: host network, or the RDMA interface (SR-IOV, macvlan) inside the pod
+
+log.ib-unreachable
+The RoCE port has no address or no route to the peer's, or ports of different networks were paired.
+> show_gids; ip -br addr; ip route   # an address and a route on each RoCE port
+> export NCCL_IB_HCA==mlx5_0,mlx5_1   # ports of one network
+
+log.ib-gid
+The queue pair was refused: the GID index is empty or of another type than the peer's.
+> unset NCCL_IB_GID_INDEX   # NCCL 2.21 and later choose it
+> show_gids   # before 2.21: export NCCL_IB_GID_INDEX=<RoCE v2 IPv4 index>
+
+log.ib-open
+A verbs device is listed but its /dev/infiniband/uverbs node is missing or may not be opened.
+> ls -l /dev/infiniband
+> docker run --device /dev/infiniband --cap-add IPC_LOCK --ulimit memlock=-1 --network host ...
+
+log.ib-call
+A call into libibverbs failed.
+> ibv_devinfo -v; sudo dmesg | tail
+> ulimit -l   # unlimited is wanted
+
+log.nic-count
+Nodes see different numbers of NICs, which can hang without a message.
+> export NCCL_IB_HCA==mlx5_0,mlx5_1   # the same set on every node
+> export NCCL_IGNORE_NET_MISMATCH=0   # fails early instead
+
+log.no-plugin-start
+The network plug-in is there but could not start: mostly its devices are not in the container or on this host.
+> fi_info -p efa   # inside the container
+> docker run --device /dev/infiniband/uverbs0 ...   # one --device for each EFA device
+
+log.ofi-rails
+Nodes (pods) have different numbers of EFA devices, so rails cannot be paired.
+> # the same number of EFA devices in every pod: all of them
+> export OFI_NCCL_FORCE_NUM_RAILS=2   # as many as the smallest node has
+
+log.ofi-peer
+The EFA peer does not answer: its process or host is gone, or a security group filters EFA traffic.
+> kubectl get pods -o wide   # is the peer still there? its own log and dmesg come first
+> # security group: allow all traffic from and to itself, inbound and outbound
+
+log.ofi-error
+A libfabric request failed.
+> fi_info -p efa; FI_LOG_LEVEL=warn ...   # on both ends; look at the peer's log
+
+log.net-name
+NCCL_NET must be the exact name of a network that is loaded.
+> unset NCCL_NET
+
+log.no-interface
+NCCL_SOCKET_IFNAME matches no interface of this host that is up and has an address. NCCL 2.27 does not always say so:
+it may fail later with a nonsense address family.
+> unset NCCL_SOCKET_IFNAME
+> ip route get PEER   # names the interface towards the other node
+> export NCCL_SOCKET_IFNAME==eth0 GLOO_SOCKET_IFNAME=eth0   # that interface, on every node (== is exact)
+
+log.refused
+The peer's host answers, but nobody listens: the peer died or has not started, the rendezvous is stale, or the address
+is another host's.
+> # look at the peer's first error; start again with a new rendezvous id
+
+log.no-route
+The address that the peer advertises cannot be reached: a firewall rejects it, or it belongs to a network that is not
+routed between the nodes.
+> ip route get PEER   # names the interface towards the other node
+> export NCCL_SOCKET_IFNAME==eth0 GLOO_SOCKET_IFNAME=eth0   # that interface, on every node (== is exact)
+> sysctl net.ipv4.ip_local_port_range   # the TCP ports to open between the nodes, both ways
+
+log.tcp-timeout
+TCP connections get no answer: a firewall drops packets, or the wrong interface is used for the bootstrap.
+> ip route get PEER   # names the interface towards the other node
+> export NCCL_SOCKET_IFNAME==eth0 GLOO_SOCKET_IFNAME=eth0   # that interface, on every node (== is exact)
+> sysctl net.ipv4.ip_local_port_range   # the TCP ports to open between the nodes, both ways
+
+log.family
+IPv4 and IPv6 addresses were mixed.
+> export NCCL_SOCKET_FAMILY=AF_INET   # on every node
+
+log.wrong-peer
+A connection was answered by another kind of listener, or messages have other sizes than expected: two hosts of one
+name, addresses that clash, or ranks with different NCCL versions, settings or calls.
+> hostname; python -c 'import torch; print(torch.cuda.nccl.version())'; env | grep NCCL_   # only names may differ
+> export NCCL_SOCKET_IFNAME==eth0   # one interface with unique addresses
+
+log.dns
+A host name that ranks were given does not resolve.
+> getent hosts NAME   # or give the IP address
+
+log.p2p-nvlink
+NVLink is there but P2P is not: the fabric manager is down, or the hardware has a fault.
+> systemctl status nvidia-fabricmanager; nvidia-smi nvlink -s; sudo dmesg | grep Xid
+> export NCCL_IGNORE_DISABLED_P2P=1   # only to go on without P2P
+
+log.p2p-pcie
+Consumer GPUs and many virtual machines have no P2P over PCIe; NCCL uses host memory instead.
+> nvidia-smi topo -p2p r   # NS or CNS: expected on this hardware
+> docker run --shm-size=16g ...   # host memory is used: give it room; NCCL_IGNORE_DISABLED_P2P=1 hides the message
+
+log.peer-map
+CUDA maps at most 8 peers a process and GPU.
+> mpirun -np NUMBER_OF_GPUS ... -g 1   # one process a GPU
+
+log.p2p-denied
+NCCL chose P2P, and the driver refuses it: no peer access between the two GPUs, or processes that do not share what
+IPC needs.
+> nvidia-smi topo -p2p r
+> export NCCL_P2P_DISABLE=1   # goes on through host memory; then look at driver, ACS and IOMMU
+
+log.nvls
+Multicast memory of the NVSwitch could not be bound: the fabric manager or the switches are in a bad state, or a
+container may not.
+> export NCCL_NVLS_ENABLE=0
+> sudo systemctl restart nvidia-fabricmanager
+
+log.imex
+NVLink across hosts needs the IMEX service and its channel devices.
+> nvidia-imex-ctl -N; ls -l /dev/nvidia-caps-imex-channels
+> export NCCL_MNNVL_ENABLE=0   # goes on without
+
+log.fabric
+On NVSwitch machines CUDA waits for the fabric manager, in exactly the driver's version.
+> sudo systemctl enable --now nvidia-fabricmanager; systemctl status nvidia-fabricmanager
+
+log.cuda-memory
+NCCL or the program found no GPU memory left: another process, or too large a share for the KV cache.
+> nvidia-smi   # who holds the memory; lower --gpu-memory-utilization, or NCCL_BUFFSIZE
+
+log.cuda
+A CUDA call inside NCCL failed. 'invalid argument' on some nodes only: a driver older than the library; 'illegal
+memory access' or 'launch failure': the program, before NCCL; 'no kernel image': a build without this GPU.
+> nvidia-smi   # driver: at least as new as the CUDA of the NCCL in use, equal on all nodes
+> export NCCL_CUMEM_ENABLE=0   # to try; CUDA_LAUNCH_BLOCKING=1 finds the program's own error
+
+log.nvml
+NVML does not answer: kernel module and library of different versions, or a GPU that fell off the bus.
+> nvidia-smi; cat /proc/driver/nvidia/version   # after a driver update: reload the module or reboot
+
+log.topology
+NCCL could not read the PCIe tree, or a topology file does not fit the machine.
+> unset NCCL_TOPO_FILE   # or the provider's file for this virtual machine; containers need /sys
+> export NCCL_TOPO_DUMP_FILE=/tmp/topo.xml   # compare between nodes
+
+log.watchdog
+PyTorch's watchdog ended a collective that hung. This is a symptom: a rank is missing (same SeqNum and OpType on all
+others), or ranks run different programs (they differ). The first error of any other rank is the cause.
+> export TORCH_NCCL_TRACE_BUFFER_SIZE=2000 TORCH_NCCL_DUMP_ON_TIMEOUT=1   # newer: TORCH_FR_BUFFER_SIZE=2000
+> grep -h -m1 'NCCL WARN' LOGS   # the first one of any rank is the cause
+
+log.heartbeat
+A rank lost its connection to another: that one ended first.
+> # find the rank that failed first, in its own log
+
+log.exception
+A framework reports that NCCL returned an error; the cause is the first 'NCCL WARN' of any rank.
+> export NCCL_DEBUG=INFO   # and read the first WARN
+
+log.warn
+NCCL printed a warning that is in no table here. Read it: it is the best evidence there is.
+> export NCCL_DEBUG=INFO NCCL_DEBUG_SUBSYS=ALL   # for what came before it
+
+log.trail
+An error passed through NCCL (lines like 'init.cc:1358 -> 5'), and the log does not show the WARN that began it. The
+number is the class: 1 CUDA, 2 system, 3 internal, 4 argument, 5 usage, 6 remote, 8 timeout.
+> grep -h -m1 'NCCL WARN' LOGS   # of all ranks and nodes: the first one is the cause
+
+log.numa
+RCCL names host settings that cost speed or make it vary.
+> sudo sysctl kernel.numa_balancing=0   # and iommu=pt on the kernel command line
+"""

@@ -1,0 +1,168 @@
+"""Every wording of the error table, found under its own row."""
+
+from __future__ import annotations
+
+import pytest
+
+from aphro_core.doctor.nccl_log.error_table import ERRORS
+from aphro_core.doctor.nccl_log.topics import TOPICS
+from tests.core.doctor.logs import info, read, scan, warn
+
+COMPLETION = "NET/IB : Got completion from peer 10.0.0.2<44206> with "
+SAMPLES = [
+    ("log.dup-gpu", "Duplicate GPU detected : rank 3 and rank 0 both on CUDA device f000"),
+    ("log.dup-gpu", "Multiple Ranks are using the same GPU"),
+    ("log.mismatch", "Mismatched collective detected, please check your collective calls at and around rank 39."),
+    ("log.mismatch", "NET/IB : req 0/1 tag 7 peer 10.0.0.2<4> collective mismatch error, local size 8 remote size 16"),
+    ("log.version", "Mismatched NCCL version detected : rank 0 version 22304 rank 1 version 22203"),
+    ("log.rank-count", "bootstrapRoot: mismatch in rank count from procs 4 : 8"),
+    ("log.port-busy", "Call to bind failed : Address already in use"),
+    ("log.nofile", "Call to socket failed : Too many open files"),
+    ("log.shm-small", "Error: failed to extend /dev/shm/nccl-JS15EH to 9637892 bytes, error: No space left on device"),
+    ("log.shm-small", "Error while creating shared memory segment /dev/shm/nccl-JS (size 9), error: No space left"),
+    ("log.shm-small", "Call to posix_fallocate failed : No space left on device"),
+    ("log.shm-gone", "Error while attaching to shared memory segment /dev/shm/nccl-jf (size 14), error: No such file"),
+    ("log.ib-timeout", f"{COMPLETION}error 12, opcode 1, len 0, vendor err 129"),
+    ("log.ib-timeout", "NET/IB : Got completion with error 12, opcode 1, len 0, vendor err 129"),
+    ("log.ib-timeout", f"{COMPLETION}status=12 opcode=129 len=65536 vendor err 129 (Recv) localGid ::ffff:10.0.0.1"),
+    ("log.ib-timeout", f"{COMPLETION}status=IBV_WC_RETRY_EXC_ERR(12) opcode=IBV_WC_SEND(0) reqSize=0"),
+    ("log.ib-protection", f"{COMPLETION}error 4, opcode 32630, len 32629, vendor err 81"),
+    ("log.ib-protection", f"{COMPLETION}status=IBV_WC_REM_ACCESS_ERR(10) opcode=0"),
+    ("log.ib-flush", f"{COMPLETION}status=5 opcode=32656 len=32659 vendor err 249 (Recv)"),
+    ("log.ib-rnr", f"{COMPLETION}status=13 opcode=1"),
+    ("log.ib-completion", f"{COMPLETION}status=9 opcode=1"),
+    ("log.ib-event", "NET/IB : mlx5_0:1 Got async event : port error"),
+    ("log.ib-event", "NET/IB : mlx5_2:1 Got async fatal event: local catastrophic error"),
+    ("log.ib-nomem", "Call to ibv_reg_mr_iova2 failed with error Cannot allocate memory"),
+    ("log.ib-nomem", "Call to ibv_create_cq failed with error Cannot allocate memory errno 12"),
+    ("log.ib-nomem", "NET/OFI Unable to register memory (type = 2). RC: -12, Error: Cannot allocate memory"),
+    ("log.ib-register", "Call to ibv_reg_mr failed with error Bad address"),
+    ("log.ib-register", "NET/OFI Unable to register memory (type = 2) for device 1. RC: -14, Error: Bad address"),
+    ("log.ib-mixed", "NET/IB : Remote device mlx5_1:1 is incompatible with the local device mlx5_0:1"),
+    ("log.ib-rail", "Call to ibv_modify_qp failed with error Connection timed out"),
+    ("log.ib-rail", "Call to ibv_modify_qp failed with 110 Connection timed out, on dev mlx5_1:1, curr state INIT"),
+    ("log.ib-unreachable", "Call to ibv_modify_qp failed with 101 Network is unreachable, on dev mlx5_1:1"),
+    ("log.ib-gid", "Call to ibv_modify_qp failed with error Invalid argument errno 22"),
+    ("log.ib-gid", "Call to ibv_modify_qp failed with error No such device"),
+    ("log.ib-open", "NET/IB : Unable to open device mlx5_0"),
+    ("log.ib-call", "Call to ibv_query_port failed with error Invalid argument"),
+    ("log.nic-count", "Detected mixed local Net device counts across ranks"),
+    ("log.ofi-rails", "NET/OFI Unexpected number of remote rails for dev 0. Expected 3 but got 2"),
+    ("log.ofi-peer", "NET/OFI Request 0x7f completed with error. RC: 103. Error: 4126 (Unresponsive receiver (rea"),
+    ("log.ofi-error", "NET/OFI Request 0x7f completed with error. RC: 5. Error: 4099 (Bad queue). Completed length: 0"),
+    ("log.net-name", "Error: network AWS Libfabric not found."),
+    ("log.no-plugin-start", "NET/OFI aws-ofi-nccl initialization failed"),
+    ("log.no-plugin-start", "Failed to initialize any NET plugin"),
+    ("log.no-interface", "Bootstrap : no socket interface found"),
+    ("log.no-interface", "NET/Socket : no interface found"),
+    ("log.no-interface", "ncclSocketInit: connecting to address  with family 59936 is neither AF_INET(2) nor AF_IN"),
+    ("log.family", "Call to socket failed : Address family not supported by protocol"),
+    ("log.wrong-peer", "socketFinalizeAccept: wrong type 4 != 3"),
+    ("log.wrong-peer", "NET/Socket : message truncated : receiving 696320 bytes instead of 32768"),
+    ("log.wrong-peer", "Message truncated : received 1024 bytes instead of 256"),
+    ("log.no-route", "socketPollConnect: Connect to 10.0.0.5<56849> returned 113(No route to host) errno 115"),
+    ("log.no-route", "Net : Connect to 10.0.0.5<56849> failed : No route to host"),
+    ("log.tcp-timeout", "Net : Connect to 10.0.0.5<56849> failed : Connection timed out"),
+    ("log.tcp-timeout", "socketPollConnect: Connect to 10.0.0.5<56849> returned 110(Connection timed out) errno 115"),
+    ("log.refused", "Call to connect timeout : Connection refused"),
+    ("log.refused", "socketStartConnect: Connect to 10.0.0.5<56849> failed : Connection refused"),
+    ("log.dns", "Call to getaddrinfo failed : Name or service not known"),
+    ("log.p2p-nvlink", "P2P is disabled between NVLINK connected GPUs 1 and 0. This should not be the case"),
+    ("log.p2p-pcie", "P2P is disabled between connected GPUs 6 and 7. You can repress this message"),
+    ("log.peer-map", "Cuda failure 711 'peer mapping resources exhausted'"),
+    ("log.p2p-denied", "failed to open CUDA IPC handle : 217 peer access is not supported between these"),
+    ("log.nvls", "Failed to bind NVLink SHARP (NVLS) Multicast memory of size 2097152 : CUDA error 1"),
+    ("log.imex", "MNNVL (cliqueSize 8) is available but not working on some system."),
+    ("log.fabric", "Cuda failure 802 'system not yet initialized'"),
+    ("log.cuda-memory", "Cuda failure 2 'out of memory'"),
+    ("log.cuda", "Cuda failure 'invalid argument'"),
+    ("log.cuda", "HIP failure: 'invalid device function'"),
+    ("log.nvml", "nvmlInit() failed: Driver/library version mismatch"),
+    ("log.topology", "Could not find NET with id 0"),
+    ("log.heartbeat", "socketProgress: Connection closed by remote peer n2<41000>"),
+    ("log.heartbeat", "[Proxy Service 0] Failed to execute operation Connect from rank 0, retcode 3"),
+    ("log.heartbeat", "Socket recv failed"),
+    ("log.numa", "NUMA auto balancing enabled which can lead to variability in the RCCL performance!"),
+    ("log.numa", 'Missing "iommu=pt" from kernel command line which can lead to system instablity or hang!'),
+]  # fmt: skip
+BARE = [
+    ("log.watchdog", "[rank3]:[E] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=5, OpType=ALLREDUCE,"
+     " NumelIn=1, NumelOut=1, Timeout(ms)=600000) ran for 600010 milliseconds before timing out."),
+    ("log.exception", "DistBackendError: NCCL error in: ../c10d/ProcessGroupNCCL.cpp:1691, unhandled system error"),
+    ("log.exception", "ncclSystemError: System call (e.g. socket, malloc) or external library call failed."),
+    ("log.exception", "Test NCCL failure all_reduce.cu:471 'internal error'"),
+    ("log.dup-gpu", "Duplicate GPU detected : rank 3 and rank 0 both on CUDA device f000"),
+    ("log.ofi-rails", "NET/OFI Unexpected number of remote rails for dev 1. Expected 2 but got 3"),
+    ("log.p2p-nvlink", "P2P is disabled between NVLINK connected GPUs 1 and 0. This should not be the case"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("id", "text"), SAMPLES)
+def test_warning_is_found_under_its_row(id: str, text: str) -> None:
+    finding = read(warn(text)).findings[0]
+    assert (finding.id, finding.root_cause, finding.host) == (id, True, "n1")
+    assert finding.evidence[0].line == 2
+    assert text[:40] in finding.evidence[0].text
+    assert finding.remedy
+
+
+@pytest.mark.parametrize(("id", "text"), BARE)
+def test_text_without_prefix(id: str, text: str) -> None:
+    assert read(f"{text}\n").findings[0].id == id
+
+
+def test_every_row_has_a_sample_and_a_topic() -> None:
+    ids = {rule.id for rule in ERRORS}
+    assert ids == {id for id, _ in (*SAMPLES, *BARE)}
+    assert ids <= set(TOPICS)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "NET/Plugin: Failed to find ncclCollNetPlugin_v10 symbol.",
+        "TUNER/Plugin: Could not find: libnccl-tuner.so. Using internal tuner plugin.",
+        "NET/Plugin: Plugin load returned 2 : libnccl-net.so: cannot open shared object file: No such file",
+        "Could not find real path of /sys/class/net/eth0/device",
+        "[Service thread] Connection closed by localRank 3",
+        "net.cc:79 -> 3",
+        "include/net.h:24 -> 2",
+        "misc/socket.cc:400 -> 7",
+        "Call to connect returned Connection refused, retrying",
+    ],
+)
+def test_harmless_records_are_no_failure(text: str) -> None:
+    assert read(info(text)).verdict == "inconclusive"
+
+
+@pytest.mark.parametrize("text", ["Connection refused by the database", "No route to host", "rank 3 aborted"])
+def test_other_programs_errors_are_not_nccls(text: str) -> None:
+    assert read(f"connect to 10.0.0.1<80>: {text}\n").verdict == "inconclusive"
+
+
+def test_unknown_warning_is_shown_and_fails_only_with_a_trail() -> None:
+    alone = read(warn("Something new happened"))
+    assert (alone.verdict, alone.findings[0].id) == ("warn", "log.warn")
+    followed = read(
+        warn("Something new happened") + info("init.cc:1358 -> 3") + info("group.cc:64 -> 3 [Async thread]")
+    )
+    assert followed.verdict == "fail"
+    assert (followed.findings[0].id, followed.findings[0].root_cause) == ("log.warn", True)
+
+
+def test_trail_without_a_cause() -> None:
+    report = read(info("init.cc:1358 -> 3") + info("group.cc:64 -> 3 [Async thread]"))
+    assert (report.verdict, report.findings[0].id) == ("fail", "log.trail")
+    assert "not in this log" in report.findings[0].title
+
+
+def test_last_error_of_pytorch_is_read_without_prefix() -> None:
+    text = "[rank0]: Last error:\n[rank0]: Net : Connect to 10.0.0.5<5> failed : Connection timed out\n"
+    finding = read(f"ncclSystemError: System call failed\n{text}").findings[0]
+    assert (finding.id, finding.root_cause, finding.evidence[0].line) == ("log.tcp-timeout", True, 3)
+
+
+def test_floods_are_bounded() -> None:
+    facts = scan(warn(f"{COMPLETION}status=12 opcode=1") * 20_000)
+    (note,) = facts.all_notes("log.ib-timeout")
+    assert 1000 < note.count <= 20_000
