@@ -8,6 +8,7 @@ import torch
 from tests.kernels.comparisons import (
     compare_attention,
     compare_decode_inputs,
+    compare_grouped_linear,
     compare_rms_norm,
     compare_rotary,
     compare_silu_and_mul,
@@ -101,3 +102,18 @@ def test_the_sampler_draws_on_a_gpu_what_it_draws_on_a_cpu(vocab_size: int) -> N
         sampled = Sampler(vocab_size, torch.device(device)).sample(logits.to(device), rows)
         drawn.append([token.token_id for token in sampled])
     assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("num_tokens", "top", "num_experts", "here", "shape"),
+    [
+        (1, 2, 8, range(8), (1024, 512)),
+        (63, 2, 8, range(3, 6), (1500, 576)),
+        (700, 8, 64, range(64), (192, 256)),
+    ],
+)
+def test_grouped_linear(
+    num_tokens: int, top: int, num_experts: int, here: range, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    compare_grouped_linear(num_tokens, top, num_experts, here, shape, dtype, "cuda")

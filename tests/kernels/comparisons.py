@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from aphro_kernels import decode_inputs, paged_attention, rms_norm, rotary, silu_and_mul
+from aphro_kernels import decode_inputs, grouped_gemm, paged_attention, rms_norm, rotary, silu_and_mul
 from aphro_kernels.decode_work import DecodeWork, build_decode_work, plan_decode_
 from torch import Tensor
 
@@ -208,3 +208,29 @@ def compare_decode_inputs(num_rows: int, max_rows: int, device: str) -> None:
             assert torch.equal(getattr(found, name), getattr(expected, name)), name
         assert torch.equal(positions, expected_positions)
         assert bool((out.token_ids[num_rows:] == -(2**30)).all())  # nothing behind the rows was written
+
+
+def compare_grouped_linear(
+    num_tokens: int, top: int, num_experts: int, here: range, shape: tuple[int, int], dtype: torch.dtype, device: str
+) -> None:
+    """Rows to the experts ``here`` of ``num_experts``: k slots a row (the first product), then a row a slot."""
+    width, depth = shape
+    generator = torch.Generator().manual_seed(num_tokens)
+    chosen = torch.rand(num_tokens, num_experts, generator=generator).topk(top, dim=-1).indices.to(device)
+    tiles = grouped_gemm.plan_tiles(chosen, here.start, len(here))
+    weight = random(len(here), width, depth, dtype=dtype, device=device, seed=1) / depth**0.5
+    for rows, slots_per_row in ((num_tokens, top), (num_tokens * top, 1)):
+        x = random(rows, depth, dtype=dtype, device=device)
+        expected = x.new_zeros(num_tokens * top, width)
+        for slot, expert in enumerate(chosen.flatten().tolist()):
+            if expert in here:
+                matrix = weight[expert - here.start].float()
+                expected[slot] = (matrix @ x[slot // slots_per_row].float()).to(dtype)
+        assert_close(grouped_gemm.grouped_linear_reference(x, weight, tiles, slots_per_row), expected)
+        is_foreign = torch.tensor(
+            [expert not in here for expert in chosen.flatten().tolist()], dtype=torch.bool, device=device
+        )
+        out = nans(num_tokens * top, width, dtype=dtype, device=device)
+        grouped_gemm._launch(x, weight, tiles, slots_per_row, out)
+        assert bool(out[is_foreign].isnan().all())
+        assert_close(out[~is_foreign], expected[~is_foreign])

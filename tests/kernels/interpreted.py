@@ -8,6 +8,7 @@ import torch
 from tests.kernels.comparisons import (
     compare_attention,
     compare_decode_inputs,
+    compare_grouped_linear,
     compare_rms_norm,
     compare_rotary,
     compare_silu_and_mul,
@@ -84,3 +85,20 @@ def test_heads(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dt
 
 def test_one_row_is_cut_over_all_programs() -> None:
     compare_attention([1, 1], [900, 2], 2, 1, 64, F32, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [F32, F16])
+@pytest.mark.parametrize(
+    ("num_tokens", "top", "num_experts", "here", "shape"),
+    [
+        (1, 2, 5, range(5), (72, 40)),
+        (33, 2, 3, range(3), (48, 128)),
+        (20, 3, 7, range(3, 5), (65, 33)),
+        (3, 1, 4, range(4, 4), (16, 16)),
+        (0, 2, 4, range(4), (16, 16)),
+    ],
+)
+def test_grouped_linear(  # not bfloat16: the interpreter's tl.dot takes its bits for integers
+    num_tokens: int, top: int, num_experts: int, here: range, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    compare_grouped_linear(num_tokens, top, num_experts, here, shape, dtype, "cpu")

@@ -28,7 +28,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -93,9 +93,10 @@ class NetnsHost:
 
     def add_interface(self, name: str, address: str) -> None:
         """A card that leads nowhere, with ``address`` as A.B.C.D/LENGTH."""
-        self.run("ip", "link", "add", name, "type", "dummy")
+        self.run("ip", "link", "add", name, "type", "veth", "peer", "name", f"{name}-end")
         self.run("ip", "address", "add", address, "dev", name)
         self.run("ip", "link", "set", name, "up")
+        self.run("ip", "link", "set", f"{name}-end", "up")
 
     def slow_link(self, rate: str, *, burst: str = "64kb", latency: str = "200ms") -> None:
         """No more than ``rate`` (as tc writes it) in either direction."""
@@ -104,9 +105,9 @@ class NetnsHost:
         _in_net(self.switch_pid, "tc", "qdisc", "replace", "dev", self.name, *shape)
 
     def drop(self, what: str) -> None:
-        """Lose what comes in and matches ``what``, as nft writes it (``tcp dport 29500``, ``ip saddr 10.0.0.1``)."""
+        """Lose what comes in by the cable and matches ``what``, as nft writes it (``tcp dport 29500``)."""
         self.run("nft", "add table inet fault; add chain inet fault in { type filter hook input priority 0; }; "
-                        f"add rule inet fault in {what} drop")  # fmt: skip
+                        f"add rule inet fault in iifname {self.interface} {what} drop")  # fmt: skip
 
     def clear(self) -> None:
         """Undo ``drop`` and ``slow_link``."""
@@ -163,13 +164,14 @@ def hosts(count: int, *, env: Mapping[str, Mapping[str, str]] | None = None) -> 
         number = next(_networks)
         network, card = f"198.18.{number % 250}", f"aphro{number}"  # of the range for benchmarks (RFC 2544)
         _write_ssh_client(folder, [f"node{number}" for number in range(count)], network)
-        switch = _start(stack, "sleep", "86400")
+        log = stack.enter_context((folder / "boot.log").open("wb"))
+        switch = _start(stack, log, "sleep", "86400")
         _in_net(switch, "ip", "link", "add", "switch", "type", "bridge")
         _in_net(switch, "ip", "link", "set", "switch", "up")
         _plug(switch, os.getpid(), "driver", card, f"{network}.{DRIVER}/24")
         stack.callback(_unplug, card)
         made = [
-            _boot(stack, folder, switch, network, number, (env or {}).get(f"node{number}", {}))
+            _boot(stack, log, folder, switch, network, number, (env or {}).get(f"node{number}", {}))
             for number in range(count)
         ]
         for host in made:
@@ -180,9 +182,12 @@ def hosts(count: int, *, env: Mapping[str, Mapping[str, str]] | None = None) -> 
         yield made
 
 
-def _boot(stack: ExitStack, folder: Path, switch: int, network: str, number: int, env: Mapping[str, str]) -> NetnsHost:
+def _boot(
+    stack: ExitStack, log: IO[bytes], folder: Path, switch: int, network: str, number: int, env: Mapping[str, str]
+) -> NetnsHost:
     name, address = f"node{number}", f"{network}.{number + 1}"
     variables = {"PATH": f"{folder}:{_environment()['PATH']}", **env}
+    (folder / f"{name}.log").touch()
     (folder / f"{name}.sshd").write_text(
         f"Port 22\nHostKey {folder}/host_key\nAuthorizedKeysFile {folder}/key.pub\nStrictModes no\nUsePAM no\n"
         "PidFile none\nPermitRootLogin prohibit-password\nPrintMotd no\nUseDNS no\n"
@@ -194,16 +199,15 @@ def _boot(stack: ExitStack, folder: Path, switch: int, network: str, number: int
         f" && ip link set lo up && until ip link show eth0 >/dev/null 2>&1; do sleep 0.02; done"
         f" && exec {_which('sshd')} -D -f {folder}/{name}.sshd -E {folder}/{name}.log"
     )
-    pid = _start(stack, "--uts", "--ipc", "--mount", "--pid", "--mount-proc", "sh", "-c", boot)
+    pid = _start(stack, log, "--uts", "--ipc", "--mount", "--pid", "--mount-proc", "sh", "-c", boot)
     _plug(switch, pid, name, "eth0", f"{address}/24")
     return NetnsHost(name, address, pid, switch_pid=switch, folder=folder)
 
 
-def _start(stack: ExitStack, *argv: str) -> int:
+def _start(stack: ExitStack, log: IO[bytes], *argv: str) -> int:
     """Run ``argv`` in a new network, and whatever other namespaces it names; the id of the process inside."""
-    process = subprocess.Popen(
-        [_which("unshare"), "--net", "--kill-child", *argv], env=_environment(), start_new_session=True
-    )
+    argv = (_which("unshare"), "--net", "--kill-child", *argv)
+    process = subprocess.Popen(argv, env=_environment(), start_new_session=True, stderr=log)
     stack.callback(_end, process)
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
@@ -276,8 +280,8 @@ def _wait_for_sshd(host: NetnsHost) -> None:
                     return
         except OSError:
             time.sleep(0.02)
-    log = host.folder / f"{host.name}.log"
-    raise AssertionError(f"no sshd on {host.name}: {log.read_text() if log.exists() else 'it never started'}")
+    logs = [(host.folder / name).read_text() for name in ("boot.log", f"{host.name}.log")]
+    raise AssertionError(f"no sshd on {host.name}: {' '.join(logs)}")
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

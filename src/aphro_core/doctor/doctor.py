@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Final
 
 import anyio
+from anyio.abc import TaskGroup
 
 from aphro_core.doctor.check import Cluster, ClusterCheck, HostCheck, LiveOptions
-from aphro_core.doctor.checks import limit_memlock, name_loopback, shm_size
+from aphro_core.doctor.checks import comm_gloo, limit_memlock, name_loopback, shm_size
 from aphro_core.doctor.finding import Evidence, Finding, Status
 from aphro_core.errors import AphroError, UsageError
 from aphro_core.remote.remote import Host, HostUnreachableError
-from aphro_core.remote.ssh import open_host
+from aphro_core.remote.ssh import open_host, parse_target
 
 HOST_CHECKS: Final[tuple[HostCheck, ...]] = (shm_size, limit_memlock)
-CLUSTER_CHECKS: Final[tuple[ClusterCheck, ...]] = (name_loopback,)
+CLUSTER_CHECKS: Final[tuple[ClusterCheck, ...]] = (name_loopback, comm_gloo)
 CHECKS: Final[dict[str, HostCheck | ClusterCheck]] = {
     **{check.ID: check for check in HOST_CHECKS},
     **{check.ID: check for check in CLUSTER_CHECKS},
@@ -57,6 +57,7 @@ async def run_checks(
     live: LiveOptions | None = None,
     on_finding: OnFinding = lambda finding: None,
     progress: Callable[[str], None] = lambda line: None,
+    connect_seconds: float = 10.0,
 ) -> list[Finding]:
     """Run the selected checks on this host, or on ``hosts`` ([user@]host[:port]), and those between hosts.
 
@@ -65,6 +66,8 @@ async def run_checks(
     """
     names = selected(only, skip, ib=ib)
     targets = list(dict.fromkeys(hosts)) or [""]
+    for target in targets:
+        parse_target(target)
     findings: list[Finding] = []
 
     def add(found: list[Finding]) -> None:
@@ -72,14 +75,11 @@ async def run_checks(
         for finding in found:
             on_finding(finding)
 
-    async with AsyncExitStack() as stack:
-        reached: list[Host] = []
-        for target in targets:
-            progress(f"connecting to {target}")
-            try:
-                reached.append(await stack.enter_async_context(open_host(target)))
-            except HostUnreachableError as error:
-                add([Finding(CONNECT, Status.FAIL, error.message, True, (), error.hint or "", target)])
+    leave = anyio.Event()
+    async with anyio.create_task_group() as connections:
+        if hosts:
+            progress(f"connecting to {', '.join(targets)}")
+        reached = await _connect(connections, targets, connect_seconds, leave, add)
         async with anyio.create_task_group() as tasks:
             for host in reached:
                 tasks.start_soon(_run_on, host, [check for check in HOST_CHECKS if check.ID in names], add)
@@ -87,7 +87,36 @@ async def run_checks(
         for check in CLUSTER_CHECKS:
             if check.ID in names and reached:
                 add(await _guarded(check, check.check(cluster), None))
+        leave.set()
     return sorted(findings, key=lambda finding: _place(finding, targets))
+
+
+async def _connect(
+    connections: TaskGroup,
+    targets: Sequence[str],
+    seconds: float,
+    leave: anyio.Event,
+    add: Callable[[list[Finding]], None],
+) -> list[Host]:
+    """The hosts that can be reached, tried at the same time and open until ``leave``; a finding for each other one."""
+    reached: dict[str, Host] = {}
+    tried = {target: anyio.Event() for target in targets}
+
+    async def hold(target: str) -> None:
+        try:
+            async with open_host(target, timeout_seconds=seconds) as host:
+                reached[target] = host
+                tried[target].set()
+                await leave.wait()
+        except HostUnreachableError as error:
+            add([Finding(CONNECT, Status.FAIL, error.message, True, (), error.hint or "", target)])
+        tried[target].set()
+
+    for target in targets:
+        connections.start_soon(hold, target)
+    for event in tried.values():
+        await event.wait()
+    return [reached[target] for target in targets if target in reached]
 
 
 async def _run_on(host: Host, checks: Sequence[HostCheck], add: Callable[[list[Finding]], None]) -> None:

@@ -14,7 +14,7 @@ from aphro_core.layers.batch import Batch, GatheredRows, PagedRows
 from aphro_core.layers.embedding import PositionEmbedding, VocabEmbedding, VocabHead
 from aphro_core.layers.linear import Linear
 from aphro_core.layers.mlp import GatedMLP, PlainMLP
-from aphro_core.layers.moe import Experts, LoopedExperts, SparseMoe
+from aphro_core.layers.moe import Experts, GroupedExperts, LoopedExperts, SparseMoe
 from aphro_core.layers.norm import LayerNorm, Norm, RMSNorm
 from aphro_core.layers.rotary import RotaryEmbedding, Rotation
 from aphro_core.models.spec import DecoderSpec, RopeSpec
@@ -179,15 +179,24 @@ class _Parts:
         )
 
     def _experts(self, name: str) -> Experts:
-        num_experts = len(self._shard.experts)
-        if not num_experts:  # more ranks than experts: this one has the rest of the layer
-            self._weights.pop(f"{name}.gate_up_proj.weight"), self._weights.pop(f"{name}.down_proj.weight")
-            return LoopedExperts([], [], 0, self._spec.activation)
-        gate_up, down = (
-            [self._linear_of(part, None) for part in self._weights.pop(f"{name}.{each}.weight").chunk(num_experts)]
-            for each in ("gate_up_proj", "down_proj")
+        spec, here, activation = self._spec, self._shard.experts, self._spec.activation
+        assert spec.moe is not None
+        gate_up, down = (self._weights.pop(f"{name}.{part}.weight") for part in ("gate_up_proj", "down_proj"))
+        if gate_up.is_cuda and here:
+            self._keep(gate_up), self._keep(down)
+            return GroupedExperts(
+                gate_up.view(len(here), -1, spec.hidden_size),
+                down.view(len(here), spec.hidden_size, -1),
+                here.start,
+                num_experts=spec.moe.num_experts,
+                activation=activation,
+            )
+        num_parts = len(here) or 1  # more ranks than experts: this one may have none of them
+        gate_ups, downs = (
+            [self._linear_of(part, None) for part in weight.chunk(num_parts)] if here else []
+            for weight in (gate_up, down)
         )
-        return LoopedExperts(gate_up, down, self._shard.experts.start, self._spec.activation)
+        return LoopedExperts(gate_ups, downs, here.start, activation)
 
     def norm(self, name: str) -> Norm:
         if self._spec.norm == "rms":

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+from aphro_kernels.grouped_gemm import grouped_linear, plan_tiles
 from torch import Tensor
 
 from aphro_core.distributed import TensorParallelGroup
@@ -77,3 +78,21 @@ class LoopedExperts:
                 y = down(gated(gate_up(x[rows[here]]), self._activation))
                 out.index_add_(0, rows[here], y.mul_(weights[here, None]))
         return out
+
+
+class GroupedExperts:
+    """All experts in two products over tiles of rows (GPU). No step visits the host: a CUDA graph may hold it."""
+
+    def __init__(self, gate_up: Tensor, down: Tensor, first: int, num_experts: int, activation: Activation) -> None:
+        """``gate_up`` [local experts, 2 * columns, hidden_size], ``down`` [local experts, hidden_size, columns], of
+        the ``num_experts`` of the model those from ``first`` on."""
+        self._gate_up, self._down, self._first = gate_up, down, first
+        self._has_foreign = len(down) < num_experts
+        self._activation = activation
+
+    def __call__(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        num_tokens, top = chosen.shape
+        tiles = plan_tiles(chosen, self._first, len(self._down))
+        gate_up = grouped_linear(x, self._gate_up, tiles, top)
+        y = grouped_linear(gated(gate_up, self._activation), self._down, tiles, 1, has_foreign=self._has_foreign)
+        return torch.bmm(shares.to(x.dtype)[:, None], y.view(num_tokens, top, -1))[:, 0]

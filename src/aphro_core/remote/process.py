@@ -60,6 +60,8 @@ class LineProcess:
     def __init__(self, process: anyio.abc.Process, stderr_fd: int) -> None:
         self._process = process
         self._stderr_fd = stderr_fd
+        assert process.stdout is not None
+        self._lines = BufferedByteReceiveStream(process.stdout)
 
     @property
     def pid(self) -> int:
@@ -78,15 +80,12 @@ class LineProcess:
         except (anyio.BrokenResourceError, anyio.ClosedResourceError, ConnectionError):
             raise HostUnreachableError(f"the process ended: {self.stderr_tail or 'it said nothing'}") from None
 
-    async def lines(self) -> AsyncIterator[str]:
-        assert self._process.stdout is not None
-        stream = BufferedByteReceiveStream(self._process.stdout)
-        while True:
-            try:
-                line = await stream.receive_until(b"\n", _MAX_LINE_BYTES)
-            except (anyio.IncompleteRead, anyio.EndOfStream, anyio.ClosedResourceError, anyio.DelimiterNotFound):
-                return
-            yield line.decode(errors="replace")
+    async def receive_line(self) -> str | None:
+        try:
+            line = await self._lines.receive_until(b"\n", _MAX_LINE_BYTES)
+        except (anyio.IncompleteRead, anyio.EndOfStream, anyio.ClosedResourceError, anyio.DelimiterNotFound):
+            return None
+        return line.decode(errors="replace")
 
     async def wait(self) -> int:
         return await self._process.wait()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -32,8 +32,8 @@ class Process(Protocol):
     async def send_line(self, line: str) -> None:
         """Raises HostUnreachableError when it has ended."""
 
-    def lines(self) -> AsyncIterator[str]:
-        """Its output, line by line, until it ends."""
+    async def receive_line(self) -> str | None:
+        """The next line of its output, None once it has ended. May be cancelled: nothing is lost."""
         ...
 
     @property

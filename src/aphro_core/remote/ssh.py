@@ -63,7 +63,10 @@ class SshHost:
         self, *argv: str, timeout_seconds: float = 10.0, stdin: str = "", env: Mapping[str, str] | None = None
     ) -> Output:
         command = self._command(argv, env)
-        output = await process.run(command, timeout_seconds=timeout_seconds, stdin=stdin, env=None)
+        try:
+            output = await process.run(command, timeout_seconds=timeout_seconds, stdin=stdin, env=None)
+        except TimeoutError:
+            raise TimeoutError(f"{self.name}: `{argv[0]}` did not end within {timeout_seconds:g} s") from None
         if output.returncode == _SSH_FAILED:
             raise HostUnreachableError(f"{self.name}: {last_line(output.stderr) or 'the connection was lost'}")
         return output
@@ -78,7 +81,7 @@ class SshHost:
         return [*self._arguments, f"exec {shlex.join(words)}"]
 
     async def _each_match(self, script: str, patterns: tuple[str, ...]) -> dict[str, str]:
-        output = await self.run("sh", "-c", script, "sh", *patterns, timeout_seconds=30)
+        output = await self.run("sh", "-c", script, "sh", *patterns, timeout_seconds=15)
         records = [record.partition("\037") for record in output.stdout.split("\036")[1:]]
         return {path: text for path, _, text in records}
 
@@ -89,7 +92,7 @@ async def open_host(target: str, *, timeout_seconds: float = 10.0) -> AsyncItera
 
     Raises UsageError for anything else, HostUnreachableError with ssh's own words after at most ``timeout_seconds``.
     """
-    arguments, is_plain = _parse_target(target)
+    arguments, is_plain = parse_target(target)
     address = await _address_of(arguments) if target else ""
     if not target or (is_plain and _is_ours(address)):
         yield LocalHost(target, address=address)
@@ -110,7 +113,7 @@ async def _wait_connected(connection: process.LineProcess, target: str, timeout_
     )
     with anyio.move_on_after(timeout_seconds + 1):
         await connection.send_line(_READY)
-        async for line in connection.lines():  # whatever a login script says before is skipped
+        while (line := await connection.receive_line()) is not None:  # a login script may speak first
             if line.strip() == _READY:
                 return
         await connection.wait()
@@ -123,8 +126,8 @@ def _ssh(control: Path) -> list[str]:
     return ["ssh", *(word for option in _OPTIONS for word in ("-o", option)), "-S", str(control)]
 
 
-def _parse_target(target: str) -> tuple[list[str], bool]:
-    """ssh's arguments for a target, and whether it is only a host. What could be an option is refused."""
+def parse_target(target: str) -> tuple[list[str], bool]:
+    """ssh's arguments for a target, and whether it is only a host. Raises UsageError for what it cannot be."""
     found = _TARGET.match(target)
     if target and found is None:
         raise UsageError(f"host {target!r} is not [user@]host[:port]", hint="separate hosts by commas: a,b")

@@ -9,7 +9,7 @@ from torch.nn.functional import linear, silu
 
 from aphro_core.distributed import TensorParallelGroup
 from aphro_core.layers.linear import Linear
-from aphro_core.layers.moe import LoopedExperts, SparseMoe
+from aphro_core.layers.moe import GroupedExperts, LoopedExperts, SparseMoe
 from aphro_core.models.spec import MoeSpec
 
 ALONE = TensorParallelGroup(0, 1)
@@ -38,10 +38,13 @@ def test_tokens_go_through_the_experts_of_their_choice(num_tokens: int, top: int
     gate_up, down = torch.randn(NUM_EXPERTS, 2 * WIDTH, HIDDEN), torch.randn(NUM_EXPERTS, HIDDEN, WIDTH)
     spec = MoeSpec(num_experts=NUM_EXPERTS, experts_per_token=top, intermediate_size=WIDTH, renormalize=renormalize)
     reference = expected(x, router, gate_up, down, top=top, renormalize=renormalize)
-    by_experts = torch.zeros_like(x)
+    by_experts, in_groups = torch.zeros_like(x), torch.zeros_like(x)
     for here in (range(3), range(3, 5), range(0)):
         experts = LoopedExperts([Linear(gate_up[e]) for e in here], [Linear(down[e]) for e in here], here.start, "silu")
         by_experts += SparseMoe(spec, Linear(router), experts, ALONE)(x)
+        stacked = gate_up[here.start : here.stop], down[here.start : here.stop]
+        grouped = GroupedExperts(*stacked, here.start, NUM_EXPERTS, "silu") if here else experts
+        in_groups += SparseMoe(spec, Linear(router), grouped, ALONE)(x)
     by_columns = torch.zeros_like(x)
     for columns in (slice(0, 6), slice(6, 16)):
         gate, up = gate_up.chunk(2, dim=1)
@@ -52,4 +55,5 @@ def test_tokens_go_through_the_experts_of_their_choice(num_tokens: int, top: int
         )
         by_columns += SparseMoe(spec, Linear(router), LoopedExperts(*parts, 0, "silu"), ALONE)(x)
     torch.testing.assert_close(by_experts, reference, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(in_groups, reference, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(by_columns, reference, atol=1e-4, rtol=1e-4)
