@@ -45,7 +45,8 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int = 2048  # of a step in which sequences decode: they wait for all of it
+    max_num_prefill_tokens: int | None = None  # of a step in which none does; None = the same
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -52,8 +52,8 @@ class BlockTables:
         return new_block_ids
 
     def register(self, sequence: Sequence) -> None:
-        """Let others find the blocks that its step, just scheduled, fills."""
-        num_full = sequence.num_computed // self._blocks.block_size
+        """Let others find the blocks that its steps, as far as scheduled, fill with tokens that are known."""
+        num_full = min(sequence.num_computed, len(sequence.token_ids)) // self._blocks.block_size
         if num_full <= sequence.num_registered or not self._enable_prefix_caching:
             return
         hashes = sequence.hash_blocks(num_full, self._blocks.block_size)

@@ -28,7 +28,7 @@ class Draft:
         """A row of its next ``num_tokens`` tokens, which count as computed from now on."""
         start = sequence.num_computed
         stop = start + num_tokens
-        samples = stop == len(sequence.token_ids)
+        samples = stop == len(sequence.token_ids) + sequence.num_unread
         token_ids = sequence.token_ids[sequence.num_sent :]
         sequence.num_sent += len(token_ids)
         row = ScheduledSequence(sequence.seq_id, start, num_tokens, token_ids, new_block_ids, samples)
@@ -36,7 +36,8 @@ class Draft:
         self.sequences.append(sequence)
         self.tokens_left -= num_tokens
         sequence.num_computed = stop
-        sequence.is_in_flight = True
+        sequence.num_in_flight += 1
+        sequence.num_unread += samples
 
     def finish(self, step_id: int, released: list[int]) -> StepPlan:
         return StepPlan(step_id, self.scheduled, self.new, released)

@@ -9,7 +9,7 @@ from aphro_core.scheduler.sequence import Sequence
 
 
 class InFlight:
-    """A queue of plans with their sequences. A sequence is in at most one of them, and answers come in order."""
+    """A queue of plans with their sequences. Answers come in order."""
 
     def __init__(self) -> None:
         self._plans: deque[tuple[StepPlan, list[Sequence]]] = deque()
@@ -24,8 +24,8 @@ class InFlight:
     def answer(self, result: StepResult) -> list[tuple[Sequence, SampledToken | None]]:
         """Take out the oldest plan: its sequences in order, each with its token if its row samples.
 
-        They are no longer in flight, and have got their prompt logprobs. Raises ValueError, with nothing changed, for
-        a result that is not of this plan.
+        They have one plan less in flight, and have got their prompt logprobs. Raises ValueError, with nothing changed,
+        for a result that is not of this plan.
         """
         if not self._plans:
             raise ValueError(f"a result of step {result.step_id}, and no step is in flight")
@@ -34,8 +34,9 @@ class InFlight:
         self._plans.popleft()
         if result.prompt_logprobs:
             _extend_prompt_logprobs(sequences, result)
-        for sequence in sequences:
-            sequence.is_in_flight = False
+        for sequence, row in zip(sequences, plan.scheduled, strict=True):
+            sequence.num_in_flight -= 1
+            sequence.num_unread -= row.samples
         sampled = {token.seq_id: token for token in result.sampled}
         return [(sequence, sampled.get(sequence.seq_id)) for sequence in sequences]
 

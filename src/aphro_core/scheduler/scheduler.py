@@ -21,9 +21,17 @@ class Scheduler:
     """Decides each step's rows. Pure: the same calls give the same plans.
 
     Sequences run first come, first served: only the oldest waiting one may start, and when blocks run out the
-    youngest gives up its own. Up to ``max_in_flight`` plans may be unanswered (one a pipeline stage), a sequence is in
-    at most one of them, and they are answered in order. ``released`` ids ride with the next plan that has rows: until
-    then the workers keep the state of at most ``max_num_seqs`` sequences, which is what bounds their memory.
+    youngest gives up its own. Up to ``max_in_flight`` plans may be unanswered, and they are answered in order.
+
+    A sequence is in at most ``1 + run_ahead`` of them: its next row is planned before its last token is read, since
+    the workers have it, and so a device never waits for its host. If that token ends it, the rows that ran ahead were
+    computed for nothing and their tokens are dropped. What is left of ``max_in_flight`` are the stages of a pipeline,
+    which share the rows. Blocks are free when the last plan that holds their sequence is answered. ``released`` ids
+    ride with the next plan that has rows: until then the workers keep the state of at most ``max_num_seqs`` sequences,
+    which is what bounds their memory.
+
+    A plan has ``max_num_batched_tokens`` tokens at most, and ``max_num_prefill_tokens`` if nothing decodes: then no
+    stream waits for it.
     """
 
     def __init__(
@@ -34,15 +42,20 @@ class Scheduler:
         block_size: int,
         max_model_len: int,
         max_in_flight: int = 1,
+        run_ahead: int = 0,
         enable_prefix_caching: bool = True,
     ) -> None:
-        sizes = (config.max_num_seqs, config.max_num_batched_tokens, max_model_len, max_in_flight)
+        num_stages = max_in_flight - run_ahead
+        sizes = (config.max_num_seqs, config.max_num_batched_tokens, max_model_len, num_stages, 1 + run_ahead)
         if min(sizes) < 1:
-            names = "max_num_seqs, max_num_batched_tokens, max_model_len, max_in_flight"
+            names = "max_num_seqs, max_num_batched_tokens, max_model_len, max_in_flight - run_ahead, 1 + run_ahead"
             raise ValueError(f"({names}) is {sizes}, allowed: each 1 and up")
         self._max_num_seqs = config.max_num_seqs
         self._max_num_batched_tokens = config.max_num_batched_tokens
         self._max_model_len = max_model_len
+        self._max_num_prefill_tokens = config.max_num_prefill_tokens or config.max_num_batched_tokens
+        self._num_stages = num_stages
+        self._run_ahead = run_ahead
         self._max_in_flight = max_in_flight
         self._blocks = BlockManager(num_blocks, block_size)
         self._tables = BlockTables(self._blocks, enable_prefix_caching=enable_prefix_caching)
@@ -50,7 +63,7 @@ class Scheduler:
         self._waiting = WaitingQueue()
         self._running: list[Sequence] = []  # oldest first
         self._in_flight = InFlight()
-        self._leaving: set[int] = set()  # aborted in flight: they keep blocks and place until their plan is answered
+        self._leaving: set[int] = set()  # ended in flight: they keep blocks and place until their plans are answered
         self._released: list[int] = []
         self._is_head_stuck = False  # the head of the queue found too few blocks, and none came back since
         self._num_arrived = self._num_preemptions = 0
@@ -124,11 +137,7 @@ class Scheduler:
                 self._waiting.remove(sequence)
                 self._is_head_stuck = False
                 continue
-            self._stop_running(sequence)
-            if sequence.is_in_flight:
-                self._leaving.add(seq_id)
-            else:
-                self._release(sequence)
+            self._leave(sequence)
 
     def schedule(self) -> StepPlan | None:
         """The next step, never without rows; None if nothing can run before an answer or a request comes.
@@ -141,9 +150,9 @@ class Scheduler:
         decodes: list[Sequence] = []
         prefills: list[Sequence] = []
         for sequence in self._running:
-            if not sequence.is_in_flight:
+            if not sequence.num_in_flight or self._may_run_ahead(sequence):
                 (decodes if sequence.num_pending == 1 else prefills).append(sequence)
-        draft = Draft(self._max_num_batched_tokens)
+        draft = Draft(self._max_num_batched_tokens if decodes else self._max_num_prefill_tokens)
         self._schedule_decodes(draft, decodes, prefills)
         prefill_share = self._prefill_share(prefills)
         for sequence in prefills:
@@ -153,13 +162,17 @@ class Scheduler:
         self._admit(draft, prefill_share)
         return self._hand_out(draft) if draft.scheduled else None
 
-    def _schedule_decodes(self, draft: Draft, decodes: list[Sequence], prefills: list[Sequence]) -> None:
-        """One row each, oldest first, an even part of them to each plan in flight.
+    def _may_run_ahead(self, sequence: Sequence) -> bool:
+        is_open = sequence.num_in_flight <= self._run_ahead and not sequence.is_full
+        return is_open and not sequence.needs_its_tokens
 
-        A missing block is taken from the youngest sequence behind that is in no plan. If there is none, the row waits:
-        those in flight come back, and then the oldest of all is first and may take from every other.
+    def _schedule_decodes(self, draft: Draft, decodes: list[Sequence], prefills: list[Sequence]) -> None:
+        """One row each, oldest first, an even part of them to each stage of a pipeline.
+
+        A missing block is taken from the youngest sequence behind that is in no plan. If there is none, the row waits
+        and all behind it: those in flight come back, and then the oldest of all is first and may take from every other.
         """
-        share = -(-len(self._running) // self._max_in_flight)
+        share = -(-len(self._running) // self._num_stages)
         # an older prompt gets a token at least, so that no number of younger rows can hold it up
         is_behind = bool(prefills and decodes and prefills[0].arrival < decodes[0].arrival)
         limit = min(share, draft.tokens_left - is_behind)
@@ -177,12 +190,12 @@ class Scheduler:
             index += 1
 
     def _prefill_share(self, prefills: list[Sequence]) -> int:
-        """Prompt tokens after which a plan takes up no further prompt, so that each free pipeline slot gets some.
+        """Prompt tokens after which a plan takes up no further prompt, so that each free pipeline stage gets some.
 
         No prompt is cut for this: its next chunk could not start before this one's answer.
         """
         num_tokens = self._waiting.num_tokens + sum(sequence.num_pending for sequence in prefills)
-        return -(-num_tokens // (self._max_in_flight - len(self._in_flight)))
+        return -(-num_tokens // max(self._num_stages - len(self._in_flight), 1))
 
     def _admit(self, draft: Draft, prefill_share: int) -> None:
         """Start the oldest who wait, in order, each with blocks for all the tokens it has."""
@@ -219,6 +232,14 @@ class Scheduler:
         self._waiting.put_back(sequence)
         self._num_preemptions += 1
 
+    def _leave(self, sequence: Sequence) -> None:
+        """It has ended; what it holds is free once no plan in flight has a row of it."""
+        self._stop_running(sequence)
+        if sequence.is_in_flight:
+            self._leaving.add(sequence.seq_id)
+        else:
+            self._release(sequence)
+
     def _stop_running(self, sequence: Sequence) -> None:
         del self._running[bisect_left(self._running, sequence.arrival, key=by_arrival)]
 
@@ -237,8 +258,9 @@ class Scheduler:
         outputs = []
         for sequence, sampled in answered:
             if self._leaving and sequence.seq_id in self._leaving:
-                self._leaving.remove(sequence.seq_id)
-                self._release(sequence)
+                if not sequence.is_in_flight:
+                    self._leaving.remove(sequence.seq_id)
+                    self._release(sequence)
             elif sampled is not None:
                 outputs.append(self._take_token(sequence, sampled))
         return outputs
@@ -250,14 +272,23 @@ class Scheduler:
         reason, stop_token_id = sequence.end()
         if reason is not None:
             del self._sequences[sequence.seq_id]
-            self._stop_running(sequence)
-            self._release(sequence)
+            self._leave(sequence)
+        elif sequence.is_in_flight and not len(sequence.token_ids) % self._blocks.block_size:
+            self._tables.register(sequence)  # the row that ran ahead fills this block, and now its tokens are known
         return SequenceOutput(
             sequence.seq_id, [sampled.token_id], logprobs, reason, stop_token_id, prompt_logprobs, num_cached
         )
 
 
 def _take_youngest(decodes: list[Sequence], prefills: list[Sequence], *, than: Sequence) -> Sequence | None:
-    """Remove the youngest of two lists, both oldest first, unless it is ``than``, one of ``decodes``, or older."""
-    youngest = prefills if prefills and prefills[-1].arrival > decodes[-1].arrival else decodes
-    return youngest.pop() if youngest[-1] is not than else None
+    """Remove the youngest of two lists, both oldest first, that is in no plan and younger than ``than``."""
+    candidates = [
+        (one.arrival, rows, index)
+        for rows in (decodes, prefills)
+        for index, one in enumerate(rows)
+        if not one.is_in_flight and one.arrival > than.arrival
+    ]
+    if not candidates:
+        return None
+    _, rows, index = max(candidates, key=lambda candidate: candidate[0])
+    return rows.pop(index)

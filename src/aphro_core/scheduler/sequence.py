@@ -14,7 +14,8 @@ class Sequence:
     """Prompt and output so far. ``arrival`` orders sequences; ``max_len`` is the length in tokens at which it ends.
 
     ``num_computed`` counts the tokens whose keys and values are in the cache once the plans handed out are done, and
-    ``num_sent`` the tokens that the workers were given. Both start again after a preemption.
+    ``num_sent`` the tokens that the workers were given. Both start again after a preemption. ``num_unread`` tokens
+    behind ``token_ids`` are drawn by plans in flight: the workers have them, nobody here has seen them.
     """
 
     __slots__ = (
@@ -22,12 +23,14 @@ class Sequence:
         "arrival",
         "block_hashes",
         "block_table",
-        "is_in_flight",
         "max_len",
+        "needs_its_tokens",
         "num_cached",
         "num_computed",
+        "num_in_flight",
         "num_registered",
         "num_sent",
+        "num_unread",
         "prompt_logprobs",
         "seq_id",
         "stop_token_ids",
@@ -47,7 +50,11 @@ class Sequence:
         self.num_registered = 0  # blocks, from the first, that are in the prefix cache
         self.num_sent = 0
         self.num_cached: int | None = None  # prompt tokens found in the prefix cache when it first ran
-        self.is_in_flight = False
+        self.num_in_flight = 0  # plans that hold a row of it and are not answered
+        self.num_unread = 0
+        # penalties count tokens: nobody can draw the next one who has not read the one before
+        dials = (add.sampling.repetition_penalty, add.sampling.frequency_penalty, add.sampling.presence_penalty)
+        self.needs_its_tokens = dials != (1.0, 0.0, 0.0)
         # None: not wanted, or delivered. Whoever has got tokens has got these with the first of them.
         wanted = add.sampling.prompt_logprobs is not None and not add.output_token_ids
         self.prompt_logprobs: list[TokenLogprobs] | None = [] if wanted else None
@@ -58,9 +65,18 @@ class Sequence:
         return bool(self.block_table)
 
     @property
+    def is_in_flight(self) -> bool:
+        return self.num_in_flight > 0
+
+    @property
     def num_pending(self) -> int:
-        """Known tokens that no plan has covered yet: 1 for a sequence that decodes."""
-        return len(self.token_ids) - self.num_computed
+        """Tokens that no plan has covered yet, unread ones included: 1 for a sequence that decodes."""
+        return len(self.token_ids) + self.num_unread - self.num_computed
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the plans in flight draw its last token: the length at which it ends is known beforehand."""
+        return len(self.token_ids) + self.num_unread >= self.max_len
 
     def end(self) -> tuple[FinishReason | None, int | None]:
         """Why no token comes after the last one, and the stop token if it was one; (None, None) if one comes."""

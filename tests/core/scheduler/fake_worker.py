@@ -52,7 +52,9 @@ class _Known:
 
     def __init__(self, new: NewSequence, cache_salt: str) -> None:
         self.new = new
-        self.token_ids = list(new.token_ids)
+        self.token_ids = list(new.token_ids)  # and what it draws itself
+        self.num_told = len(new.token_ids)
+        self.needs_counts = new.sampling.repetition_penalty != 1.0
         self.block_table: list[int] = []
         self.num_computed = 0  # as far as a row of its own, or its first row's start, says
         self.histories = [root(cache_salt)]  # the history before position 0, 1, ...
@@ -100,6 +102,8 @@ class FakeWorker:
         for row in plan.scheduled:
             self._write(row, is_new=row.seq_id in is_new)
         sampled = [self._read(row) for row in plan.scheduled]
+        for state in self.known.values():
+            state.extend_histories()
         prompt_logprobs = [entries for row in plan.scheduled if (entries := self._prompt_logprobs(row)) is not None]
         return StepResult(plan.step_id, [token for token in sampled if token is not None], prompt_logprobs)
 
@@ -107,8 +111,9 @@ class FakeWorker:
         state = self.known[row.seq_id]
         assert is_new or row.start == state.num_computed, "a row goes on where the last one ended"
         assert not (is_new and row.token_ids), "NewSequence carries all tokens"
-        state.token_ids += row.token_ids
-        state.extend_histories()
+        # what it drew itself it knows already; it is told all the same, as soon as somebody has read it
+        state.num_told += len(row.token_ids)
+        assert row.token_ids == state.token_ids[state.num_told - len(row.token_ids) : state.num_told]
         state.block_table += row.new_block_ids
         stop = row.start + row.num_tokens
         assert row.num_tokens >= 1
@@ -129,7 +134,11 @@ class FakeWorker:
             assert found == state.histories[position + 1], f"sequence {row.seq_id} reads wrong at position {position}"
         if not row.samples:
             return None
-        return SampledToken(row.seq_id, draw(state.histories[-1], self._vocab_size))
+        token_id = draw(state.histories[-1], self._vocab_size)
+        if state.needs_counts:
+            assert state.num_told == len(state.token_ids), "penalties without a token that was drawn"
+        state.token_ids.append(token_id)
+        return SampledToken(row.seq_id, token_id)
 
     def _prompt_logprobs(self, row: ScheduledSequence) -> PromptLogprobs | None:
         state = self.known[row.seq_id]

@@ -12,7 +12,8 @@ from aphro_core.scheduler.sequence import Sequence
 
 def check_state(scheduler: Scheduler, max_num_seqs: int) -> None:
     waiting = scheduler._waiting
-    in_flight = [sequence for _, sequences in scheduler._in_flight._plans for sequence in sequences]
+    places = [sequence for _, sequences in scheduler._in_flight._plans for sequence in sequences]
+    in_flight = list({id(sequence): sequence for sequence in places}.values())
     leaving = [sequence for sequence in in_flight if scheduler._sequences.get(sequence.seq_id) is not sequence]
     assert {sequence.seq_id for sequence in leaving} == scheduler._leaving
     assert len(scheduler._running) + len(leaving) <= max_num_seqs
@@ -27,13 +28,23 @@ def check_state(scheduler: Scheduler, max_num_seqs: int) -> None:
         assert not sequence.is_in_flight
         assert not sequence.num_computed
 
-    assert len(in_flight) == len(set(map(id, in_flight)))
+    draws = Counter(
+        id(one)
+        for plan, rows in scheduler._in_flight._plans
+        for row, one in zip(plan.scheduled, rows, strict=True)
+        if row.samples
+    )
+    for sequence in in_flight:
+        assert 1 <= sequence.num_in_flight == sum(one is sequence for one in places) <= 1 + scheduler._run_ahead
+        assert sequence.num_unread == draws[id(sequence)]
     assert {id(s) for s in scheduler._running if s.is_in_flight} == {id(s) for s in in_flight} - {
         id(s) for s in leaving
     }
     for sequence in [*scheduler._running, *leaving]:
         assert sequence.is_running
-        assert sequence.num_pending >= (0 if sequence.is_in_flight else 1)
+        assert sequence.is_in_flight or not sequence.num_unread
+        # the tokens of one that leaves are dropped
+        assert sequence in leaving or sequence.num_pending >= (0 if sequence.is_in_flight else 1)
     check_blocks(scheduler._blocks, [sequence.block_table for sequence in [*scheduler._running, *leaving]])
 
 

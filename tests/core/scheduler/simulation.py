@@ -24,16 +24,23 @@ class Setup:
     max_num_seqs: int = 8
     max_num_batched_tokens: int = 64
     max_in_flight: int = 1
+    run_ahead: int = 0
+    max_num_prefill_tokens: int | None = None
     enable_prefix_caching: bool = True
     vocab_size: int = 1000
 
     def scheduler(self) -> Scheduler:
         return Scheduler(
-            SchedulerConfig(max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.max_num_batched_tokens),
+            SchedulerConfig(
+                max_num_seqs=self.max_num_seqs,
+                max_num_batched_tokens=self.max_num_batched_tokens,
+                max_num_prefill_tokens=self.max_num_prefill_tokens,
+            ),
             num_blocks=self.num_blocks,
             block_size=self.block_size,
             max_model_len=self.max_model_len,
             max_in_flight=self.max_in_flight,
+            run_ahead=self.run_ahead,
             enable_prefix_caching=self.enable_prefix_caching,
         )
 
@@ -42,7 +49,7 @@ class Setup:
             num_blocks=self.num_blocks,
             block_size=self.block_size,
             max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_num_batched_tokens=max(self.max_num_batched_tokens, self.max_num_prefill_tokens or 0),
             vocab_size=self.vocab_size,
         )
 
@@ -56,12 +63,17 @@ def sequence(
     outputs: tuple[int, ...] = (),
     salt: str = "",
     prompt_logprobs: bool = False,
+    repetition_penalty: float = 1.0,
 ) -> AddSequence:
     """An AddSequence as the frontend would send it."""
     return AddSequence(
         seq_id=seq_id,
         prompt_token_ids=prompt,
-        sampling=SamplingParams(max_tokens=None, prompt_logprobs=1 if prompt_logprobs else None),
+        sampling=SamplingParams(
+            max_tokens=None,
+            prompt_logprobs=1 if prompt_logprobs else None,
+            repetition_penalty=repetition_penalty,
+        ),
         seed=seq_id,
         max_tokens=max_tokens,
         stop_token_ids=list(stop),
@@ -124,11 +136,12 @@ class Simulation:
 
     def schedule(self) -> StepPlan | None:
         oldest = self.scheduler._running[0] if self.scheduler._running else None
-        is_ready = oldest is not None and not oldest.is_in_flight
+        # with plans that run ahead it may have to wait for a block until one of them is answered
+        is_ready = oldest is not None and not oldest.is_in_flight and not (self.setup.run_ahead and self.in_flight)
         plan = self.scheduler.schedule()
         if plan is not None:
             assert len(self.in_flight) < self.setup.max_in_flight
-            assert not _rows(plan) & {seq_id for earlier, _ in self.in_flight for seq_id in _rows(earlier)}
+            self._check_places(plan)
             assert not is_ready or oldest.seq_id in _rows(plan), "the oldest running sequence always advances"
             self._check_order(plan)
             salts = {new.seq_id: self.clients[new.seq_id].add.cache_salt for new in plan.new}
@@ -136,6 +149,18 @@ class Simulation:
         assert self.scheduler.num_in_flight == len(self.in_flight)
         check_state(self.scheduler, self.setup.max_num_seqs)
         return plan
+
+    def _check_places(self, plan: StepPlan) -> None:
+        """No sequence is in more plans than it may be, and none is planned beyond its last token."""
+        for row in plan.scheduled:
+            add = self.clients[row.seq_id].add
+            places = sum(row.seq_id in _rows(earlier) for earlier, _ in self.in_flight)
+            assert places <= (self.setup.run_ahead if add.sampling.repetition_penalty == 1.0 else 0)
+            longest = min(len(add.prompt_token_ids) + add.max_tokens, self.setup.max_model_len)
+            assert row.start + row.num_tokens < longest, "a row whose token could never be sent"
+        new = {one.seq_id for one in plan.new}
+        if any(row.samples and row.num_tokens == 1 and row.seq_id not in new for row in plan.scheduled):
+            assert plan.num_tokens <= self.setup.max_num_batched_tokens
 
     def _check_order(self, plan: StepPlan) -> None:
         """What starts for the first time is what has waited longest; a later start is after a preemption."""
@@ -149,10 +174,11 @@ class Simulation:
 
     def answer(self) -> list[SequenceOutput]:
         plan, result = self.in_flight.popleft()
+        finished = {seq_id for seq_id, client in self.clients.items() if client.is_finished}
         outputs = self.scheduler.update(result)
         drawn = [row.seq_id for row in plan.scheduled if row.samples]
         assert [output.seq_id for output in outputs] == [
-            i for i in drawn if (plan.step_id, i) not in self._aborted_rows
+            i for i in drawn if (plan.step_id, i) not in self._aborted_rows and i not in finished
         ]
         for output in outputs:
             self._take(output)

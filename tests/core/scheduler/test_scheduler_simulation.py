@@ -23,7 +23,9 @@ def random_setup(rng: random.Random) -> Setup:
         max_model_len=max_model_len,
         max_num_seqs=rng.choice([1, 2, 4, 6]),
         max_num_batched_tokens=rng.choice([1, 2, 5, 8, 16, 64]),
-        max_in_flight=rng.randint(1, 4),
+        max_num_prefill_tokens=rng.choice([None, None, 64]),
+        run_ahead=(run_ahead := rng.choice([0, 1, 1, 2])),
+        max_in_flight=run_ahead + rng.randint(1, 4),
         enable_prefix_caching=rng.random() < 0.7,
         vocab_size=rng.choice([3, 50]),
     )
@@ -42,6 +44,7 @@ def random_sequence(rng: random.Random, seq_id: int, setup: Setup) -> AddSequenc
         stop=(1,) if rng.random() < 0.2 else (),
         salt=rng.choice(["", "", "other"]),
         prompt_logprobs=rng.random() < 0.15,
+        repetition_penalty=rng.choice([1.0, 1.0, 1.0, 1.1]),
     )
 
 

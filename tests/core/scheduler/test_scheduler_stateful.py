@@ -12,13 +12,14 @@ from tests.core.scheduler.simulation import Setup, Simulation, sequence
 MAX_IDS = 8
 
 setups = st.builds(
-    Setup,
+    lambda num_stages, run_ahead, **others: Setup(max_in_flight=num_stages + run_ahead, run_ahead=run_ahead, **others),
     num_blocks=st.integers(3, 12),
     block_size=st.integers(1, 4),
     max_model_len=st.integers(4, 24),
     max_num_seqs=st.integers(1, 4),
     max_num_batched_tokens=st.sampled_from([1, 3, 8, 32]),
-    max_in_flight=st.integers(1, 3),
+    num_stages=st.integers(1, 3),
+    run_ahead=st.integers(0, 2),
     enable_prefix_caching=st.booleans(),
     vocab_size=st.just(4),
 )

@@ -1,0 +1,189 @@
+"""S1 to S5 for the three model shapes with dummy weights, in one command: rates, latencies, shares of the limit.
+
+    python bench/scenarios.py [--models llama3-8b qwen2.5-0.5b] [--scenarios S1 S2] [--rounds 3] [-tp 2] [--json FILE]
+
+One untimed run of each scenario, then ``--rounds``; medians. Throughput counts from the first submission to the last
+token; TTFT and ITL (time between a stream's tokens) are those of each stream as its client sees them, pooled over the
+rounds. "of limit" is the share of what the card's bandwidth and FLOPs allow (bench/workloads.py), "x vLLM" the ratio to
+vLLM's recorded figure on an H200: on another card only the share of the limit means anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anyio
+from workloads import CEILINGS, MODELS, SCENARIOS, VLLM, limit, requests
+
+from aphro_core.prepare import EngineOptions, prepare
+from aphro_core.reporter import SilentReporter
+from aphro_core.request import Request, SamplingParams
+from aphro_core.session import Session, open_session
+
+
+@dataclass
+class Round:
+    """One run of a scenario: seconds of the whole, of each first token, and between the tokens of a stream."""
+
+    seconds: float = 0.0
+    first: list[float] = field(default_factory=list)
+    between: list[float] = field(default_factory=list)
+
+
+async def run_round(session: Session, scenario: str, repeat: int) -> Round:
+    vocab_size = session.frontend.vocab_size
+    asked = requests(scenario, vocab_size, repeat)
+    round_ = Round()
+    started = time.perf_counter()
+
+    async def client(number: int, prompt: list[int], max_tokens: int) -> None:
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+        request = Request(request_id=f"{scenario}-{number}", prompt=None, prompt_token_ids=prompt, sampling=params)
+        last, count = 0.0, 0
+        async with session.frontend.stream(request) as deltas:
+            async for delta in deltas:
+                now = time.perf_counter()
+                if count == 0:
+                    round_.first.append(now - started)
+                elif delta.token_ids:
+                    round_.between += [(now - last) / len(delta.token_ids)] * len(delta.token_ids)
+                last, count = now, count + len(delta.token_ids)
+        assert count == max_tokens, f"request {number} gave {count} of {max_tokens} tokens"
+
+    async with anyio.create_task_group() as tasks:
+        for number, (prompt, max_tokens) in enumerate(asked):
+            tasks.start_soon(client, number, prompt, max_tokens)
+    round_.seconds = time.perf_counter() - started
+    return round_
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is printed of a scenario. Rates in tokens/s (prompt tokens/s in S4), times in milliseconds."""
+
+    model: str
+    scenario: str
+    rate: float
+    least: float
+    most: float
+    of_limit: float
+    of_vllm: float
+    ttft_p50: float
+    ttft_p99: float
+    itl_p50: float
+    itl_p99: float
+
+
+def summarise(model: str, scenario: str, rounds: list[Round], ceilings: tuple[float, float], tp: int) -> Row:
+    sizes = requests(scenario, 4096, 0)
+    tokens = sum(len(prompt) if SCENARIOS[scenario].is_prefill else output for prompt, output in sizes)
+    rates = [tokens / one.seconds for one in rounds]
+    rate = statistics.median(rates)
+    first = [1e3 * value for one in rounds for value in one.first]
+    between = [1e3 * value for one in rounds for value in one.between]
+    return Row(
+        model,
+        scenario,
+        rate,
+        min(rates),
+        max(rates),
+        rate / limit(model, scenario, *ceilings, tp),
+        rate / VLLM.get((model, tp), {}).get(scenario, float("nan")),
+        percentile(first, 50),
+        percentile(first, 99),
+        percentile(between, 50),
+        percentile(between, 99),
+    )
+
+
+def percentile(values: list[float], share: int) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) * share // 100, len(ordered) - 1)] if ordered else float("nan")
+
+
+@asynccontextmanager
+async def opened(model: str, options: dict[str, Any]) -> AsyncIterator[Session]:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(MODELS[model]))
+        asked = EngineOptions(model=folder, load_format="dummy", skip_tokenizer_init=True, **options)
+        prepared = prepare(asked, SilentReporter())
+        async with open_session(prepared, asked, SilentReporter(), max_queued_requests=2**31) as session:
+            await session.wait_ready()
+            yield session
+
+
+async def measure(model: str, arguments: argparse.Namespace, ceilings: tuple[float, float]) -> list[Row]:
+    options: dict[str, Any] = {
+        "tensor_parallel_size": arguments.tp,
+        "pipeline_parallel_size": arguments.pp,
+        "enable_prefix_caching": False,
+        **json.loads(arguments.options),
+    }
+    rows = []
+    started = time.perf_counter()
+    async with opened(model, options) as session:
+        print(f"{model}: ready after {time.perf_counter() - started:.1f} s", flush=True)
+        for scenario in arguments.scenarios:
+            await run_round(session, scenario, -1)
+            rounds = [await run_round(session, scenario, repeat) for repeat in range(arguments.rounds)]
+            rows.append(summarise(model, scenario, rounds, ceilings, arguments.tp * arguments.pp))
+            print(line(rows[-1]), flush=True)
+    return rows
+
+
+HEADER = (
+    "| model | | tokens/s (least-most) | of limit | x vLLM | TTFT ms p50 / p99 | ITL ms p50 / p99 |\n"
+    "| --- | --- | ---: | ---: | ---: | ---: | ---: |"
+)
+
+
+def line(row: Row) -> str:
+    return (
+        f"| {row.model} | {row.scenario} | {row.rate:,.0f} ({row.least:,.0f}-{row.most:,.0f}) | {row.of_limit:.0%} | "
+        f"{row.of_vllm:.2f} | {row.ttft_p50:.1f} / {row.ttft_p99:.1f} | {row.itl_p50:.2f} / {row.itl_p99:.2f} |"
+    )
+
+
+def card() -> str:
+    """The first GPU's name, or "CPU"."""
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "CPU"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--models", nargs="+", choices=list(MODELS), default=[name for name in MODELS if name != "tiny"]
+    )
+    parser.add_argument("--scenarios", nargs="+", choices=list(SCENARIOS), default=["S1", "S2", "S3", "S4", "S5"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("-tp", type=int, default=1)
+    parser.add_argument("-pp", type=int, default=1)
+    parser.add_argument("--options", default="{}", help="further EngineOptions as JSON")
+    parser.add_argument("--json", help="file that gets the rows")
+    arguments = parser.parse_args()
+    name = card()
+    ceilings = next((value for key, value in CEILINGS.items() if key in name), CEILINGS["H200"])
+    print(
+        f"{name}: limits from {ceilings[0] / 1e12:.1f} TB/s and {ceilings[1] / 1e12:.0f} TFLOP/s\n{HEADER}", flush=True
+    )
+    rows = [row for model in arguments.models for row in anyio.run(measure, model, arguments, ceilings)]
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps({"card": name, "rows": [asdict(row) for row in rows]}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
