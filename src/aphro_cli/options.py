@@ -71,7 +71,13 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of dummy weights.")]
 
 # memory and batch
 MaxNumSeqs = Annotated[int, typer.Option("--max-num-seqs", min=1, help="Sequences in one step.")]
-MaxNumBatchedTokens = Annotated[int, typer.Option("--max-num-batched-tokens", min=1, help="Tokens in one step.")]
+MaxNumBatchedTokens = Annotated[
+    int, typer.Option("--max-num-batched-tokens", min=1, help="Tokens in one step in which anything decodes.")
+]
+MaxNumPrefillTokens = Annotated[
+    int | None, typer.Option("--max-num-prefill-tokens", min=1, help="Tokens in one step in which nothing decodes.")
+]
+EnforceEager = Annotated[bool, typer.Option("--enforce-eager", help="No CUDA graphs: slower, starts sooner.")]
 GpuMemoryUtilization = Annotated[
     float, typer.Option("--gpu-memory-utilization", "-gmu", help="Share of each GPU's memory, weights included.")
 ]

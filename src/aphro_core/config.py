@@ -48,6 +48,11 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int = 2048  # of a step in which sequences decode: they wait for all of it
     max_num_prefill_tokens: int | None = None  # of a step in which none does; None = the same
 
+    @property
+    def most_tokens(self) -> int:
+        """Of any step."""
+        return max(self.max_num_batched_tokens, self.max_num_prefill_tokens or 0)
+
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: ModelConfig
@@ -55,9 +60,18 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     device: Device = "cpu"
+    enforce_eager: bool = False  # no CUDA graphs
     distributed_timeout_seconds: float = 300.0  # rendezvous and every collective
     start_timeout_seconds: float = 1800.0  # from the first worker started to the last one ready
     step_timeout_seconds: float = 10.0  # a step has this long, or a multiple of what steps of its size take
+
+    @property
+    def run_ahead(self) -> int:
+        """Steps of a sequence that are planned before its last token is read: those of a GPU, which keeps the token.
+
+        A CPU computes while it is asked. The first stage of a pipeline learns tokens from the host.
+        """
+        return 1 if self.device == "cuda" and self.parallel.pipeline_parallel_size == 1 else 0
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):

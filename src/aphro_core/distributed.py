@@ -28,14 +28,22 @@ class TensorParallelGroup:
             dist.all_reduce(x, group=self._group)
         return x
 
+    def broadcast_(self, x: Tensor) -> Tensor:
+        """What tp rank 0 has in ``x``, on every rank, in place."""
+        if self.size > 1:
+            dist.broadcast(x, src=self._first_rank(), group=self._group)
+        return x
+
     def gather_columns(self, x: Tensor) -> Tensor | None:
         """``[rows, columns]`` of every rank side by side on tp rank 0, None on the others; equal shapes."""
         if self.size == 1:
             return x
-        first = dist.get_global_rank(self._group, 0) if self._group is not None else 0
         parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
-        dist.gather(x.contiguous(), parts, dst=first, group=self._group)
+        dist.gather(x.contiguous(), parts, dst=self._first_rank(), group=self._group)
         return None if parts is None else torch.cat(parts, dim=-1)
+
+    def _first_rank(self) -> int:
+        return dist.get_global_rank(self._group, 0) if self._group is not None else 0
 
 
 class StageLink:

@@ -24,6 +24,8 @@ from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel.shard import ShardingPlan, build_plan
 from aphro_core.reporter import Reporter
 
+_GPU_PREFILL_TOKENS = 8192  # the largest rows of the linears, measured on an H200, come from here on
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
@@ -39,10 +41,12 @@ class EngineOptions:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: int | Literal["auto"] | None = None
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int = 2048  # of a step in which sequences decode
+    max_num_prefill_tokens: int | None = None  # of a step in which none does; None: 8192 on GPUs, the same on CPUs
     gpu_memory_utilization: float = 0.90
     cpu_memory_utilization: float = 0.50
     block_size: int = 16
+    enforce_eager: bool = False
     num_blocks: int | None = None
     enable_prefix_caching: bool = True
     load_format: Literal["auto", "dummy"] = "auto"
@@ -109,9 +113,12 @@ def prepare(options: EngineOptions, reporter: Reporter) -> Prepared:
             enable_prefix_caching=options.enable_prefix_caching,
         ),
         scheduler=SchedulerConfig(
-            max_num_seqs=options.max_num_seqs, max_num_batched_tokens=options.max_num_batched_tokens
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            max_num_prefill_tokens=_choose_prefill_tokens(options, device),
         ),
         device=device,
+        enforce_eager=_choose_eager(options, spec, device, reporter),
         start_timeout_seconds=options.start_timeout,
         distributed_timeout_seconds=options.distributed_timeout,
         step_timeout_seconds=options.step_timeout or (60.0 if device == "cuda" else 10.0),
@@ -131,7 +138,7 @@ def _read_spec(options: EngineOptions, path: Path) -> DecoderSpec:
 
 def _check_sizes(options: EngineOptions) -> None:
     at_least_one = ("tensor_parallel_size", "pipeline_parallel_size", "max_num_seqs", "max_num_batched_tokens")
-    for name in at_least_one:
+    for name in (*at_least_one, *(["max_num_prefill_tokens"] if options.max_num_prefill_tokens is not None else [])):
         if getattr(options, name) < 1:
             raise UsageError(f"{name} is {getattr(options, name)}, allowed: 1 and up")
     for name in ("gpu_memory_utilization", "cpu_memory_utilization"):
@@ -149,6 +156,20 @@ def _check_experts(options: EngineOptions, spec: DecoderSpec) -> None:
             f"enable_expert_parallel is set, but {spec.architecture} with this config has no experts",
             hint="leave --enable-expert-parallel out",
         )
+
+
+def _choose_eager(options: EngineOptions, spec: DecoderSpec, device: Device, reporter: Reporter) -> bool:
+    if device == "cuda" and spec.moe is not None and not options.enforce_eager:
+        reporter.line("No CUDA graphs: the host asks how many rows each expert got.")
+        return True
+    return options.enforce_eager
+
+
+def _choose_prefill_tokens(options: EngineOptions, device: Device) -> int | None:
+    """Where nothing decodes no stream waits for a step, and a GPU multiplies large steps faster."""
+    if options.max_num_prefill_tokens is not None or device == "cpu":
+        return options.max_num_prefill_tokens
+    return max(_GPU_PREFILL_TOKENS, options.max_num_batched_tokens)
 
 
 def _served_name(model: str, path: Path) -> str:

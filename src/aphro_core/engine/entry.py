@@ -88,7 +88,8 @@ class EngineProcess:
                 num_blocks=num_blocks,
                 block_size=config.cache.block_size,
                 max_model_len=max_model_len,
-                max_in_flight=config.parallel.pipeline_parallel_size,
+                max_in_flight=config.parallel.pipeline_parallel_size + config.run_ahead,
+                run_ahead=config.run_ahead,
                 enable_prefix_caching=config.cache.enable_prefix_caching,
             )
 

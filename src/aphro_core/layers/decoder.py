@@ -86,14 +86,15 @@ class Decoder:
                 x = x * self._embedding_scale
             if self._positions is not None:
                 x = self._positions.add_(x, batch.positions)
-        rotations, delta = [rotary.at(batch.positions) for rotary in self._rotaries], None
+        halves, delta = isinstance(batch.cache_rows, PagedRows), None
+        rotations = [rotary.at(batch.positions, halves=halves) for rotary in self._rotaries]
         for block, rotary, cache in zip(self._blocks, self._rotary_of, caches, strict=True):
             delta = block(x, delta, rotations[rotary], batch.cache_rows, cache)
         return x if delta is None else x.add_(delta)
 
-    def logits(self, rows: Tensor) -> Tensor | None:
+    def logits(self, rows: Tensor, out: Tensor | None = None) -> Tensor | None:
         """Of chosen rows of the last stage's residual stream: ``[rows, vocab_size]`` float32, None off tp rank 0."""
-        return self._head(self._norm(rows))
+        return self._head(self._norm(rows), out)
 
 
 class _Parts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
@@ -43,15 +42,19 @@ class VocabHead:
         self._group = group
         self._scale, self._softcap = scale, softcap
 
-    def __call__(self, x: Tensor) -> Tensor | None:
-        """``[rows, hidden_size]`` to logits ``[rows, vocab_size]`` float32 on tp rank 0, None on the others."""
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor | None:
+        """``[rows, hidden_size]`` to logits ``[rows, vocab_size]`` float32 on tp rank 0, None on the others.
+
+        They are written into ``out`` if it is given.
+        """
         logits = self._group.gather_columns(self._linear(x))
         if logits is None:
             return None
-        logits = logits[:, : self._vocab_size].float()
+        logits = logits[:, : self._vocab_size]
+        logits = logits.float() if out is None else out.copy_(logits)
         if self._scale != 1.0:
-            logits = logits * self._scale
-        return logits if self._softcap is None else torch.tanh(logits / self._softcap).mul_(self._softcap)
+            logits.mul_(self._scale)
+        return logits if self._softcap is None else logits.div_(self._softcap).tanh_().mul_(self._softcap)
 
 
 class PositionEmbedding:

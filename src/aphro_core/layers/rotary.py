@@ -19,11 +19,14 @@ class RotaryEmbedding:
         self._scale = rope.factors.get("attention_factor", 1.0)
         self._dtype = dtype
 
-    def at(self, positions: Tensor) -> Rotation:
-        """The rotation of tokens at ``positions`` [num_tokens] int64, for all layers of a step."""
+    def at(self, positions: Tensor, *, halves: bool) -> Rotation:
+        """The rotation of tokens at ``positions`` [num_tokens] int64, for all layers of a step.
+
+        ``halves``: in the form that the kernel takes; otherwise in that of :meth:`Rotation.apply_`.
+        """
         angles = torch.outer(positions.float(), self._frequencies)
         cos, sin = angles.cos().mul_(self._scale), angles.sin().mul_(self._scale)
-        if positions.is_cuda:
+        if halves:
             return Rotation(cos, sin)
         whole_cos, whole_sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         return Rotation(whole_cos.to(self._dtype)[:, None], whole_sin.to(self._dtype)[:, None])
@@ -31,8 +34,8 @@ class RotaryEmbedding:
 
 @dataclass(slots=True)
 class Rotation:
-    """On a GPU ``cos`` and ``sin`` are [num_tokens, rotary_dim / 2] float32, as the kernel takes them. On a CPU they
-    are [num_tokens, 1, rotary_dim] in the run's dtype, each half with its own, the first half of ``sin`` negated.
+    """For the kernel ``cos`` and ``sin`` are [num_tokens, rotary_dim / 2] float32. For torch's operations they are
+    [num_tokens, 1, rotary_dim] in the run's dtype, each half with its own, the first half of ``sin`` negated.
     """
 
     cos: Tensor

@@ -92,6 +92,18 @@ def _mlp_width(spec: DecoderSpec, shard: RankShard) -> int:
     return experts if all(map(spec.has_experts, shard.layers)) else max(dense, experts)
 
 
+def graph_bytes(spec: DecoderSpec, shard: RankShard, max_num_seqs: int, dtype_bytes: int) -> int:
+    """Upper bound of what captured decode graphs keep besides: their own activations, and each graph's nodes.
+
+    All graphs share one pool, as large as the largest needs: the step of ``max_num_seqs`` rows. Beside it stand the
+    rows' fixed logits, float32, and the driver's memory for the graphs themselves: about 1 MiB for each 16 rows.
+    """
+    vocab = len(shard.vocab) * shard.tp_size
+    fixed = max_num_seqs * vocab * 4 if shard.has_head else 0
+    pool = activation_bytes(spec, shard, max_num_seqs, 0, dtype_bytes) + fixed
+    return pool + fixed + (max_num_seqs // 16 + 16) * 8 * 2**20
+
+
 def num_blocks(budget_bytes: int, block_bytes: int) -> int:
     """Whole blocks in a budget; none in a negative one."""
     return max(budget_bytes // block_bytes, 0)

@@ -6,6 +6,7 @@ import faulthandler
 import os
 import socket
 import traceback
+from functools import partial
 
 from aphro_core.channel import BlockingChannel, ChannelClosedError
 from aphro_core.errors import AphroError, ExitCode
@@ -48,23 +49,31 @@ def main(sock: socket.socket) -> int:
 
 
 def serve(channel: WorkerChannel, start: StartWorker) -> None:
+    from aphro_core.worker.results import Results, freeze_heap
     from aphro_core.worker.worker import Worker
 
     worker = Worker(start, channel.send)
     channel.send(worker.load())
-    while True:
-        match channel.receive():
-            case StepPlan() as plan:
-                result = worker.execute(plan)
-                if result is not None:
-                    channel.send(result)
-            case AllocateCache(num_blocks=num_blocks):
-                worker.allocate(num_blocks)
-                channel.send(WorkerReady(rank=start.rank))
-            case StopWorker():
-                return
-            case StartWorker():
-                raise ValueError("a second StartWorker")
+    with Results(channel.send, errors=partial(_fail, channel, start.rank)) as results:
+        while True:
+            match channel.receive():
+                case StepPlan() as plan:
+                    step = worker.launch(plan)
+                    if step is not None:
+                        results.put(step)
+                case AllocateCache(num_blocks=num_blocks):
+                    worker.allocate(num_blocks)
+                    channel.send(WorkerReady(rank=start.rank))
+                    freeze_heap()
+                case StopWorker():
+                    return
+                case StartWorker():
+                    raise ValueError("a second StartWorker")
+
+
+def _fail(channel: WorkerChannel, rank: int, error: BaseException) -> None:
+    _report(channel, rank, error)
+    os._exit(int(ExitCode.ENGINE))  # the main thread waits for a plan or in a collective
 
 
 def _report(channel: WorkerChannel, rank: int, error: BaseException) -> None:

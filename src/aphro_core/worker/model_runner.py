@@ -1,4 +1,4 @@
-"""One step of one rank: plan to batch, batch through the decoder, hand on or draw tokens."""
+"""One step of one rank on a CPU: plan to batch, batch through the decoder, hand on or draw tokens."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from aphro_core.distributed import Links
 from aphro_core.layers.batch import Batch
 from aphro_core.layers.decoder import Decoder
-from aphro_core.messages.steps import PromptLogprobs, ScheduledSequence, StepPlan, StepResult
+from aphro_core.messages.steps import StepPlan, StepResult
 from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel.shard import RankShard
-from aphro_core.worker.batch import BatchBuilder, SequenceState
-from aphro_core.worker.logprobs import token_logprobs
-from aphro_core.worker.sampler import Sampler, SamplingRow
-
-PROMPT_ROWS = 256  # whose logits live at once while prompt log-probabilities are taken
+from aphro_core.worker.batch import BatchBuilder
+from aphro_core.worker.prompt_logprobs import prompt_logprobs
+from aphro_core.worker.sampler import Sampler
+from aphro_core.worker.sequences import SequenceState, apply_plan
+from aphro_core.worker.step import FinishedStep
 
 
 class ModelRunner:
@@ -41,13 +41,18 @@ class ModelRunner:
         self._dtype = dtype
         self._device = device
         self._sequences: dict[int, SequenceState] = {}
-        self._batches = BatchBuilder(spec, shard, block_size, dtype, device)
+        self._batches = BatchBuilder(spec, shard, block_size, dtype)
         self._sampler = Sampler(spec.vocab_size, device) if shard.has_head and shard.tp_rank == 0 else None
+
+    def launch(self, plan: StepPlan) -> FinishedStep | None:
+        """The whole step: a CPU computes while it is asked."""
+        result = self.execute(plan)
+        return None if result is None else FinishedStep(result)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult | None:
         """A result only from tp rank 0 of the last stage."""
-        self._apply(plan)
+        apply_plan(plan, self._sequences)
         if not plan.scheduled:
             return StepResult(step_id=plan.step_id, sampled=[]) if self._sampler is not None else None
         batch = self._batches.build(plan, self._sequences)
@@ -61,32 +66,13 @@ class ModelRunner:
             return None
         return self._draw(plan, batch, hidden_states)
 
-    def _apply(self, plan: StepPlan) -> None:
-        for seq_id in plan.released:
-            self._sequences.pop(seq_id, None)
-        for new in plan.new:
-            row = SamplingRow(
-                seq_id=new.seq_id,
-                sampling=new.sampling,
-                seed=new.seed,
-                position=len(new.token_ids),
-                token_ids=list(new.token_ids),
-                num_prompt_tokens=new.num_prompt_tokens,
-                stop_token_ids=new.stop_token_ids,
-            )
-            self._sequences[new.seq_id] = SequenceState(row)
-        for entry in plan.scheduled:
-            state = self._sequences[entry.seq_id]
-            state.row.token_ids += entry.token_ids
-            state.row.position = len(state.row.token_ids)
-            state.block_table.extend(entry.new_block_ids)
-
     def _draw(self, plan: StepPlan, batch: Batch, hidden_states: Tensor) -> StepResult | None:
-        prompt_logprobs = [
-            self._prompt_logprobs(entry, batch, hidden_states)
-            for entry in plan.scheduled
-            if self._sequences[entry.seq_id].row.sampling.prompt_logprobs is not None
-        ]
+        found = []
+        for entry in plan.scheduled:
+            row = self._sequences[entry.seq_id].row
+            if row.sampling.prompt_logprobs is not None:
+                first = batch.first_rows[entry.seq_id]
+                found.append(prompt_logprobs(self._decoder, hidden_states[first:], entry, row))
         sampling = [entry for entry in plan.scheduled if entry.samples]
         sampled = []
         if sampling:
@@ -96,21 +82,5 @@ class ModelRunner:
                 sampled = self._sampler.sample(logits, [self._sequences[entry.seq_id].row for entry in sampling])
         if self._sampler is None:
             return None
-        entries = [found for found in prompt_logprobs if found is not None and found.entries]
+        entries = [entry for entry in found if entry is not None]
         return StepResult(step_id=plan.step_id, sampled=sampled, prompt_logprobs=entries)
-
-    def _prompt_logprobs(self, entry: ScheduledSequence, batch: Batch, hidden_states: Tensor) -> PromptLogprobs | None:
-        """Of the prompt tokens that this chunk's rows predict, in slices; every tp rank takes part."""
-        row = self._sequences[entry.seq_id].row
-        count = row.sampling.prompt_logprobs
-        assert count is not None
-        first = batch.first_rows[entry.seq_id]
-        stop = min(entry.start + entry.num_tokens, row.num_prompt_tokens - 1)
-        entries = []
-        for start in range(entry.start, stop, PROMPT_ROWS):
-            end = min(start + PROMPT_ROWS, stop)
-            logits = self._decoder.logits(hidden_states[first + start - entry.start : first + end - entry.start])
-            if logits is not None:
-                targets = row.token_ids[start + 1 : end + 1]
-                entries += token_logprobs(logits, targets, [count] * len(targets))
-        return PromptLogprobs(entry.seq_id, entries)

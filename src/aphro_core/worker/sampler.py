@@ -13,24 +13,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from aphro_core.errors import AphroError, ExitCode
 from aphro_core.messages.steps import SampledToken, TokenLogprobs
 from aphro_core.request import SamplingParams
 from aphro_core.worker.gumbel import GumbelNoise, draw_keys
 from aphro_core.worker.logprobs import token_logprobs
 from aphro_core.worker.penalties import TokenCounts, add_biases_, apply_penalties_, mask_tokens_
 from aphro_core.worker.reductions import argmax
+from aphro_core.worker.step import SamplingError
 from aphro_core.worker.truncation import build_truncation, draw_truncated, is_truncated
-
-
-class SamplingError(AphroError):
-    """Rows for which no token can be chosen; ``seq_ids`` are theirs, the other rows of the step are sound."""
-
-    exit_code = ExitCode.ENGINE
-
-    def __init__(self, message: str, seq_ids: list[int], *, hint: str | None = None) -> None:
-        super().__init__(message, hint=hint)
-        self.seq_ids = seq_ids
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""One rank: joins its group, loads its shard, sizes and allocates its KV cache, answers plans."""
+"""One rank: joins its group, loads its shard, sizes and allocates its KV cache, warms up, launches plans."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ import torch
 from aphro_core import distributed
 from aphro_core.checkpoint.open import open_checkpoint, read_hf_config
 from aphro_core.layers.decoder import Decoder
-from aphro_core.messages.steps import StartWorker, StepPlan, StepResult, WorkerLoaded, WorkerProgress
+from aphro_core.messages.steps import StartWorker, StepPlan, WorkerLoaded, WorkerProgress
 from aphro_core.models.registry import load_spec
 from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel import memory
 from aphro_core.parallel.shard import build_plan
+from aphro_core.worker.device_runner import DeviceRunner
 from aphro_core.worker.kv_cache import allocate_kv_cache
 from aphro_core.worker.loader import dummy_weights, load_weights
 from aphro_core.worker.model_runner import ModelRunner
-from aphro_core.worker.sampler import SamplingError
+from aphro_core.worker.step import FinishedStep, LaunchedStep, SamplingError
 from aphro_core.worker.step_failure import failed_step, is_survivable
+from aphro_core.worker.warm_up import warm_up
 
 
 class Worker:
-    """Built once a rank, by whichever launcher. Call ``load``, then ``allocate``, then ``execute`` for each plan."""
+    """Built once a rank, by whichever launcher. Call ``load``, then ``allocate``, then ``launch`` for each plan."""
 
     def __init__(self, start: StartWorker, on_progress: Callable[[WorkerProgress], None]) -> None:
         self._start = start
@@ -34,7 +36,7 @@ class Worker:
         self._dtype: torch.dtype = getattr(torch, start.config.model.dtype)
         self._device = torch.device("cpu" if start.config.device == "cpu" else f"cuda:{start.local_rank}")
         self._decoder: Decoder | None = None
-        self._runner: ModelRunner | None = None
+        self._runner: ModelRunner | DeviceRunner | None = None
 
     def load(self) -> WorkerLoaded:
         """Join the group and put this rank's slices of the weights in place."""
@@ -63,39 +65,50 @@ class Worker:
         return self._report_loaded(bytes_read)
 
     def allocate(self, num_blocks: int) -> None:
-        """Allocate the KV cache of this rank's layers: ``num_blocks`` blocks, the same on every rank."""
+        """Allocate the KV cache of this rank's layers: ``num_blocks`` blocks, the same on every rank.
+
+        A GPU is warmed up then: whatever would be compiled, made or captured while serving is made here.
+        """
         assert self._decoder is not None, "load() comes first"
-        caches = allocate_kv_cache(
-            self._shard, self._spec, num_blocks, self._config.cache.block_size, self._dtype, self._device
-        )
-        self._runner = ModelRunner(
-            self._spec,
-            self._shard,
-            self._decoder,
-            caches,
-            self._links,
-            block_size=self._config.cache.block_size,
+        block_size = self._config.cache.block_size
+        caches = allocate_kv_cache(self._shard, self._spec, num_blocks, block_size, self._dtype, self._device)
+        parts = (self._spec, self._shard, self._decoder, caches, self._links)
+        if self._device.type == "cpu":
+            self._runner = ModelRunner(*parts, block_size=block_size, dtype=self._dtype, device=self._device)
+            return
+        runner = DeviceRunner(
+            *parts,
+            block_size=block_size,
+            max_rows=self._config.scheduler.max_num_seqs,
+            max_model_len=self._config.model.max_model_len,
             dtype=self._dtype,
             device=self._device,
         )
+        warm_up(runner, self._config, num_blocks, self._warmup_progress)
+        self._runner = runner
 
-    def execute(self, plan: StepPlan) -> StepResult | None:
-        """One step. A result only from tp rank 0 of the last stage.
+    def launch(self, plan: StepPlan) -> LaunchedStep | None:
+        """Begin one step; on a GPU it is not done when this returns. Only from tp rank 0 of the last stage.
 
         A step that fails is answered as failed if the group can go on; whatever it cannot survive is raised.
         """
         assert self._runner is not None, "allocate() comes first"
         try:
-            return self._runner.execute(plan)
+            return self._runner.launch(plan)
         except SamplingError as error:  # all ranks have computed the step, this one draws
-            return failed_step(plan, error, error.seq_ids)
+            return FinishedStep(failed_step(plan, error, error.seq_ids))
         except Exception as error:
             if self._config.parallel.world_size > 1 or not is_survivable(error):
                 raise
             failed = failed_step(plan, error)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # memory that ran out in pieces may be whole again
-        return failed
+        return FinishedStep(failed)
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether ``launch`` returns before the step is done."""
+        return self._device.type == "cuda"
 
     def close(self) -> None:
         """Leave the group. Safe at any time."""
@@ -108,8 +121,10 @@ class Worker:
         element = self._dtype.itemsize
         block_bytes = memory.kv_block_bytes(self._spec, self._shard, cache.block_size, element)
         activation_bytes = memory.activation_bytes(
-            self._spec, self._shard, scheduler.max_num_batched_tokens, scheduler.max_num_seqs, element
+            self._spec, self._shard, scheduler.most_tokens, scheduler.max_num_seqs, element
         )
+        if self._device.type == "cuda":
+            activation_bytes += memory.graph_bytes(self._spec, self._shard, scheduler.max_num_seqs, element)
         kv_bytes = self._memory_budget() - self._weights_bytes - activation_bytes
         return WorkerLoaded(
             rank=self._start.rank,
@@ -142,6 +157,9 @@ class Worker:
 
     def _weights_progress(self, done: int, total: int) -> None:
         self._progress("weights", done, total)
+
+    def _warmup_progress(self, done: int, total: int) -> None:
+        self._progress("warmup", done, total)
 
     def _progress(self, phase: str, done: int, total: int) -> None:
         self._on_progress(WorkerProgress(rank=self._start.rank, phase=phase, done=done, total=total))

@@ -13,12 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from aphro_core.layers.attention import PagedAttention
+from aphro_core.layers.batch import PagedRows
 from aphro_core.layers.gathered_attention import GatheredAttention
 from aphro_core.layers.norm import RMSNorm
 from aphro_core.layers.rotary import RotaryEmbedding, Rotation
+from aphro_core.messages.steps import NewSequence, ScheduledSequence, StepPlan
 from aphro_core.models.spec import RopeSpec
+from aphro_core.request import SamplingParams
 from aphro_core.worker.gathered_rows import GatheredRowsBuilder
-from aphro_core.worker.paged_rows import PagedRowsBuilder
+from aphro_core.worker.paged_inputs import PagedInputs
+from aphro_core.worker.sequences import apply_plan
 from aphro_core.worker.span import Span
 
 CPU = torch.device("cpu")
@@ -72,11 +76,7 @@ class Step:
 
     def rotation(self, is_whole: bool) -> Rotation:
         rope = RopeSpec(theta=100.0, rotary_dim=self.case.head_dim)
-        whole = RotaryEmbedding(rope, torch.float32, CPU).at(self.positions)
-        if is_whole:
-            return whole
-        half = self.case.head_dim // 2  # as on a GPU
-        return Rotation(whole.cos[:, 0, :half].contiguous(), whole.sin[:, 0, half:].contiguous())
+        return RotaryEmbedding(rope, torch.float32, CPU).at(self.positions, halves=not is_whole)
 
     def split(self) -> tuple[list[Span], list[Span]]:
         return [s for s in self.spans if s.stop == s.start + 1], [s for s in self.spans if s.stop > s.start + 1]
@@ -126,9 +126,22 @@ def gathered(step: Step) -> Tensor:
 
 def paged(step: Step) -> Tensor:
     """The kernels' references: what a GPU is given, computed here."""
-    rows = PagedRowsBuilder(step.case.block_size, CPU, 1, {}).build(*step.split())
-    attention = PagedAttention(step.case.head_dim, step.case.window, *step.norms)
-    return attention(step.qkv.clone(), step.rotation(is_whole=False), rows, step.cache.clone())
+    inputs = PagedInputs(max_rows=len(step.spans) + 3, max_model_len=64, block_size=step.case.block_size, device=CPU)
+    scheduled, new = [], []
+    for seq_id, span in enumerate(step.spans):
+        num_tokens = span.stop - span.start
+        scheduled.append(ScheduledSequence(seq_id, span.start, num_tokens, [], list(span.blocks), True))
+        new.append(NewSequence(seq_id, [0] * span.stop, span.stop, SamplingParams(), 0))
+    plan, sequences = StepPlan(1, scheduled, new), {}
+    apply_plan(plan, sequences)
+    staged = inputs.stage(plan, sequences, pad=(len(step.spans), len(step.spans) + 3))
+    batch = inputs.decode_batch(staged.padded_rows) if staged.chunks is None else inputs.mixed_batch(staged)
+    padding = batch.num_tokens - len(step.qkv)
+    assert batch.positions.tolist() == [*step.positions.tolist(), *[0] * padding]
+    attention = PagedAttention(step.case.window, *step.norms, step.case.head_dim**-0.5)
+    assert isinstance(batch.cache_rows, PagedRows)
+    rotation = step.rotation(is_whole=False)
+    return attention(step.qkv.clone(), rotation, batch.cache_rows, step.cache.clone())
 
 
 lengths = st.tuples(st.integers(0, 40), st.one_of(st.just(1), st.integers(1, 20)))

@@ -12,8 +12,9 @@ from aphro_core.messages.steps import ScheduledSequence, StepPlan
 from aphro_core.models.spec import DecoderSpec, RopeSpec
 from aphro_core.parallel.shard import build_plan
 from aphro_core.request import SamplingParams
-from aphro_core.worker.batch import BatchBuilder, SequenceState
+from aphro_core.worker.batch import BatchBuilder
 from aphro_core.worker.sampler import SamplingRow
+from aphro_core.worker.sequences import SequenceState
 
 SPEC = DecoderSpec(
     architecture="LlamaForCausalLM",
@@ -43,7 +44,7 @@ def state(seq_id: int, num_tokens: int) -> SequenceState:
 
 def build(*scheduled: ScheduledSequence, pp: int = 1) -> Batch:
     shard = build_plan(SPEC, 1, pp).ranks[-1]
-    builder = BatchBuilder(SPEC, shard, BLOCK_SIZE, torch.float32, torch.device("cpu"))
+    builder = BatchBuilder(SPEC, shard, BLOCK_SIZE, torch.float32)
     sequences = {entry.seq_id: state(entry.seq_id, entry.start + entry.num_tokens) for entry in scheduled}
     return builder.build(StepPlan(1, list(scheduled)), sequences)
 

@@ -12,7 +12,7 @@ import torch
 
 from aphro_core.messages.steps import ScheduledSequence, StepPlan, StepResult
 from aphro_core.request import SamplingParams
-from aphro_core.worker import gathered_rows, model_runner
+from aphro_core.worker import gathered_rows, prompt_logprobs
 from aphro_core.worker.model_runner import ModelRunner
 from tests.core.worker.one_rank import BLOCK_SIZE, Planner, build_runner, sharding_plan
 from tests.tiny import FAMILIES, write_tiny_checkpoint
@@ -166,7 +166,7 @@ def test_plans_without_work(llama: Model) -> None:
 @pytest.mark.parametrize("cuts", [(40,), (1, 20, 19), (39, 1)])
 def test_prompt_logprobs(llama: Model, cuts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """One entry for each prompt token but the first, whatever the chunks, also when logits come in slices."""
-    monkeypatch.setattr(model_runner, "PROMPT_ROWS", 7)
+    monkeypatch.setattr(prompt_logprobs, "PROMPT_ROWS", 7)
     planner, runner, prompt = Planner(), llama.runner(), llama.prompts[4]
     planner.add(0, prompt, SamplingParams(temperature=0.0, prompt_logprobs=3, max_tokens=4))
     planner.add(1, llama.prompts[1])

@@ -16,7 +16,8 @@ from aphro_core.messages.steps import SampledToken
 from aphro_core.request import SamplingParams
 from aphro_core.worker.logprobs import token_logprobs
 from aphro_core.worker.penalties import TokenCounts
-from aphro_core.worker.sampler import Sampler, SamplingError, SamplingRow
+from aphro_core.worker.sampler import Sampler, SamplingRow
+from aphro_core.worker.step import SamplingError
 
 CPU = torch.device("cpu")
 TEN = torch.tensor([[2.0, -1.0, 0.5, 1.0, -3.0, 0.0, 1.5, -0.5, -2.0, 1.9]])

@@ -1,0 +1,150 @@
+"""Where each microsecond of a decode step on a GPU goes: kernels by name, gaps between them, and what the host costs.
+
+    python bench/step_profile.py [--model llama3-8b] [--rows 1 32 256] [--context 640] [--steps 30] [--top 14]
+
+Dummy weights of a shape. For each number of rows: the time of every kernel in a step (profiler), their sum, the wall
+time of the captured graph, and the period of whole steps launched one after the other, as the engine does; the
+differences are gaps between kernels, and what is outside the graph (inputs, sampling, tokens). "launch" is the time
+that the host's thread needs for a step, which must stay below the period.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from workloads import CEILINGS, MODELS
+
+from aphro_core.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from aphro_core.messages.steps import NewSequence, ScheduledSequence, StartWorker, StepPlan
+from aphro_core.request import SamplingParams
+from aphro_core.worker.worker import Worker
+
+BLOCK_SIZE = 16
+
+
+class Stepper:
+    """Rows that decode behind a context that was never computed: what stands in the cache costs the same."""
+
+    def __init__(self, worker: Worker, rows: int, context: int, num_blocks: int) -> None:
+        self._worker = worker
+        self._rows = rows
+        self._position = context
+        per_row = num_blocks // rows
+        self._blocks = [list(range(row * per_row, (row + 1) * per_row)) for row in range(rows)]
+        self._used = -(-context // BLOCK_SIZE)
+        self._step = 0
+
+    def begin(self, dials: SamplingParams) -> None:
+        new = [NewSequence(row, [1] * (self._position + 1), self._position, dials, row) for row in range(self._rows)]
+        self._used = self._position // BLOCK_SIZE + 1
+        self._run([self._blocks[row][: self._used] for row in range(self._rows)], new)
+
+    def decode(self) -> object:
+        begins = self._position // BLOCK_SIZE + 1 > self._used
+        self._used += begins
+        return self._run([blocks[self._used - 1 : self._used] if begins else [] for blocks in self._blocks], [])
+
+    def end(self) -> None:
+        self._step += 1
+        self._worker.launch(StepPlan(self._step, [], [], list(range(self._rows))))
+
+    def _run(self, new_blocks: list[list[int]], new: list[NewSequence]) -> object:
+        self._step += 1
+        scheduled = [ScheduledSequence(row, self._position, 1, [], new_blocks[row], True) for row in range(self._rows)]
+        self._position += 1
+        return self._worker.launch(StepPlan(self._step, scheduled, new))
+
+
+def build_worker(model: str, max_rows: int, context: int) -> tuple[Worker, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(MODELS[model]))
+        length = MODELS[model]["max_position_embeddings"]
+        num_blocks = max_rows * (context // BLOCK_SIZE + 20)
+        config = EngineConfig(
+            model=ModelConfig(
+                path=folder, served_name=model, dtype="bfloat16", max_model_len=length, load_format="dummy"
+            ),
+            cache=CacheConfig(num_blocks=num_blocks),
+            scheduler=SchedulerConfig(max_num_seqs=max_rows),
+            device="cuda",
+        )
+        worker = Worker(StartWorker(config, 0, 0, "", 0), lambda progress: None)
+        worker.load()
+        worker.allocate(num_blocks)
+    return worker, num_blocks
+
+
+def seconds(run: Callable[[], object], times: int) -> tuple[float, float]:
+    """(median seconds between two of ``times`` runs by the device's clock, mean seconds that the host took each)."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    marks[0].record()
+    for mark in marks[1:]:
+        run()
+        mark.record()
+    host = (time.perf_counter() - started) / times
+    torch.cuda.synchronize()
+    periods = [before.elapsed_time(after) / 1e3 for before, after in zip(marks, marks[1:], strict=False)]
+    return statistics.median(periods[times // 4 :]), host
+
+
+def kernels(run: Callable[[], object], times: int) -> tuple[Counter[str], Counter[str]]:
+    """Seconds and launches of a step by kernel name."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(times):
+            run()
+        torch.cuda.synchronize()
+    spent: Counter[str] = Counter()
+    count: Counter[str] = Counter()
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            spent[event.name] += event.device_time_total / 1e6 / times
+            count[event.name] += 1
+    return spent, Counter({name: round(number / times) for name, number in count.items()})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(MODELS), default="llama3-8b")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 32, 256])
+    parser.add_argument("--context", type=int, default=640)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--top", type=int, default=14)
+    parser.add_argument("--sampled", action="store_true", help="temperature 1 instead of greedy")
+    arguments = parser.parse_args()
+    name = torch.cuda.get_device_name()
+    worker, num_blocks = build_worker(arguments.model, max(arguments.rows), arguments.context)
+    bandwidth = next((value[0] for key, value in CEILINGS.items() if key in name), CEILINGS["H200"][0])
+    print(f"{name}, {arguments.model}, context {arguments.context}")
+    for rows in arguments.rows:
+        stepper = Stepper(worker, rows, arguments.context, num_blocks)
+        stepper.begin(SamplingParams() if arguments.sampled else SamplingParams(temperature=0.0))
+        period, host = seconds(stepper.decode, arguments.steps)
+        runner = worker._runner
+        assert runner is not None
+        bucket = next(size for size in runner._buckets if size >= rows)  # type: ignore[union-attr]
+        with torch.inference_mode():
+            graph, _ = seconds(lambda bucket=bucket: runner._decode(bucket), arguments.steps)  # type: ignore[union-attr, misc]
+        spent, count = kernels(stepper.decode, 8)
+        stepper.end()
+        total = sum(spent.values())
+        print(f"\n{rows} rows: {rows / period:,.0f} tokens/s; microseconds a step:")
+        print(f"  period {period * 1e6:8.0f}   graph {graph * 1e6:8.0f}   kernels {total * 1e6:8.0f}", end="")
+        print(f"   outside the graph {(period - graph) * 1e6:6.0f}   launch {host * 1e6:6.0f}")
+        weights = worker._weights_bytes
+        print(f"  weights alone would take {weights / bandwidth * 1e6:.0f}")
+        for kernel, took in spent.most_common(arguments.top):
+            print(f"  {took * 1e6:8.1f}  {count[kernel]:4d} x  {kernel[:90]}")
+
+
+if __name__ == "__main__":
+    main()

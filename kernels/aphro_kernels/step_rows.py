@@ -1,0 +1,144 @@
+"""A step's rows of one token each, from what the device keeps of their sequences and the few numbers a host sends.
+
+A device keeps, by slot (the place that a sequence has as long as it lives, and one for padding): ``last_token_ids``
+[slots] int64, the token that was drawn last, and ``block_tables`` [slots, max_blocks] int32. The host sends
+``ROW_FIELDS`` int64 a row:
+
+- SLOT: its slot; the last one for padding
+- POSITION: of the token to read; -1 for padding, which reads token 0, writes nothing and sees no key
+- TOKEN: that token, or -1 if only the device has it
+- BLOCK: the block that holds the position if the step begins it, which is noted in the slot's table; else -1
+- DRAW_SLOT: where the token that is drawn goes; the last slot if none is
+"""
+# ruff: noqa: N803  (the constants of a kernel are in capitals)
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from aphro_kernels.language import jit, runs_kernels, tl
+
+SLOT, POSITION, TOKEN, BLOCK, DRAW_SLOT, ROW_FIELDS = 0, 1, 2, 3, 4, 6  # one unused: rows stay 16-byte aligned
+_BLOCKS_AT_ONCE: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """What the layers read of ``n`` rows. Never reallocated: CUDA graphs keep its pointers."""
+
+    token_ids: Tensor  # [n] int64
+    positions: Tensor  # [n] int64
+    slot_mapping: Tensor  # [n] int64 = block * block_size + offset, -1 for padding
+    seq_lens: Tensor  # [n] int32, this token included, 0 for padding
+    block_tables: Tensor  # [n, max_blocks] int32, valid as far as seq_lens reaches
+
+    def first(self, n: int) -> StepRows:
+        return StepRows(
+            self.token_ids[:n], self.positions[:n], self.slot_mapping[:n], self.seq_lens[:n], self.block_tables[:n]
+        )
+
+
+def build_step_rows(max_rows: int, max_blocks: int, device: torch.device) -> StepRows:
+    def buffer(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    int32 = torch.int32
+    tables = buffer(max_rows, max_blocks, dtype=int32)
+    return StepRows(buffer(max_rows), buffer(max_rows), buffer(max_rows), buffer(max_rows, dtype=int32), tables)
+
+
+def step_rows_reference(
+    rows: Tensor, last_token_ids: Tensor, block_tables: Tensor, *, block_size: int, out: StepRows
+) -> StepRows:
+    out = out.first(len(rows))
+    slots, positions, tokens, blocks = (rows[:, field] for field in (SLOT, POSITION, TOKEN, BLOCK))
+    is_row, index = positions >= 0, positions.clamp(min=0) // block_size
+    begins = blocks >= 0
+    block_tables[slots[begins], index[begins]] = blocks[begins].to(torch.int32)
+    tokens = torch.where(tokens >= 0, tokens, last_token_ids[slots]).clamp(min=0)
+    out.token_ids.copy_(torch.where(is_row, tokens, 0))
+    out.positions.copy_(positions.clamp(min=0))
+    out.block_tables.copy_(block_tables[slots])
+    current = out.block_tables.gather(1, index[:, None]).squeeze(1).long()
+    out.slot_mapping.copy_(torch.where(is_row, current * block_size + positions % block_size, -1))
+    out.seq_lens.copy_(positions + 1)
+    return out
+
+
+def step_rows(
+    rows: Tensor, last_token_ids: Tensor, block_tables: Tensor, *, block_size: int, out: StepRows
+) -> StepRows:
+    """``rows`` [n, ROW_FIELDS] int64 to the first ``n`` rows of ``out``; notes begun blocks in ``block_tables``.
+
+    No allocation and no visit to the host: fit for CUDA graphs.
+    """
+    if not runs_kernels(rows):
+        return step_rows_reference(rows, last_token_ids, block_tables, block_size=block_size, out=out)
+    _launch(rows, last_token_ids, block_tables, block_size, out)
+    return out.first(len(rows))
+
+
+def _launch(rows: Tensor, last_token_ids: Tensor, block_tables: Tensor, block_size: int, out: StepRows) -> None:
+    assert rows.is_contiguous()
+    assert rows.shape[1] == ROW_FIELDS
+    assert block_tables.stride() == out.block_tables.stride()
+    if len(rows):
+        _step_rows_kernel[(len(rows),)](
+            rows,
+            last_token_ids,
+            block_tables,
+            out.token_ids,
+            out.positions,
+            out.slot_mapping,
+            out.seq_lens,
+            out.block_tables,
+            block_tables.stride(0),
+            FIELDS=ROW_FIELDS,
+            BLOCK_SIZE=block_size,
+            AT_ONCE=_BLOCKS_AT_ONCE,
+            num_warps=1,
+        )
+
+
+@jit(do_not_specialize=["table_stride"])
+def _step_rows_kernel(
+    rows: tl.tensor,
+    last_token_ids: tl.tensor,
+    block_tables: tl.tensor,
+    token_ids: tl.tensor,
+    positions: tl.tensor,
+    slot_mapping: tl.tensor,
+    seq_lens: tl.tensor,
+    row_tables: tl.tensor,
+    table_stride: tl.tensor,
+    FIELDS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(rows + row * FIELDS)  # SLOT, POSITION, TOKEN, BLOCK
+    position = tl.load(rows + row * FIELDS + 1)
+    token = tl.load(rows + row * FIELDS + 2)
+    block = tl.load(rows + row * FIELDS + 3)
+    table = block_tables + slot * table_stride
+    index = tl.maximum(position, 0) // BLOCK_SIZE
+    if block >= 0:
+        tl.store(table + index, block.to(tl.int32))
+    else:
+        block = tl.load(table + index).to(tl.int64)
+    if token < 0:
+        token = tl.maximum(tl.load(last_token_ids + slot), 0)
+    is_row = position >= 0
+    tl.store(token_ids + row, tl.where(is_row, token, 0))
+    tl.store(positions + row, tl.maximum(position, 0))
+    tl.store(slot_mapping + row, tl.where(is_row, block * BLOCK_SIZE + position % BLOCK_SIZE, -1))
+    tl.store(seq_lens + row, (position + 1).to(tl.int32))
+    for start in range(0, index + 1, AT_ONCE):
+        at = start + tl.arange(0, AT_ONCE)
+        blocks = tl.load(table + at, mask=at < index, other=0)
+        blocks = tl.where(at == index, block.to(tl.int32), blocks)
+        tl.store(row_tables + row * table_stride + at, blocks, mask=at <= index)

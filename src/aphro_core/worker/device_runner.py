@@ -1,0 +1,147 @@
+"""One step of one rank on a GPU: send the plan's few numbers, launch, and hand out a promise of the tokens.
+
+Whatever a step reads of the one before stays on the device, and the host never waits: it may be steps ahead. Only rows
+that the device sampler does not draw (penalties, biases, log-probabilities ...) make it wait for their logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from aphro_core.distributed import Links
+from aphro_core.layers.decoder import Decoder
+from aphro_core.messages.steps import PromptLogprobs, StepPlan, StepResult
+from aphro_core.models.spec import DecoderSpec
+from aphro_core.parallel.shard import RankShard
+from aphro_core.worker.cuda_graphs import CudaGraphs, DecodeSteps, row_buckets
+from aphro_core.worker.device_sampler import DeviceSampler, is_drawn_on_device
+from aphro_core.worker.paged_inputs import PagedInputs, PagedStep
+from aphro_core.worker.prompt_logprobs import prompt_logprobs
+from aphro_core.worker.sampler import Sampler
+from aphro_core.worker.sequences import SequenceState, apply_plan
+from aphro_core.worker.step import FinishedStep, LaunchedStep, RunningStep, SamplingError, empty_result
+from aphro_core.worker.step_failure import failed_step
+
+
+class DeviceRunner:
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        shard: RankShard,
+        decoder: Decoder,
+        caches: Sequence[Tensor],
+        links: Links,
+        *,
+        block_size: int,
+        max_rows: int,
+        max_model_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._shard, self._decoder, self._caches, self._links = shard, decoder, caches, links
+        self._dtype, self._device = dtype, device
+        self._sequences: dict[int, SequenceState] = {}
+        self._inputs = PagedInputs(max_rows=max_rows, max_model_len=max_model_len, block_size=block_size, device=device)
+        self._buckets = row_buckets(max_rows)
+        # a decode step's way in and out of the layers, in fixed memory
+        self._hidden = torch.zeros(max_rows, spec.hidden_size, dtype=dtype, device=device)
+        self._samples = shard.has_head and shard.tp_rank == 0
+        self._logits = torch.zeros(max_rows if self._samples else 0, spec.vocab_size, device=device)
+        self._sampler = Sampler(spec.vocab_size, device)
+        self._device_sampler = DeviceSampler(spec.vocab_size, device)
+        self._decode: DecodeSteps = self._decode_rows
+
+    @torch.inference_mode()
+    def capture_graphs(self, on_progress: Callable[[int, int], None]) -> None:
+        """From here on decode steps are replayed graphs."""
+        self._decode = CudaGraphs(self._decode_rows, self._buckets, self._device, on_progress)
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> LaunchedStep | None:
+        """A step only on tp rank 0 of the last stage."""
+        apply_plan(plan, self._sequences)
+        step = self._inputs.stage(plan, self._sequences, self._buckets)
+        if not plan.scheduled:
+            return empty_result(plan) if self._samples else None
+        logits, found = self._run_rows(step) if step.chunks is None else self._run_mixed(step)
+        if not self._shard.has_head:
+            return None
+        return self._draw(plan, step, logits, found)
+
+    def _run_rows(self, step: PagedStep) -> tuple[Tensor, list[PromptLogprobs]]:
+        size = step.padded_rows
+        if not self._shard.has_embedding:
+            self._hidden[:size] = self._receive(size)
+        self._decode(size)
+        if not self._shard.has_head:
+            self._links.stage.send(self._hidden[:size].clone())
+        return self._logits[: step.num_rows], []
+
+    def _decode_rows(self, num_rows: int) -> None:
+        """From what was sent of the rows to ``_logits``, or from stage to stage by ``_hidden``: fit for a graph."""
+        hidden = self._hidden[:num_rows]
+        batch = self._inputs.decode_batch(num_rows)
+        x = self._decoder(batch, None if self._shard.has_embedding else hidden, self._caches)
+        if self._shard.has_head:
+            self._decoder.logits(x, out=self._logits[:num_rows])
+        else:
+            hidden.copy_(x)
+
+    def _run_mixed(self, step: PagedStep) -> tuple[Tensor, list[PromptLogprobs]]:
+        batch = self._inputs.mixed_batch(step)
+        received = None if self._shard.has_embedding else self._receive(batch.num_tokens)
+        hidden = self._decoder(batch, received, self._caches)
+        logits = self._logits[: len(step.draws)]
+        if not self._shard.has_head:
+            self._links.stage.send(hidden)
+            return logits, []
+        found = self._prompt_logprobs(step, hidden)
+        if step.draws:
+            self._decoder.logits(hidden.index_select(0, batch.sampled_rows), out=logits)
+        return logits, found
+
+    def _receive(self, num_tokens: int) -> Tensor:
+        return self._links.stage.receive((num_tokens, self._hidden.shape[1]), self._dtype, self._device)
+
+    def _prompt_logprobs(self, step: PagedStep, hidden: Tensor) -> list[PromptLogprobs]:
+        assert step.chunks is not None
+        asking = [e for e in step.chunks.entries if self._sequences[e.seq_id].row.sampling.prompt_logprobs is not None]
+        found = [
+            prompt_logprobs(self._decoder, hidden[step.first_rows[e.seq_id] :], e, self._sequences[e.seq_id].row)
+            for e in asking
+        ]
+        return [one for one in found if one is not None]
+
+    def _draw(
+        self, plan: StepPlan, step: PagedStep, logits: Tensor, found: list[PromptLogprobs]
+    ) -> LaunchedStep | None:
+        rows = [self._sequences[entry.seq_id].row for entry in step.draws]
+        result: LaunchedStep | None = None
+        tokens = torch.empty(len(rows), dtype=torch.int64, device=self._device)
+        if self._samples and all(is_drawn_on_device(row.sampling) for row in rows):
+            if rows:
+                tokens = self._device_sampler.draw(logits, rows)
+            wanted = [entry.seq_id if entry.samples else None for entry in step.draws]
+            result = RunningStep(plan, wanted, tokens, found)
+        elif self._samples:
+            result = self._draw_with_host(plan, step, logits, tokens, found)
+        if rows:
+            self._inputs.last_token_ids.index_copy_(0, step.draw_slots, self._links.tensor.broadcast_(tokens))
+        return result
+
+    def _draw_with_host(
+        self, plan: StepPlan, step: PagedStep, logits: Tensor, tokens: Tensor, found: list[PromptLogprobs]
+    ) -> FinishedStep:
+        """Rows of every kind, into ``tokens`` too; it waits. The other ranks wait for tokens even if there are none."""
+        tokens.zero_()
+        kept = [i for i, entry in enumerate(step.draws) if entry.samples]
+        rows = [self._sequences[step.draws[i].seq_id].row for i in kept]
+        try:
+            sampled = self._sampler.sample(logits if len(kept) == len(step.draws) else logits[kept], rows)
+        except SamplingError as error:
+            return FinishedStep(failed_step(plan, error, error.seq_ids))
+        tokens[kept] = torch.tensor([one.token_id for one in sampled], dtype=torch.int64, device=self._device)
+        return FinishedStep(StepResult(plan.step_id, sampled, found))
