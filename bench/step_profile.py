@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from workloads import CEILINGS, MODELS
 from aphro_core.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from aphro_core.messages.steps import NewSequence, ScheduledSequence, StartWorker, StepPlan
 from aphro_core.request import SamplingParams
+from aphro_core.worker.device_runner import DeviceRunner
 from aphro_core.worker.worker import Worker
 
 BLOCK_SIZE = 16
@@ -93,7 +95,7 @@ def seconds(run: Callable[[], object], times: int) -> tuple[float, float]:
         mark.record()
     host = (time.perf_counter() - started) / times
     torch.cuda.synchronize()
-    periods = [before.elapsed_time(after) / 1e3 for before, after in zip(marks, marks[1:], strict=False)]
+    periods = [before.elapsed_time(after) / 1e3 for before, after in pairwise(marks)]
     return statistics.median(periods[times // 4 :]), host
 
 
@@ -110,6 +112,14 @@ def kernels(run: Callable[[], object], times: int) -> tuple[Counter[str], Counte
             spent[event.name] += event.device_time_total / 1e6 / times
             count[event.name] += 1
     return spent, Counter({name: round(number / times) for name, number in count.items()})
+
+
+@torch.inference_mode()
+def graph_seconds(worker: Worker, rows: int, times: int) -> float:
+    runner = worker._runner
+    assert isinstance(runner, DeviceRunner)
+    bucket = next(size for size in runner._buckets if size >= rows)
+    return seconds(lambda: runner._decode(bucket), times)[0]
 
 
 def main() -> None:
@@ -129,11 +139,7 @@ def main() -> None:
         stepper = Stepper(worker, rows, arguments.context, num_blocks)
         stepper.begin(SamplingParams() if arguments.sampled else SamplingParams(temperature=0.0))
         period, host = seconds(stepper.decode, arguments.steps)
-        runner = worker._runner
-        assert runner is not None
-        bucket = next(size for size in runner._buckets if size >= rows)  # type: ignore[union-attr]
-        with torch.inference_mode():
-            graph, _ = seconds(lambda bucket=bucket: runner._decode(bucket), arguments.steps)  # type: ignore[union-attr, misc]
+        graph = graph_seconds(worker, rows, arguments.steps)
         spent, count = kernels(stepper.decode, 8)
         stepper.end()
         total = sum(spent.values())
