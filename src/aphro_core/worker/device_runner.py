@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from aphro_kernels.decode_work import build_decode_work
 from torch import Tensor
 
 from aphro_core.distributed import Links
@@ -44,7 +45,19 @@ class DeviceRunner:
         self._shard, self._decoder, self._caches, self._links = shard, decoder, caches, links
         self._dtype, self._device = dtype, device
         self._sequences: dict[int, SequenceState] = {}
-        self._inputs = PagedInputs(max_rows=max_rows, max_model_len=max_model_len, block_size=block_size, device=device)
+        heads = {"num_heads": len(shard.heads), "num_kv_heads": len(shard.kv_heads), "head_dim": spec.head_dim}
+        windows = {spec.window_of(layer) for layer in shard.layers} if device.type == "cuda" else set()
+        self._inputs = PagedInputs(
+            max_rows=max_rows,
+            max_model_len=max_model_len,
+            block_size=block_size,
+            device=device,
+            num_kv_heads=len(shard.kv_heads),
+            works={
+                window: build_decode_work(max_rows, **heads, dtype=dtype, device=device, window=window)
+                for window in windows
+            },
+        )
         self._buckets = row_buckets(max_rows)
         # a decode step's way in and out of the layers, in fixed memory
         self._hidden = torch.zeros(max_rows, spec.hidden_size, dtype=dtype, device=device)
