@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 @dataclass(slots=True)
-class DecodeRows:
-    """The first rows of the batch, one token each."""
+class DirectRows:
+    """The first rows of the batch, each read straight from the cache: those that decode, and short prompts'."""
 
     block_tables: Tensor  # [rows, max_blocks] int64
     seq_lens: Tensor  # [rows] int64: keys of each, its own token's included
@@ -43,14 +43,14 @@ class Chunk:
 
 @dataclass(slots=True)
 class GatheredRows:
-    """For attention on a CPU: rows of the cache to write, block tables of decode rows, rows to gather for chunks.
+    """For attention on a CPU: rows of the cache to write, block tables to read through, rows to gather for chunks.
 
     The cache ``[num_blocks, 2, num_kv_heads, block_size, head_dim]`` is seen as a matrix: one row a (block, K or V,
     head, offset) to write, one row a (block, K or V, head) to gather.
     """
 
     slot_rows: Tensor  # [num_tokens, 2 * num_kv_heads] int64: each token's K heads, then its V heads
-    decode: DecodeRows | None
+    direct: DirectRows | None
     chunks: dict[int | None, list[Chunk]]  # by the window of a layer
 
 
@@ -78,7 +78,7 @@ class PagedRows:
 
 @dataclass(slots=True)
 class Batch:
-    """One step of a rank. Rows are tokens: decode rows first, the short contexts before the long, then the chunks."""
+    """One step of a rank. Rows are tokens: decode rows first, then the chunks, the short contexts before the long."""
 
     token_ids: Tensor  # [num_tokens] int64
     positions: Tensor  # [num_tokens] int64

@@ -1,4 +1,4 @@
-"""Attention over the paged cache on a CPU: a kernel for decode rows; blocks gathered and multiplied for prompts."""
+"""Attention over the paged cache on a CPU: a kernel for rows of few keys, gathered blocks and products for others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class GatheredAttention:
         self._num_heads, self._num_kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
         self._window = window
         self._scale, self._softcap = scale, softcap
-        self._decode = DecodeAttention(num_heads, num_kv_heads, head_dim, dtype, scale, window, softcap)
+        self._direct = DecodeAttention(num_heads, num_kv_heads, head_dim, dtype, scale, window, softcap)
         self._qk_gain: Tensor | None = None  # [heads, head_dim]
         if q_norm is not None and k_norm is not None:
             gains = [q_norm.weight.expand(num_heads, -1), k_norm.weight.expand(num_kv_heads, -1)]
@@ -44,9 +44,9 @@ class GatheredAttention:
         rotation.apply_(qk)
         cache.view(-1, self._head_dim).index_put_((rows.slot_rows,), qkv[:, self._num_heads :])
         q, parts = qkv[:, : self._num_heads], []
-        if rows.decode is not None:
-            tables, lens = rows.decode.block_tables, rows.decode.seq_lens
-            attended = self._decode(q[: len(lens)], cache, tables, lens)
+        if rows.direct is not None:
+            tables, lens = rows.direct.block_tables, rows.direct.seq_lens
+            attended = self._direct(q[: len(lens)], cache, tables, lens)
             parts.append(attended.view(len(lens), -1))
         parts += [self._prefill(part, q[part.start : part.stop], cache) for part in rows.chunks[self._window]]
         return parts[0] if len(parts) == 1 else torch.cat(parts)

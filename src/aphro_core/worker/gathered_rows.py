@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from aphro_core.layers.batch import Chunk, ChunkTile, DecodeRows, GatheredRows
+from aphro_core.layers.batch import Chunk, ChunkTile, DirectRows, GatheredRows
 from aphro_core.worker.span import Span
 
+# A chunk that ends within so many keys is read row by row, like one that decodes: products as small as its own are slow
+_SHORT_KEYS: Final = 128
 # Elements of a tile's scores, which are written and read four times and should stay in the cache; rows of a tile.
 _MAX_SCORES: Final = 2**21
 _TILE_ROWS: Final = range(16, 129)
@@ -43,12 +46,15 @@ class GatheredRowsBuilder:
         self._gathered, self._scores = Scratch(dtype), Scratch(dtype)
 
     def build(self, decode: Sequence[Span], chunks: Sequence[Span]) -> GatheredRows:
-        """``decode`` spans have one position each."""
-        first_rows = [row for span in (*decode, *chunks) for row in span.slots(self._block_size, self._block_stride)]
+        """``decode`` spans have one position each; both come in ascending order of their last one."""
+        num_short = bisect_right(chunks, _SHORT_KEYS, key=_stop_of)
+        direct, chunks = [*decode, *chunks[:num_short]], chunks[num_short:]
+        num_direct = sum(span.stop - span.start for span in direct)
+        first_rows = [row for span in (*direct, *chunks) for row in span.slots(self._block_size, self._block_stride)]
         return GatheredRows(
             slot_rows=torch.tensor(first_rows, dtype=torch.int64)[:, None] + self._plane_rows,
-            decode=_decode_rows(decode) if decode else None,
-            chunks={window: self._chunks(len(decode), chunks, window) for window in self._windows},
+            direct=_direct_rows(direct) if direct else None,
+            chunks={window: self._chunks(num_direct, chunks, window) for window in self._windows},
         )
 
     def _chunks(self, row: int, spans: Sequence[Span], window: int | None) -> list[Chunk]:
@@ -122,8 +128,16 @@ class Scratch:
         return self._memory[: rows * width].view(rows, width)
 
 
-def _decode_rows(spans: Sequence[Span]) -> DecodeRows:
+def _direct_rows(spans: Sequence[Span]) -> DirectRows:
     max_blocks = max(len(span.blocks) for span in spans)
-    tables = b"".join((span.blocks + array("q", [0] * (max_blocks - len(span.blocks)))).tobytes() for span in spans)
-    block_tables = torch.frombuffer(bytearray(tables), dtype=torch.int64).view(len(spans), max_blocks)
-    return DecodeRows(block_tables, torch.tensor([span.stop for span in spans]))
+    tables, seq_lens = bytearray(), array("q")
+    for span in spans:
+        table = span.blocks + array("q", [0] * (max_blocks - len(span.blocks)))
+        tables += table.tobytes() * (span.stop - span.start)
+        seq_lens.extend(range(span.start + 1, span.stop + 1))
+    block_tables = torch.frombuffer(tables, dtype=torch.int64).view(len(seq_lens), max_blocks)
+    return DirectRows(block_tables, torch.frombuffer(seq_lens, dtype=torch.int64))
+
+
+def _stop_of(span: Span) -> int:
+    return span.stop

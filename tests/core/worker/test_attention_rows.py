@@ -20,6 +20,7 @@ from aphro_core.layers.rotary import RotaryEmbedding, Rotation
 from aphro_core.messages.steps import NewSequence, ScheduledSequence, StepPlan
 from aphro_core.models.spec import RopeSpec
 from aphro_core.request import SamplingParams
+from aphro_core.worker import gathered_rows
 from aphro_core.worker.gathered_rows import GatheredRowsBuilder
 from aphro_core.worker.paged_inputs import PagedInputs
 from aphro_core.worker.sequences import apply_plan
@@ -60,7 +61,7 @@ class Step:
         ids = list(range(sum(needed) + 2))
         source.shuffle(ids)
         self.cache = torch.full((len(ids), 2, case.num_kv_heads, size, width), float("nan"))
-        ordered = sorted(case.lengths, key=lambda lengths: (lengths[1] > 1, lengths[0]))
+        ordered = sorted(case.lengths, key=lambda lengths: (lengths[1] > 1, sum(lengths)))
         self.spans = [
             Span(c, c + new, array("q", [ids.pop() for _ in range(-(-(c + new) // size))])) for c, new in ordered
         ]
@@ -114,6 +115,13 @@ class Step:
         return torch.stack(out)
 
 
+def multiplied(step: Step) -> Tensor:
+    """As gathered, but also the shortest chunk by products."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gathered_rows, "_SHORT_KEYS", 0)
+        return gathered(step)
+
+
 def gathered(step: Step) -> Tensor:
     case = step.case
     builder = GatheredRowsBuilder(
@@ -164,7 +172,7 @@ cases = st.builds(
 )
 
 
-@pytest.mark.parametrize("way", [gathered, paged])
+@pytest.mark.parametrize("way", [gathered, multiplied, paged])
 @settings(max_examples=60, deadline=None)
 @given(case=cases)
 def test_any_step_equals_dense_attention(way: object, case: Case) -> None:
@@ -187,7 +195,8 @@ def test_long_rows_beside_short_ones(window: int | None) -> None:
 
 def test_capped_scores() -> None:
     step = Step(Case(lengths=((40, 1), (3, 1), (0, 20)), softcap=0.7, head_dim=4, block_size=16))
-    torch.testing.assert_close(gathered(step).double(), step.expected(), rtol=1e-4, atol=1e-5)
+    for way in (gathered, multiplied):
+        torch.testing.assert_close(way(step).double(), step.expected(), rtol=1e-4, atol=1e-5)
 
 
 def builder(**overrides: int) -> GatheredRowsBuilder:
