@@ -42,19 +42,17 @@ class Attention:
         scale = head_dim**-0.5 if scale is None else scale
         self._qkv, self._out, self._group = qkv, out, group
         self._all_heads, self._head_dim = num_heads + 2 * num_kv_heads, head_dim
-        self._paged = self._gathered = None
+        self._paged = PagedAttention(window, q_norm, k_norm, scale)
+        self._gathered: GatheredAttention | None = None  # on GPUs: it would be compiled for nothing
         if device.type == "cpu":
             self._gathered = GatheredAttention(
                 num_heads, num_kv_heads, head_dim, window, dtype, q_norm, k_norm, scale, softcap
             )
-        else:
-            self._paged = PagedAttention(window, q_norm, k_norm, scale)
 
     def __call__(self, x: Tensor, rotation: Rotation, rows: GatheredRows | PagedRows, cache: Tensor) -> Tensor:
         """``x`` [num_tokens, hidden_size] to the same shape. ``cache`` as worker/kv_cache.py allocates it."""
         qkv = self._qkv(x).view(len(x), self._all_heads, self._head_dim)
         if isinstance(rows, PagedRows):
-            assert self._paged is not None, "paged rows are a GPU's"
             attended = self._paged(qkv, rotation, rows, cache)
         else:
             assert self._gathered is not None, "gathered rows are a CPU's"
