@@ -88,6 +88,7 @@ async def _serve(
         reporter,
         max_queued_requests=config.max_queued_requests,
         fork_server=kept.fork_server,
+        takes_requests=kept.is_replacement,
     )
     async with opened as session, anyio.create_task_group() as tasks:
         server = Server(build_app(session.frontend, config), sockets, config)

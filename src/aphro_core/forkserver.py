@@ -182,10 +182,11 @@ def main() -> None:
 
 def _import_everything() -> None:
     """What an engine or a worker would import at its start, torch above all."""
+    import gguf.quants  # noqa: F401
+
     import aphro_core.executor.inprocess
     import aphro_core.executor.multiprocess
-    import aphro_core.worker.worker
-    import gguf.quants  # noqa: F401
+    import aphro_core.worker.worker  # noqa: F401
 
 
 if __name__ == "__main__":

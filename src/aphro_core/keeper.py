@@ -23,6 +23,7 @@ class Kept:
     """What the API process is given. ``mark_ready`` tells the keeper that it serves: from then on it is replaced."""
 
     keeper_pid: int
+    is_replacement: bool  # of one that served
     fork_server: ForkServer
     _ready_fd: int
 
@@ -38,8 +39,9 @@ def keep(run_api: Callable[[Kept], int], fork_server: ForkServer, budget: Recove
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, _MASK)
     try:
+        end = None
         while True:
-            child = _start(fork_server)
+            child = _start(fork_server, is_replacement=end is not None)
             if isinstance(child, Kept):
                 return run_api(child)
             end = child.wait()
@@ -68,7 +70,7 @@ def _check(end: _End, budget: RecoveryBudget) -> None:
         )
 
 
-def _start(fork_server: ForkServer) -> Kept | _ApiProcess:
+def _start(fork_server: ForkServer, *, is_replacement: bool) -> Kept | _ApiProcess:
     """Fork; each side closes what is the other's."""
     link = fork_server.take_link()
     ready, mark = os.pipe()
@@ -83,7 +85,7 @@ def _start(fork_server: ForkServer) -> Kept | _ApiProcess:
     die_with_parent(keeper_pid)
     name_process("aphro-api")
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _MASK)
-    return Kept(keeper_pid, fork_server.inherited(link), mark)
+    return Kept(keeper_pid, is_replacement, fork_server.inherited(link), mark)
 
 
 class _ApiProcess:
