@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from aphro_kernels.decode_work import build_decode_work, plan_decode_
 from aphro_kernels.language import triton
 from aphro_kernels.paged_attention import paged_attention
 from aphro_kernels.rms_norm import add_rms_norm_, rms_norm
@@ -60,6 +61,12 @@ def seconds_per_call(call: Callable[[int], object], num_sets: int, calls: int = 
     return statistics.median(times[2:])
 
 
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written."""
+    big = torch.randn(2, 2**29, device="cuda")
+    return big.nbytes / seconds_per_call(lambda _: torch.neg(big[1], out=big[0]), 1, calls=3)
+
+
 class Table:
     """Measures the two ceilings, then prints a row a kernel."""
 
@@ -67,8 +74,7 @@ class Table:
         square = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
         for _ in range(100):  # until the clocks have settled
             square[0] @ square[1]
-        big = torch.randn(2, 2**29, device="cuda")
-        self.bandwidth = big.nbytes / seconds_per_call(lambda _: torch.neg(big[1], out=big[0]), 1, calls=3)
+        self.bandwidth = copy_bandwidth()
         self.flops = 2 * 8192**3 / seconds_per_call(lambda i: square[i] @ square[1 - i], 2, calls=6)
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
         print(f"ceilings: copy {self.bandwidth / 1e12:.2f} TB/s, bf16 product {self.flops / 1e12:.0f} TFLOP/s\n")
@@ -130,6 +136,12 @@ def time_attention(table: Table, shape: Shape, name: str, query_lens: list[int],
     lens = torch.tensor(seq_lens, dtype=torch.int32, device="cuda")
     starts = torch.tensor([0, *query_lens], device="cuda").cumsum(0).int()
 
+    work = None
+    if max(query_lens) == 1:
+        heads = {"num_heads": shape.num_heads, "num_kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim}
+        work = build_decode_work(len(seq_lens), **heads, dtype=q.dtype, device=q.device)
+        plan_decode_(work, lens, shape.num_kv_heads)
+
     def call(index: int) -> Tensor:
         return paged_attention(
             q,
@@ -141,6 +153,7 @@ def time_attention(table: Table, shape: Shape, name: str, query_lens: list[int],
             max_query_len=max(query_lens),
             max_seq_len=max(seq_lens),
             scale=shape.head_dim**-0.5,
+            work=work,
         )
 
     seconds = seconds_per_call(call, len(tables), calls=20)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from aphro_kernels.language import jit, tl
+from aphro_kernels.language import jit, start_in_chain, tl
 
 
 @jit(do_not_specialize=["num_seqs", "table_stride", "scale"])
@@ -30,11 +30,13 @@ def attention_kernel(
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ) -> None:
     """One tile of a sequence's queries, with all heads that share a KV head, against its keys.
 
     Rows of the tile are queries times heads of the group.
     """
+    start_in_chain(CHAINED)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tiles see most keys: they go first
     kv_head = tl.program_id(1)
     seq = _sequence_of_tile(query_start_loc, tile, num_seqs, QUERIES)

@@ -6,18 +6,22 @@
 
 Lengths and block tables are read on the device only. ``work`` must have been planned with the same ``seq_lens``.
 """
-# ruff: noqa: N803  (the constants of a kernel are in capitals)
+# ruff: noqa: N803, PLR0915  (constants in capitals; a kernel is one piece)
 
 from __future__ import annotations
 
 import math
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from aphro_kernels.attention_kernels import attend
 from aphro_kernels.decode_work import DecodeWork, num_tiles_of
-from aphro_kernels.language import jit, next_power_of_2, tl
+from aphro_kernels.language import chain_options, jit, next_power_of_2, start_in_chain, tl
+
+_NUM_WARPS: Final = 4
+_NUM_STAGES: Final = 3
 
 
 def decode_attention(
@@ -69,10 +73,12 @@ def decode_attention(
         BLOCK_SIZE=block_size,
         WINDOW=work.window,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        HEADS=next_power_of_2(group),
         ROWS=max(next_power_of_2(group), 16),
         KEYS=work.keys,
-        num_warps=4,
-        num_stages=3,
+        num_warps=_NUM_WARPS,
+        num_stages=_NUM_STAGES,
+        **chain_options(q),
     )
     return out
 
@@ -101,10 +107,13 @@ def _decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
+    HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ) -> None:
     """One stretch of tiles, segment by segment. Rows of the tile are the query heads of the segment's KV head."""
+    start_in_chain(CHAINED)
     program = tl.program_id(0)
     tile = tl.load(stretches + program * 4)
     num_segments = tl.load(stretches + program * 4 + 1)
@@ -132,30 +141,30 @@ def _decode_kernel(
         low = tl.maximum(low, (low_tile + tile - begin) * KEYS)
         high = tl.minimum(seq_len, (low_tile + until - begin) * KEYS)
 
-        at = (kv_head * GROUP + heads)[:, None] * HEAD_DIM + dims[None, :]
-        q_tile = tl.load(q + row.to(tl.int64) * q_stride + at, mask=is_inside, other=0.0)
+        at = heads[:, None] * HEAD_DIM + dims[None, :]
+        q_at = q + row.to(tl.int64) * q_stride + kv_head * (GROUP * HEAD_DIM)
+        q_tile = tl.load(q_at + at, mask=is_inside, other=0.0)
         positions = tl.zeros([ROWS], tl.int32) + seq_len - 1
         table = block_tables + row.to(tl.int64) * table_stride
         largest = tl.full([ROWS], float("-inf"), tl.float32)
         sums = tl.zeros([ROWS], tl.float32)
         mixed = tl.zeros([ROWS, DIMS], tl.float32)
-        plain_high = tl.minimum(high, seq_len // KEYS * KEYS)  # whole tiles need no masks
-        if WINDOW > 0:
-            plain_high = 0
+        plain_high = 0
+        if WINDOW == 0:
+            plain_high = tl.minimum(high, seq_len // KEYS * KEYS)  # whole tiles need no masks
+            mixed, largest, sums = attend(
+                mixed, largest, sums, q_tile, positions, k_cache, v_cache, table, kv_head, block_stride, low,
+                plain_high, scale, HEAD_DIM, BLOCK_SIZE, WINDOW, PRECISION, KEYS, IS_MASKED=False,
+            )  # fmt: skip
         mixed, largest, sums = attend(
-            mixed, largest, sums, q_tile, positions, k_cache, v_cache, table, kv_head,
-            block_stride, low, plain_high, scale, HEAD_DIM, BLOCK_SIZE, WINDOW, PRECISION, KEYS, IS_MASKED=False,
-        )  # fmt: skip
-        mixed, largest, sums = attend(
-            mixed, largest, sums, q_tile, positions, k_cache, v_cache, table, kv_head,
-            block_stride, tl.maximum(low, plain_high), high, scale, HEAD_DIM, BLOCK_SIZE, WINDOW, PRECISION, KEYS,
-            IS_MASKED=True,
+            mixed, largest, sums, q_tile, positions, k_cache, v_cache, table, kv_head, block_stride,
+            tl.maximum(low, plain_high), high, scale, HEAD_DIM, BLOCK_SIZE, WINDOW, PRECISION, KEYS, IS_MASKED=True,
         )  # fmt: skip
         mixed = mixed / tl.where(sums > 0.0, sums, 1.0)[:, None]
 
-        out_at = out + row.to(tl.int64) * (NUM_KV_HEADS * GROUP * HEAD_DIM) + at
+        out_at = out + (row.to(tl.int64) * NUM_KV_HEADS + kv_head) * (GROUP * HEAD_DIM)
         if (tile == begin) & (until == end):
-            tl.store(out_at, mixed.to(out.dtype.element_ty), mask=is_inside)
+            tl.store(out_at + at, mixed.to(out.dtype.element_ty), mask=is_inside)
         else:
             # of a program's two parts the second is that of the segment which begins in it
             part = 2 * program + (tile == begin).to(tl.int32)
@@ -163,7 +172,7 @@ def _decode_kernel(
             last = ((end.to(tl.int64) * used - 1) // total).to(tl.int32)
             _add_part(
                 mixed, largest + tl.log2(sums), parts, part_weights, arrivals + row * NUM_KV_HEADS + kv_head, out_at,
-                is_inside, part, first, last, GROUP, HEAD_DIM,
+                is_inside, part, first, last, GROUP, HEAD_DIM, HEADS,
             )  # fmt: skip
         tile = until
         is_last_head = until == row_tile + NUM_KV_HEADS * row_tiles
@@ -185,6 +194,7 @@ def _add_part(
     last: tl.tensor,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    HEADS: tl.constexpr,
 ) -> None:
     """Store one part of a segment that programs ``first`` to ``last`` share; whoever comes last adds them all."""
     heads = tl.arange(0, mixed.shape[0])
@@ -195,8 +205,7 @@ def _add_part(
     arrived = tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu")
     if arrived == last - first:
         tl.debug_barrier()
-        combined = _combine(parts, part_weights, heads, dims, is_inside, first, last, GROUP, HEAD_DIM)
-        tl.store(out_at, combined.to(out_at.dtype.element_ty), mask=is_inside)
+        _combine(parts, part_weights, out_at, first, last, GROUP, HEAD_DIM, mixed.shape[1], HEADS)
         tl.store(arrivals, 0)
 
 
@@ -204,28 +213,38 @@ def _add_part(
 def _combine(
     parts: tl.tensor,
     part_weights: tl.tensor,
-    heads: tl.tensor,
-    dims: tl.tensor,
-    is_inside: tl.tensor,
+    out_at: tl.tensor,
     first: tl.tensor,
     last: tl.tensor,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-) -> tl.tensor:
-    """The sum of a segment's parts, each weighted by exp2 of its log-sum-exp, in the order of the keys."""
-    largest = tl.full([heads.shape[0]], float("-inf"), tl.float32)
-    sums = tl.zeros([heads.shape[0]], tl.float32)
-    mixed = tl.zeros([heads.shape[0], dims.shape[0]], tl.float32)
-    part_at = heads[:, None] * HEAD_DIM + dims[None, :]
-    for program in range(first, last + 1):
+    DIMS: tl.constexpr,
+    HEADS: tl.constexpr,
+) -> None:
+    """The sum of a segment's parts, each weighted by exp2 of its log-sum-exp, in the order of the keys.
+
+    First the largest weight: then no part waits for the sum of those before it, and several are loaded at once. All
+    loads go past the first-level cache, which other multiprocessors' stores do not reach.
+    """
+    heads = tl.arange(0, HEADS)
+    dims = tl.arange(0, DIMS)
+    is_inside = (heads < GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
+    at = heads[:, None] * HEAD_DIM + dims[None, :]
+    peak = tl.full([HEADS], -1e30, tl.float32)
+    for start in range(first, last + 1, 32):
+        programs = start + tl.arange(0, 32)
+        part = 2 * programs + (programs == first).to(tl.int32)
+        is_part = (programs <= last)[:, None] & (heads < GROUP)[None, :]
+        weight_at = part_weights + part[:, None] * GROUP + heads[None, :]
+        weight = tl.load(weight_at, mask=is_part, other=-1e30, cache_modifier=".cg")
+        peak = tl.maximum(peak, tl.max(weight, axis=0))
+    sums = tl.zeros([HEADS], tl.float32)
+    mixed = tl.zeros([HEADS, DIMS], tl.float32)
+    for program in tl.range(first, last + 1, loop_unroll_factor=4):
         part = 2 * program + (program == first).to(tl.int32)
-        # past the first-level cache, which other multiprocessors' stores do not reach
-        weight = tl.load(part_weights + part * GROUP + heads, mask=heads < GROUP, other=0.0, cache_modifier=".cg")
-        value = tl.load(parts + part * (GROUP * HEAD_DIM) + part_at, mask=is_inside, other=0.0, cache_modifier=".cg")
-        peak = tl.maximum(largest, weight)
+        weight = tl.load(part_weights + part * GROUP + heads, mask=heads < GROUP, other=-1e30, cache_modifier=".cg")
+        value = tl.load(parts + part * (GROUP * HEAD_DIM) + at, mask=is_inside, other=0.0, cache_modifier=".cg")
         share = tl.exp2(weight - peak)
-        decay = tl.exp2(largest - peak)
-        mixed = mixed * decay[:, None] + value * share[:, None]
-        sums = sums * decay + share
-        largest = peak
-    return mixed / sums[:, None]
+        mixed += value * share[:, None]
+        sums += share
+    tl.store(out_at + at, (mixed / sums[:, None]).to(out_at.dtype.element_ty), mask=is_inside)

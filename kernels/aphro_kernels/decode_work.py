@@ -15,7 +15,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from aphro_kernels.language import jit, next_power_of_2, tl
+from aphro_kernels.language import chain_options, jit, next_power_of_2, start_in_chain, tl
 
 PROGRAMS_PER_MULTIPROCESSOR: Final = 3
 _AT_ONCE: Final = 8  # programs whose stretch one program of the plan kernel finds
@@ -89,6 +89,7 @@ def plan_decode_(work: DecodeWork, seq_lens: Tensor, num_kv_heads: int) -> None:
         ROWS=max(next_power_of_2(num_rows), 16),
         AT_ONCE=_AT_ONCE,
         num_warps=4,
+        **chain_options(seq_lens),
     )
 
 
@@ -104,7 +105,9 @@ def _plan_kernel(
     WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    CHAINED: tl.constexpr,
 ) -> None:
+    start_in_chain(CHAINED)
     rows = tl.arange(0, ROWS)
     seq_len = tl.load(seq_lens + rows, mask=rows < num_rows, other=0)
     tiles = tl.where(rows < num_rows, num_tiles_of(seq_len, KEYS, WINDOW), 0)

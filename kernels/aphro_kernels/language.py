@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 try:
@@ -13,7 +15,7 @@ try:
 except ImportError:  # a CPU build of torch comes without it
     triton = tl = None
 
-__all__ = ["jit", "next_power_of_2", "runs_kernels", "tl", "triton"]
+__all__ = ["chain_options", "jit", "next_power_of_2", "runs_kernels", "start_in_chain", "tl", "triton"]
 
 
 def jit(**options: Any) -> Callable[[Callable[..., None]], Any]:
@@ -27,6 +29,31 @@ def runs_kernels(x: Tensor) -> bool:
     if x.is_cuda and triton is None:
         raise ModuleNotFoundError("Triton is not installed, and tensors on a GPU need it: pip install triton")
     return x.is_cuda
+
+
+def chain_options(x: Tensor) -> dict[str, bool]:
+    """Launch options of a kernel that begins with :func:`start_in_chain`, on the device of ``x``.
+
+    Programmatic dependent launch (Hopper and later): a kernel is put on the multiprocessors while the one before it
+    still runs, and waits inside for that one's end. Safe only if every kernel waits, also one that needs nothing of
+    the last: else one behind it could start before an earlier one has ended.
+    """
+    if not x.is_cuda or _capability(x.device.index) < (9, 0):
+        return {"CHAINED": False}
+    return {"CHAINED": True, "launch_pdl": True}
+
+
+@cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@jit()
+def start_in_chain(CHAINED: tl.constexpr) -> None:  # noqa: N803
+    """Let the next kernel onto the device, then wait for the one before. Until then only constants may be read."""
+    if CHAINED:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 def next_power_of_2(n: int) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 from aphro_kernels.attention_kernels import attention_kernel
 from aphro_kernels.decode_attention import decode_attention
 from aphro_kernels.decode_work import DecodeWork, build_decode_work, plan_decode_
-from aphro_kernels.language import next_power_of_2, runs_kernels
+from aphro_kernels.language import chain_options, next_power_of_2, runs_kernels
 
 
 def paged_attention_reference(
@@ -144,6 +144,7 @@ def _launch(
         WINDOW=window or 0,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         **tile,
+        **chain_options(q),
     )
     return out
 
@@ -174,7 +175,7 @@ def _tile(num_rows: int, group_padded: int, dims: int, dtype: torch.dtype) -> di
     if head_bytes > 256:
         rows, keys, num_warps, num_stages = 64, 32, 4, 2
     elif head_bytes > 128:
-        rows, keys, num_warps, num_stages = (64, 64, 4, 2) if is_small else (256, 64, 8, 3)
+        rows, keys, num_warps, num_stages = (64, 64, 4, 2) if is_small else (256, 64, 8, 5)
     else:
         rows, keys, num_warps, num_stages = 64 if is_small else 128, 128, 4, 2
     return {"ROWS": max(rows, group_padded), "KEYS": keys, "num_warps": num_warps, "num_stages": num_stages}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aphro_kernels.language import jit, next_power_of_2, runs_kernels, tl
+from aphro_kernels.language import chain_options, jit, next_power_of_2, runs_kernels, start_in_chain, tl
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -57,6 +57,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out:
             HAS_RESIDUAL=residual is not None,
             BLOCK=block,
             num_warps=min(max(block // 512, 1), 16),
+            **chain_options(x),
         )
     return out
 
@@ -74,7 +75,9 @@ def _rms_norm_kernel(
     eps: tl.tensor,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ) -> None:
+    start_in_chain(CHAINED)
     token = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, BLOCK)
     inside = dims < width

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aphro_kernels.language import jit, next_power_of_2, runs_kernels, tl, triton
+from aphro_kernels.language import chain_options, jit, next_power_of_2, runs_kernels, start_in_chain, tl, triton
 from aphro_kernels.rms_norm import rms_norm_reference
 
 
@@ -120,6 +120,7 @@ def _launch(
             HEADS=heads,
             DIMS=next_power_of_2(head_dim),
             num_warps=4,
+            **chain_options(qkv),
         )
     return out
 
@@ -146,7 +147,9 @@ def _rotary_and_cache_kernel(
     BLOCK_SIZE: tl.constexpr,
     HEADS: tl.constexpr,
     DIMS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ) -> None:
+    start_in_chain(CHAINED)
     token = tl.program_id(0).to(tl.int64)
     heads = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]  # q heads, then k heads, then v heads
     dims = tl.arange(0, DIMS)[None, :]

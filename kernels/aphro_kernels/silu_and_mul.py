@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import silu
 
-from aphro_kernels.language import jit, runs_kernels, tl, triton
+from aphro_kernels.language import chain_options, jit, runs_kernels, start_in_chain, tl, triton
 
 
 def silu_and_mul_reference(x: Tensor) -> Tensor:
@@ -27,7 +27,9 @@ def _launch(x: Tensor, out: Tensor) -> Tensor:
     if num_tokens:
         block = 1024
         grid = (num_tokens, triton.cdiv(width, block))
-        _silu_and_mul_kernel[grid](x, out, width, x.stride(0), out.stride(0), BLOCK=block, num_warps=4)
+        _silu_and_mul_kernel[grid](
+            x, out, width, x.stride(0), out.stride(0), BLOCK=block, num_warps=4, **chain_options(x)
+        )
     return out
 
 
@@ -39,7 +41,9 @@ def _silu_and_mul_kernel(
     x_stride: tl.tensor,
     out_stride: tl.tensor,
     BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ) -> None:
+    start_in_chain(CHAINED)
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width

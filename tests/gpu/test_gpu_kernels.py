@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from aphro_kernels.skinny_linear import SkinnyConfig, rows_bucket
 
 from tests.kernels.comparisons import (
     compare_attention,
-    compare_decode_inputs,
     compare_grouped_linear,
     compare_rms_norm,
     compare_rotary,
+    compare_sample,
     compare_silu_and_mul,
+    compare_skinny_linear,
 )
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -51,9 +53,16 @@ def test_rotary(
     compare_rotary(num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim, dtype, "cuda", has_norm)
 
 
-@pytest.mark.parametrize(("num_rows", "max_rows"), [(1, 1), (5, 40), (512, 512)])
-def test_decode_inputs(num_rows: int, max_rows: int) -> None:
-    compare_decode_inputs(num_rows, max_rows, "cuda")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("n", "k"), [(1152, 896), (63, 1500), (4096, 4096)])
+@pytest.mark.parametrize("num_rows", [1, 2, 9, 31, 64])
+def test_skinny_linear(num_rows: int, n: int, k: int, dtype: torch.dtype) -> None:
+    for columns, inputs, programs in ((64, 128, 264), (16, 256, 132)):
+        config = SkinnyConfig(rows_bucket(num_rows), columns, inputs, programs, 4, 3, 2, programs == 264)
+        compare_skinny_linear(num_rows, n, k, config, dtype, "cuda", has_bias=True)
+        compare_skinny_linear(num_rows, n, k, config, dtype, "cuda", has_residual=True, has_norm=True)
+        half = SkinnyConfig(rows_bucket(num_rows), columns // 2, inputs, programs, 4, 3, 2, programs == 264)
+        compare_skinny_linear(num_rows, n, k, half, dtype, "cuda", is_gated=True, has_bias=True, has_norm=True)
 
 
 HEADS = [(9, 3, 64), (32, 8, 128), (28, 4, 128), (4, 4, 80), (7, 1, 96), (4, 2, 256), (40, 1, 64), (4, 2, 8)]
@@ -80,6 +89,13 @@ def test_decode_is_the_same_run_for_run() -> None:
     first = compare_attention([1] * 4, [3000, 20, 700, 1025], *heads)
     again = compare_attention([1] * 4, [3000, 20, 700, 1025], *heads)
     assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spread", [0.1, 2.0, 6.0])
+@pytest.mark.parametrize(("num_rows", "vocab_size"), [(1, 128256), (33, 151936), (256, 49153)])
+def test_sample(num_rows: int, vocab_size: int, spread: float, dtype: torch.dtype) -> None:
+    compare_sample(num_rows, vocab_size, dtype, "cuda", spread=spread)
 
 
 @pytest.mark.parametrize("vocab_size", [49152, 50257])

@@ -10,7 +10,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from aphro_kernels import decode_inputs, grouped_gemm, paged_attention, rms_norm, rotary, silu_and_mul
+from aphro_kernels import (
+    grouped_gemm,
+    paged_attention,
+    rms_norm,
+    rotary,
+    sample,
+    silu_and_mul,
+    skinny_linear,
+)
 from aphro_kernels.decode_work import DecodeWork, build_decode_work, plan_decode_
 from torch import Tensor
 
@@ -29,8 +37,8 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def assert_close(actual: Tensor, expected: Tensor) -> None:
-    tolerance = TOLERANCE[actual.dtype]
+def assert_close(actual: Tensor, expected: Tensor, factor: float = 1.0) -> None:
+    tolerance = TOLERANCE[actual.dtype] * factor
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance, equal_nan=False)
 
 
@@ -182,34 +190,6 @@ def poisoned_work(q: Tensor, num_kv_heads: int, seq_lens: Tensor, window: int | 
     return work
 
 
-def compare_decode_inputs(num_rows: int, max_rows: int, device: str) -> None:
-    """Three steps of the same rows, one of which holds no sequence."""
-    generator = torch.Generator().manual_seed(num_rows)
-    tokens = torch.randint(0, 1000, (max_rows,), generator=generator).to(device)
-    positions = torch.randint(0, 5 * BLOCK_SIZE, (max_rows,), generator=generator).to(device)
-    positions[1::4] = -1
-    tables = torch.randint(0, 2**20, (max_rows, 9), generator=generator).to(device=device, dtype=torch.int32)
-    expected_positions = positions.clone()
-    for _ in range(3):
-        out = decode_inputs.build_decode_inputs(max_rows, torch.device(device))
-        for buffer in (out.token_ids, out.positions, out.slot_mapping, out.seq_lens):
-            buffer.fill_(-(2**30))
-        decode_inputs._launch(tokens, positions, tables, num_rows, BLOCK_SIZE, out)
-        expected = decode_inputs.decode_inputs_reference(
-            tokens,
-            expected_positions,
-            tables,
-            num_rows=num_rows,
-            block_size=BLOCK_SIZE,
-            out=decode_inputs.build_decode_inputs(max_rows, torch.device(device)),
-        )
-        found = decode_inputs.first_rows(out, num_rows)
-        for name in ("token_ids", "positions", "slot_mapping", "seq_lens"):
-            assert torch.equal(getattr(found, name), getattr(expected, name)), name
-        assert torch.equal(positions, expected_positions)
-        assert bool((out.token_ids[num_rows:] == -(2**30)).all())  # nothing behind the rows was written
-
-
 def compare_grouped_linear(
     num_tokens: int, top: int, num_experts: int, here: range, shape: tuple[int, int], dtype: torch.dtype, device: str
 ) -> None:
@@ -234,3 +214,98 @@ def compare_grouped_linear(
         grouped_gemm._launch(x, weight, tiles, slots_per_row, out)
         assert bool(out[is_foreign].isnan().all())
         assert_close(out[~is_foreign], expected[~is_foreign])
+
+
+def compare_skinny_linear(
+    num_rows: int,
+    n: int,
+    k: int,
+    config: skinny_linear.SkinnyConfig,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    is_gated: bool = False,
+    has_bias: bool = False,
+    has_norm: bool = False,
+    has_residual: bool = False,
+) -> Tensor:
+    """Returns the kernel's output, which must be the same in a second run."""
+    x = random(num_rows, k + 8, dtype=dtype, device=device)[:, :k]
+    weight = random(n * (1 + is_gated), k, dtype=dtype, device=device, seed=1) / k**0.5
+    bias = random(weight.shape[0], dtype=dtype, device=device, seed=2) if has_bias else None
+    norm = (random(k, dtype=dtype, device=device, seed=3), 1e-5) if has_norm else None
+    residual = random(num_rows, n, dtype=dtype, device=device, seed=4) if has_residual else None
+    workspace = skinny_linear.build_skinny_workspace(torch.device(device))
+    results = []
+    for _ in range(2):
+        workspace.parts.fill_(math.nan)
+        y = skinny_linear.skinny_linear(
+            x,
+            weight,
+            bias,
+            config=config,
+            workspace=workspace,
+            is_gated=is_gated,
+            norm=norm,
+            residual=None if residual is None else residual.clone(),
+            out=nans(num_rows, n, dtype=dtype, device=device),
+        )
+        results.append(y)
+    assert torch.equal(results[0], results[1])
+    assert not workspace.arrivals.any()
+    expected = skinny_linear.skinny_linear_reference(x, weight, bias, is_gated=is_gated, norm=norm, residual=residual)
+    assert_close(results[0], expected, 2.0 if has_norm else 1.0)  # the reference rounds between norm and product
+    return results[0]
+
+
+DIALS: list[dict[str, float]] = [  # of rows in turn; what is left out is off
+    {"temperature": 0.0},
+    {},
+    {"top_k": 50, "top_p": 0.9},
+    {"top_p": 0.8, "temperature": 1.5},
+    {"min_p": 0.01},
+    {"top_k": 300},
+    {"min_p": 0.1, "top_p": 0.5},
+    {"top_k": 1},
+    {"top_k": 40, "min_p": 0.05, "top_p": 0.7, "temperature": 0.7},
+    {"top_p": 1e-6},
+    {"top_p": 0.999},
+]
+
+
+def sampling_dials(num_rows: int, vocab_size: int, device: str) -> sample.SamplingDials:
+    rows = [DIALS[i % len(DIALS)] for i in range(num_rows)]
+
+    def column(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    return sample.SamplingDials(
+        temperature=column([row.get("temperature", 1.0) for row in rows]),
+        log_min_p=column([math.log(row["min_p"]) if "min_p" in row else -math.inf for row in rows]),
+        top_k=column([row.get("top_k", vocab_size) for row in rows], torch.int32),
+        top_p=column([row.get("top_p", math.inf) for row in rows]),
+        seed_hashes=sample.hash_seeds([2**62 // (i + 1) for i in range(num_rows)]).to(device),
+    )
+
+
+def compare_sample(num_rows: int, vocab_size: int, dtype: torch.dtype, device: str, *, spread: float = 2.0) -> None:
+    """Coarse logits tie often; ``spread`` 0.1 makes rows so flat that all of the vocabulary is looked at."""
+    logits = (random(num_rows, vocab_size + 5, dtype=torch.float32, device=device) * spread).to(dtype)[:, :vocab_size]
+    if num_rows > len(DIALS):
+        logits[-1, vocab_size // 2] = math.nan
+        logits[-2] = -math.inf
+    positions = torch.arange(num_rows, device=device) * 7
+    dials = sampling_dials(num_rows, vocab_size, device)
+    workspace = sample.build_sample_workspace(num_rows + 1, vocab_size, torch.device(device))
+    out = (torch.full((num_rows,), -7, device=device), torch.zeros(num_rows, dtype=torch.bool, device=device))
+    for _ in range(2):
+        for scratch in (workspace.peaks, workspace.best, workspace.mass):
+            scratch.fill_(math.nan)
+        workspace.listed.fill_(2**30)
+        sample._launch(logits, positions - 3, dials, workspace, 3, False, out)
+        expected = sample.sample_reference(logits, positions, dials)
+        assert torch.equal(out[1], expected[1])
+        assert torch.equal(out[0], expected[0])
+    sample._launch(logits, positions, dials, workspace, 0, True, out)
+    sound = ~out[1]
+    assert torch.equal(out[0][sound], logits.argmax(dim=-1)[sound])

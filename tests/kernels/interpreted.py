@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from aphro_kernels.skinny_linear import SkinnyConfig
 
 from tests.kernels.comparisons import (
     compare_attention,
-    compare_decode_inputs,
     compare_grouped_linear,
     compare_rms_norm,
     compare_rotary,
+    compare_sample,
     compare_silu_and_mul,
+    compare_skinny_linear,
 )
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -52,11 +54,6 @@ def test_rotary(
     has_norm: bool,
 ) -> None:
     compare_rotary(num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim, dtype, "cpu", has_norm)
-
-
-@pytest.mark.parametrize(("num_rows", "max_rows"), [(1, 1), (5, 40), (40, 40), (0, 3)])
-def test_decode_inputs(num_rows: int, max_rows: int) -> None:
-    compare_decode_inputs(num_rows, max_rows, "cpu")
 
 
 @pytest.mark.parametrize("window", [None, 300])
@@ -102,3 +99,18 @@ def test_grouped_linear(  # not bfloat16: the interpreter's tl.dot takes its bit
     num_tokens: int, top: int, num_experts: int, here: range, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     compare_grouped_linear(num_tokens, top, num_experts, here, shape, dtype, "cpu")
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 16])
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_skinny_linear(num_rows: int, is_gated: bool) -> None:
+    rows = {1: 1, 3: 8, 16: 16}[num_rows]
+    cut, whole = (SkinnyConfig(rows, 32, 64, programs, 4, 2, 2, True) for programs in (5, 99))
+    compare_skinny_linear(num_rows, 90, 200, cut, F16, "cpu", is_gated=is_gated, has_bias=True)
+    compare_skinny_linear(num_rows, 96, 256, cut, F16, "cpu", is_gated=is_gated, has_norm=True)
+    compare_skinny_linear(num_rows, 64, 128, whole, F16, "cpu", is_gated=is_gated, has_residual=True)
+
+
+@pytest.mark.parametrize(("num_rows", "vocab_size", "dtype"), [(13, 1000, F32), (11, 8300, BF16), (1, 100, F32)])
+def test_sample(num_rows: int, vocab_size: int, dtype: torch.dtype) -> None:
+    compare_sample(num_rows, vocab_size, dtype, "cpu")

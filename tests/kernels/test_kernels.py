@@ -16,10 +16,15 @@ from aphro_kernels import language
 from aphro_kernels.paged_attention import paged_attention
 from aphro_kernels.rms_norm import add_rms_norm_, rms_norm
 from aphro_kernels.rotary import rotary_and_cache
+from aphro_kernels.sample import gumbel_reference, hash_seeds, sample_reference
 from aphro_kernels.silu_and_mul import silu_and_mul
 from torch.nn.functional import scaled_dot_product_attention, silu
 
+from tests.kernels.comparisons import DIALS as DIALS_OF_ROWS
+from tests.kernels.comparisons import sampling_dials
+
 HERE = Path(__file__).parent
+CPU = torch.device("cpu")
 
 
 def triton_version() -> tuple[int, int]:
@@ -54,16 +59,11 @@ KERNELS: dict[str, dict[str, Any]] = {  # "module.kernel": types of its argument
     "attention_kernels.attention_kernel": ATTENTION | {"QUERIES": 32, "ROWS": 128},
     "decode_attention._decode_kernel": ATTENTION
     | dict.fromkeys(["stretches", "totals", "arrivals"], "*i32")
-    | {"parts": "*fp32", "part_weights": "*fp32", "NUM_KV_HEADS": 2, "ROWS": 16},
+    | {"parts": "*fp32", "part_weights": "*fp32", "NUM_KV_HEADS": 2, "HEADS": 4, "ROWS": 16},
     "decode_work._plan_kernel": {
         **dict.fromkeys(["seq_lens", "stretches", "totals"], "*i32"),
         **{"num_rows": "i32", "num_programs": "i32"},
         **{"NUM_KV_HEADS": 2, "KEYS": 64, "WINDOW": 100, "ROWS": 256, "AT_ONCE": 8},
-    },
-    "decode_inputs._decode_inputs_kernel": {
-        **dict.fromkeys(["next_token_ids", "next_positions", "token_ids", "positions", "slot_mapping"], "*i64"),
-        **{"block_tables": "*i32", "seq_lens": "*i32", "num_rows": "i32", "table_stride": "i32"},
-        **{"BLOCK_SIZE": 16, "BLOCK": 32},
     },
     "rms_norm._rms_norm_kernel": {
         **dict.fromkeys(["x", "residual", "weight", "out"], "*bf16"),
@@ -82,6 +82,29 @@ KERNELS: dict[str, dict[str, Any]] = {  # "module.kernel": types of its argument
 }
 
 
+DIALS = {
+    **dict.fromkeys(["logits"], "*bf16"),
+    **dict.fromkeys(["temperature", "log_min_p", "top_p", "peaks", "best", "mass"], "*fp32"),
+    **dict.fromkeys(["top_k", "best_ids", "listed"], "*i32"),
+    **dict.fromkeys(["seed_hashes", "positions", "token_ids"], "*i64"),
+    **{"is_bad": "*i1", "row_stride": "i32", "position_offset": "i32"},
+    **{"VOCAB": 50257, "BLOCKS": 393, "BLOCKS_PADDED": 512, "TILES": 13, "TILES_PADDED": 16, "TILE": 4096},
+    **{"ALL_GREEDY": False},
+}
+SKINNY = {
+    **dict.fromkeys(["x", "weight", "bias", "gain", "out"], "*bf16"),
+    **{"parts": "*fp32", "arrivals": "*i32", "num_rows": "i32", "x_stride": "i32", "eps": "fp32"},
+    **{"n": "i32", "k": "i32", "ahead": "i32", "BN": 32, "BK": 256, "IS_EVEN": False, "IS_EARLY": True, "STAGES": 3},
+    **{"HAS_BIAS": True, "HAS_NORM": True, "ADDS": True},
+}
+KERNELS |= {f"sample_kernels.{name}_kernel": DIALS for name in ("peaks", "draw", "choose")}
+KERNELS |= {
+    f"skinny_kernel.skinny_kernel {rows} {gated}": SKINNY | {"ROWS": rows, "IS_GATED": gated}
+    for rows in (1, 16)
+    for gated in (False, True)
+}
+
+
 @pytest.mark.skipif(triton_version() < (3, 4), reason="Triton is not installed")
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_compile_for_a_gpu_that_is_not_there(name: str) -> None:
@@ -92,7 +115,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(name: str) -> None:
 
     module, kernel_name = name.split(maxsplit=1)[0].split(".")
     kernel = getattr(importlib.import_module(f"aphro_kernels.{module}"), kernel_name)
-    given = KERNELS[name]
+    given = {**KERNELS[name], "CHAINED": True}
     is_type = {argument: isinstance(value, str) and value != "tf32" for argument, value in given.items()}
     signature = {argument: given[argument] if is_type[argument] else "constexpr" for argument in kernel.arg_names}
     constants = {(i,): given[argument] for i, argument in enumerate(kernel.arg_names) if not is_type[argument]}
@@ -105,7 +128,7 @@ def test_modules_import_without_triton() -> None:
     script = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch\n"
-        "from aphro_kernels import decode_inputs, paged_attention, rms_norm, rotary, silu_and_mul\n"
+        "from aphro_kernels import paged_attention, rms_norm, rotary, silu_and_mul\n"
         "print(silu_and_mul.silu_and_mul(torch.ones(1, 4)).shape)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
@@ -182,3 +205,27 @@ def test_attention_is_torchs(window: int | None) -> None:
             queries, keys.repeat_interleave(2, 0), values.repeat_interleave(2, 0), attn_mask=is_seen, scale=0.2
         )
         torch.testing.assert_close(out[start:stop], expected.transpose(0, 1))
+
+
+def test_noise_is_the_workers() -> None:
+    from aphro_core.worker.gumbel import GumbelNoise, draw_keys
+
+    seeds, positions = [0, 5, 2**63 - 1], [0, 131071, 9]
+    expected = torch.zeros(3, 5000)
+    GumbelNoise(5000, CPU).add_(expected, draw_keys(list(zip(seeds, positions, strict=True)), CPU))
+    assert torch.equal(gumbel_reference(hash_seeds(seeds), torch.tensor(positions), 5000), expected)
+
+
+@pytest.mark.parametrize("spread", [0.1, 3.0])
+def test_sampling_is_the_workers(spread: float) -> None:
+    from aphro_core.request import SamplingParams
+    from aphro_core.worker.sampler import Sampler, SamplingRow
+
+    logits = torch.randn(44, 3000, generator=torch.Generator().manual_seed(2)) * spread
+    dials = sampling_dials(44, 3000, "cpu")
+    rows = [
+        SamplingRow(i, SamplingParams(**DIALS_OF_ROWS[i % len(DIALS_OF_ROWS)]), 2**62 // (i + 1), 30 + i, [1], 1)
+        for i in range(44)
+    ]
+    drawn = [token.token_id for token in Sampler(3000, CPU).sample(logits, rows)]
+    assert sample_reference(logits, torch.arange(30, 74), dials)[0].tolist() == drawn
