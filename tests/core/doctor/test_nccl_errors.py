@@ -52,7 +52,8 @@ SAMPLES = [
     ("log.ofi-error", "NET/OFI Request 0x7f completed with error. RC: 5. Error: 4099 (Bad queue). Completed length: 0"),
     ("log.net-name", "Error: network AWS Libfabric not found."),
     ("log.no-plugin-start", "NET/OFI aws-ofi-nccl initialization failed"),
-    ("log.no-plugin-start", "Failed to initialize any NET plugin"),
+    ("log.no-network", "Failed to initialize any NET plugin"),
+    ("log.ofi-warn", "NET/OFI Creating new endpoint for domain 0x7f9befa99380 failed: Invalid argument"),
     ("log.no-interface", "Bootstrap : no socket interface found"),
     ("log.no-interface", "NET/Socket : no interface found"),
     ("log.no-interface", "ncclSocketInit: connecting to address  with family 59936 is neither AF_INET(2) nor AF_IN"),
@@ -66,6 +67,7 @@ SAMPLES = [
     ("log.tcp-timeout", "socketPollConnect: Connect to 10.0.0.5<56849> returned 110(Connection timed out) errno 115"),
     ("log.refused", "Call to connect timeout : Connection refused"),
     ("log.refused", "socketStartConnect: Connect to 10.0.0.5<56849> failed : Connection refused"),
+    ("log.connect", "socketStartConnect: Connect to 10.0.0.2<45763> failed : Software caused connection abort"),
     ("log.dns", "Call to getaddrinfo failed : Name or service not known"),
     ("log.p2p-nvlink", "P2P is disabled between NVLINK connected GPUs 1 and 0. This should not be the case"),
     ("log.p2p-pcie", "P2P is disabled between connected GPUs 6 and 7. You can repress this message"),
@@ -109,6 +111,14 @@ def test_warning_is_found_under_its_row(id: str, text: str) -> None:
 @pytest.mark.parametrize(("id", "text"), BARE)
 def test_text_without_prefix(id: str, text: str) -> None:
     assert read(f"{text}\n").findings[0].id == id
+
+
+@pytest.mark.parametrize(
+    ("where", "id"),
+    [("transport/nvls.cc:598", "log.nvls"), ("transport/p2p.cc:256", "log.p2p-denied"), ("a.cc:1", "log.cuda")],
+)
+def test_the_file_that_speaks_counts(where: str, id: str) -> None:
+    assert read(warn("Cuda failure 1 'invalid argument'", where=where)).findings[0].id == id
 
 
 def test_every_row_has_a_sample_and_a_topic() -> None:

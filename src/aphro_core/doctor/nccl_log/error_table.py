@@ -9,18 +9,20 @@ from typing import Final
 
 
 class Tier(IntEnum):
-    """How much a message explains. The first cause in time is the root; the others are looked at without a cause."""
+    """How much a message explains. The first of the lowest tier is the root cause."""
 
     CAUSE = 0
     WEAK = 1  # a cause, unless somebody else failed first and so is not there
-    SYMPTOM = 2  # something hung or ended, not why
-    CONSEQUENCE = 3  # another rank's failure, seen from here
-    NOTE = 4  # worth a warning; nothing failed
+    SUSPECT = 2  # a warning; the cause, if something failed and nothing better explains it
+    SYMPTOM = 3  # something hung or ended, not why
+    CONSEQUENCE = 4  # another rank's failure, seen from here
+    TRAIL = 5  # the way that an error took through NCCL
+    NOTE = 6  # worth a warning; never a failure
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorRule:
-    """``title`` may name groups of ``words``. ``where`` also matches the file that speaks.
+    """``title`` may name groups of ``words``; ``where``, if given, must be in the place in NCCL's source that speaks.
 
     A record of level WARN is matched, and bare text unless ``is_general``; INFO only if ``in_info``.
     """
@@ -31,13 +33,16 @@ class ErrorRule:
     title: str
     in_info: bool = False
     is_general: bool = False  # words that other programs use too
+    where: str = ""
 
 
-def _rule(id: str, tier: Tier, words: str, title: str, *, in_info: bool = False, is_general: bool = False) -> ErrorRule:
-    return ErrorRule(id, tier, re.compile(words, re.IGNORECASE), title, in_info, is_general)
+def _rule(
+    id: str, tier: Tier, words: str, title: str, *, in_info: bool = False, is_general: bool = False, where: str = ""
+) -> ErrorRule:
+    return ErrorRule(id, tier, re.compile(words, re.IGNORECASE), title, in_info, is_general, where)
 
 
-_CAUSE, _WEAK, _SYMPTOM, _CONSEQUENCE, _NOTE = Tier
+_CAUSE, _WEAK, _SUSPECT, _SYMPTOM, _CONSEQUENCE, _TRAIL, _NOTE = Tier
 _PEER = r"(?:.*?\bpeer (?P<peer>[^\s<]+))?"
 _COMPLETION = r"Got completion" + _PEER + r".*?(?:error|status=?) ?(?:(?P<name>IBV_WC_\w+) ?\(?)?"
 _CONNECT = r"(?:connect\w*\b|Net ?:|Call to \w+|bootstrap)"
@@ -107,10 +112,12 @@ ERRORS: Final = (
           "a request over libfabric failed: {why}"),
     _rule("log.net-name", _CAUSE, r"Error: network (?P<name>.*?) not found",
           "NCCL_NET names a network that is not there: {name}"),
-    _rule("log.no-plugin-start", _NOTE, r"fi_getinfo\(\) call failed|aws-ofi-nccl initialization failed"
+    _rule("log.no-plugin-start", _SUSPECT, r"fi_getinfo\(\) call failed|aws-ofi-nccl initialization failed"
           r"|NET/OFI (?:Failed to initialize|Initializing plugin failed)|No eligible providers"
           r"|Unable to find libfabric provider", "the network plug-in could not start"),
-    _rule("log.no-plugin-start", _CAUSE, r"Failed to initialize any NET plugin", "no network could be started"),
+    _rule("log.no-network", _CAUSE, r"Failed to initialize any NET plugin", "no network could be started"),
+    _rule("log.ofi-warn", _SUSPECT, r"NET/OFI (?P<why>.*(?:fail|error|unable|could ?n[o']t|supported).*)",
+          "the libfabric plug-in warns: {why}"),
     # sockets
     _rule("log.no-interface", _CAUSE, r"no socket interface found|NET/Socket ?: no interface found"
           r"|No network interface|with family \d+ is neither AF_INET", "no network interface matches"),
@@ -127,6 +134,8 @@ ERRORS: Final = (
     _rule("log.refused", _WEAK, _CONNECT + _TO + r".*(?:Connection refused|\b111\()",
           "nobody listens at {peer}", is_general=True),
     _rule("log.dns", _CAUSE, r"getaddrinfo.*(?:Name or service not known|failure in name)", "a host name is not known"),
+    _rule("log.connect", _WEAK, _CONNECT + _TO + r".*(?:failed|returned) ?:? ?(?P<why>.*)",
+          "the connection to {peer} fails: {why}", is_general=True, where="socket"),
     # GPUs
     _rule("log.p2p-nvlink", _CAUSE, r"P2P is disabled between NVLINK connected GPUs (?P<who>\d+ and \d+)?",
           "NVLink connects GPUs {who}, yet P2P does not work between them", in_info=True),
@@ -134,7 +143,7 @@ ERRORS: Final = (
           "no P2P between GPUs on PCIe (such as {who}): host memory is used instead", in_info=True),
     _rule("log.peer-map", _CAUSE, r"peer mapping resources exhausted", "one process maps more than 8 peer GPUs"),
     _rule("log.p2p-denied", _CAUSE, r"failed to open CUDA IPC handle|peer access is not supported"
-          r"|failed to peer with device|cuIpcOpenMemHandle|cudaIpcOpenMemHandle|Failed to import .*handle",
+          r"|failed to peer with device|Ipc(?:Get|Open)MemHandle|Failed to import .*handle",
           "P2P between GPUs was chosen, but the driver does not allow it"),
     _rule("log.nvls", _CAUSE, r"Failed to bind NVLink SHARP|NVLS.*(?:Multicast|bind).*(?:fail|error)",
           "NVLink SHARP (NVLS) could not be set up"),
@@ -143,6 +152,8 @@ ERRORS: Final = (
           "the NVSwitch fabric is not initialised"),
     _rule("log.cuda-memory", _CAUSE, _CUDA + r".*out of memory|Failed to (?:CUDA|HIP)? ?\w*alloc.*bytes",
           "a GPU ran out of memory"),
+    _rule("log.nvls", _CAUSE, _CUDA + r" ?(?P<why>.*)", "NVLink SHARP (NVLS) could not be set up: {why}", where="nvls"),
+    _rule("log.p2p-denied", _CAUSE, _CUDA + r" ?(?P<why>.*)", "P2P between GPUs failed: {why}", where="transport/p2p"),
     _rule("log.cuda", _CAUSE, _CUDA + r" ?(?P<why>.*)", "a CUDA call failed: {why}"),
     _rule("log.nvml", _CAUSE, r"nvml\w*(?:\(\))? failed ?:? ?(?P<why>.*)",
           "the driver's management library failed: {why}"),

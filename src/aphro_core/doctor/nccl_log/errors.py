@@ -7,6 +7,7 @@ from typing import Final
 
 from aphro_core.doctor.nccl_log.error_table import ERRORS, ErrorRule
 from aphro_core.doctor.nccl_log.facts import LogFacts, Sighting
+from aphro_core.doctor.nccl_log.records import Record
 
 _TRAIL: Final = re.compile(r"^(?P<file>[\w./-]+\.(?:cc|h|cu|cpp|c)):\d+ -> (?P<code>\d)\b(?P<rest>.*)")
 _DEADLY_FILES: Final = re.compile(
@@ -21,7 +22,7 @@ _HARMLESS_WARN: Final = re.compile(
 def read_error(seen: Sighting, facts: LogFacts) -> bool:
     """Take down an error, a warning or part of an error's trail. False if the text is none of these."""
     record = seen.record
-    rule, match = _match_rule(record.level, record.text)
+    rule, match = _match_rule(record)
     if rule and match:
         facts.note(rule.id, _fill(rule.title, match), seen)
         return True
@@ -39,11 +40,10 @@ def read_error(seen: Sighting, facts: LogFacts) -> bool:
     return bool(trail)
 
 
-def _match_rule(level: str, text: str) -> tuple[ErrorRule | None, re.Match[str] | None]:
+def _match_rule(record: Record) -> tuple[ErrorRule | None, re.Match[str] | None]:
     for rule in ERRORS:
-        if (level == "INFO" and not rule.in_info) or (not level and rule.is_general):
-            continue
-        match = rule.words.search(text)
+        is_said = rule.in_info if record.level == "INFO" else bool(record.level) or not rule.is_general
+        match = rule.words.search(record.text) if is_said and rule.where in record.where else None
         if match:
             return rule, match
     return None, None

@@ -86,7 +86,7 @@ def _address(facts: LogFacts, *ids: str) -> str:
 
 
 def _reach(facts: LogFacts) -> list[str]:
-    peer = _address(facts, "log.no-route", "log.tcp-timeout", "log.refused")
+    peer = _address(facts, "log.no-route", "log.tcp-timeout", "log.refused", "log.connect")
     return [f"ip route get {peer.split()[0]}; nc -vz {peer}   # on the node that reports it"] if peer else []
 
 
@@ -145,6 +145,7 @@ _SPECIAL: Final[dict[str, Callable[[LogFacts], list[str]]]] = {
     "log.no-route": _reach,
     "log.tcp-timeout": _reach,
     "log.refused": _reach,
+    "log.connect": _reach,
     "log.no-interface": _interface,
     "log.ib-timeout": _roce,
     "log.ib-rail": _roce,

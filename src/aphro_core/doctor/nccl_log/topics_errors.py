@@ -126,6 +126,17 @@ The network plug-in is there but could not start: mostly its devices are not in 
 > fi_info -p efa   # inside the container
 > docker run --device /dev/infiniband/uverbs0 ...   # one --device for each EFA device
 
+log.no-network
+None of the networks that NCCL knows could be started: NCCL_NET or NCCL_NET_PLUGIN asks for one that is not there, or
+the devices are not in the container.
+> unset NCCL_NET NCCL_NET_PLUGIN
+> docker run --device /dev/infiniband --cap-add IPC_LOCK --ulimit memlock=-1 --network host ...
+
+log.ofi-warn
+The libfabric plug-in warns of something that may or may not matter: it matters if the communicator then fails, or the
+network chosen is Socket.
+> fi_info -p efa; FI_LOG_LEVEL=warn NCCL_DEBUG=INFO ...
+
 log.ofi-rails
 Nodes (pods) have different numbers of EFA devices, so rails cannot be paired.
 > # the same number of EFA devices in every pod: all of them
@@ -155,6 +166,13 @@ log.refused
 The peer's host answers, but nobody listens: the peer died or has not started, the rendezvous is stale, or the address
 is another host's.
 > # look at the peer's first error; start again with a new rendezvous id
+
+log.connect
+A TCP connection between ranks fails. 'Software caused connection abort' is NCCL 2.18 to 2.23 giving up after retries,
+which hides the first reason: nobody listens there, or packets are lost.
+> ip route get PEER   # names the interface towards the other node
+> export NCCL_SOCKET_IFNAME==eth0 GLOO_SOCKET_IFNAME=eth0   # that interface, on every node (== is exact)
+> # and look at the first error of the peer
 
 log.no-route
 The address that the peer advertises cannot be reached: a firewall rejects it, or it belongs to a network that is not

@@ -16,9 +16,7 @@ from aphro_core.doctor.nccl_log.transports import Quality, devices_of, judge_pai
 Verdict = Literal["pass", "warn", "fail", "inconclusive"]
 
 EXIT_CODES: Final[dict[Verdict, int]] = {"pass": 0, "inconclusive": 0, "warn": 1, "fail": 2}
-_TIERS: Final = {rule.id: rule.tier for rule in ERRORS} | {
-    "log.no-plugin-start": Tier.NOTE, "log.warn": Tier.NOTE, "trail": Tier.CONSEQUENCE,
-}  # fmt: skip
+_TIERS: Final = {rule.id: rule.tier for rule in ERRORS} | {"log.warn": Tier.SUSPECT, "trail": Tier.TRAIL}
 # a circumstance that leads to these errors is their cause
 _EXPLAINS: Final = {
     "log.loopback": {"log.refused", "log.tcp-timeout", "log.no-route"},
@@ -28,7 +26,7 @@ _EXPLAINS: Final = {
 _WEIGHTY: Final = (
     "log.loopback", "log.docker-bridge", "log.no-plugin-start", "log.interfaces", "log.sockets", "log.net-in-host",
     "log.gdr-mixed", "log.rdma-no-gdr", "log.gdr-off", "log.same-name", "log.shm", "log.p2p-pcie", "log.no-rdma-device",
-    "log.version", "log.env", "log.warn", "log.numa",
+    "log.version", "log.env", "log.ofi-warn", "log.warn", "log.numa",
 )  # fmt: skip
 _BREAKS: Final = {
     "P2P/": {"log.p2p-denied", "log.p2p-nvlink", "log.peer-map"},
@@ -134,19 +132,18 @@ def _judge_errors(facts: LogFacts) -> list[Finding]:
     Causes go before symptoms, symptoms before consequences; then by time where all say it, else by place in the logs.
     """
     seen = {id: facts.all_notes(id) for id in _TIERS if facts.notes.get(id)}
-    failures = {id: notes for id, notes in seen.items() if _TIERS[id] < Tier.NOTE}
-    firsts = {id: min((note.first for note in notes), key=lambda seen: seen.order) for id, notes in failures.items()}
-    is_timed = all(first.record.time for first in firsts.values())
+    firsts = {id: min((note.first for note in notes), key=lambda first: first.order) for id, notes in seen.items()}
+    has_failed = any(_TIERS[id] not in (Tier.SUSPECT, Tier.NOTE) for id in seen)
+    candidates = [id for id in seen if has_failed and _TIERS[id] is not Tier.NOTE]
+    is_timed = all(firsts[id].record.time for id in candidates)
     root = min(
-        failures,
+        candidates,
         key=lambda id: (_TIERS[id], firsts[id].record.time if is_timed else "", firsts[id].order),
         default=None,
     )
-    if root is None or (_TIERS[root] is Tier.CONSEQUENCE and "log.warn" in seen):
-        root = "log.warn" if failures and "log.warn" in seen else None
     findings = []
     for id, notes in seen.items():
-        is_failure = id in failures or id == root
+        is_failure = id == root or _TIERS[id] not in (Tier.SUSPECT, Tier.NOTE)
         finding = _finding(id, notes, facts, Status.FAIL if is_failure else Status.WARN)
         findings.append(replace(finding, root_cause=id == root))
     return findings
