@@ -44,6 +44,8 @@ SAMPLES = [
     ("log.ib-unreachable", "Call to ibv_modify_qp failed with 101 Network is unreachable, on dev mlx5_1:1"),
     ("log.ib-gid", "Call to ibv_modify_qp failed with error Invalid argument errno 22"),
     ("log.ib-gid", "Call to ibv_modify_qp failed with error No such device"),
+    ("log.ib-gid", "NET/IB: read failed in ncclIbRoceGetVersionNum: Invalid argument"),
+    ("log.ib-warn", "NET/IB : Could not find real path of rxe0 (/sys/class/infiniband/rxe0/device)"),
     ("log.ib-open", "NET/IB : Unable to open device mlx5_0"),
     ("log.ib-call", "Call to ibv_query_port failed with error Invalid argument"),
     ("log.nic-count", "Detected mixed local Net device counts across ranks"),
@@ -143,6 +145,11 @@ def test_every_row_has_a_sample_and_a_topic() -> None:
 )
 def test_harmless_records_are_no_failure(text: str) -> None:
     assert read(info(text)).verdict == "inconclusive"
+
+
+@pytest.mark.parametrize("text", ["NET/IB : Got async event : port active", "Could not find a path for pattern 4"])
+def test_harmless_warnings_are_no_finding(text: str) -> None:
+    assert read(warn(text)).verdict == "inconclusive"
 
 
 @pytest.mark.parametrize("text", ["Connection refused by the database", "No route to host", "rank 3 aborted"])

@@ -148,6 +148,23 @@ def test_gdr_switched_off_counts_without_channels() -> None:
     assert read(off + IB_GDR).verdict == "pass"
 
 
+def test_hang_is_described() -> None:
+    line = (
+        "[rank{0}]: [Rank {0}] Watchdog caught collective operation timeout: WorkNCCL(SeqNum={1}, OpType=ALLREDUCE)\n"
+    )
+    same = read(line.format(0, 7) + line.format(2, 7)).findings[0]
+    assert same.id == "log.watchdog"
+    assert "ranks 0,2 waited in the same one" in same.title
+    assert "different" in read(line.format(0, 7) + line.format(2, 9)).findings[0].title
+
+
+def test_remedy_names_the_ports_of_the_log() -> None:
+    text = info("NET/IB : Using [0]irdma0:1/RoCE [1]irdma3:1/RoCE [RO]; OOB eth0:10.0.0.1<0>")
+    remedy = read(text + warn("Call to ibv_modify_qp failed with error Connection timed out")).findings[0].remedy
+    assert "irdma0" in remedy
+    assert "mlx5" not in remedy
+
+
 @pytest.mark.parametrize(
     ("line", "version"),
     [

@@ -94,12 +94,15 @@ ERRORS: Final = (
     _rule("log.ib-unreachable", _CAUSE, r"ibv_modify_qp.*(?:unreachable|\(?101\b|No route|\(?113\b)",
           "the NIC's port has no address or route towards the peer's"),
     _rule("log.ib-gid", _CAUSE, r"ibv_modify_qp.*(?:Invalid argument|\b22\b|No such device|\b19\b|failed)"
-          r"|ibv_query_gid.*failed|No such GID", "the GID index does not exist on this port, or is of another type"),
+          r"|ibv_query_gid.*failed|No such GID|read failed in ncclIbRoce|RoCE.*GID.*(?:failed|not found)",
+          "the GID index does not exist on this port, or is of another type"),
     _rule("log.ib-open", _CAUSE, r"(?:NET/IB|ibv_).*(?:nable to open device|could not open|open_device failed)"
           r"|ibv_open_device.*(?:failed|error)|Unable to open device (?:mlx|rocep|irdma|bnxt|efa)\w*",
           "a verbs device could not be opened"),
     _rule("log.ib-call", _CAUSE, r"Call to (?P<call>ibv_\w+|wrap_ibv_\w+) failed(?: with error)? ?(?P<why>[^,]*)",
           "a verbs call failed: {call}: {why}"),
+    _rule("log.ib-warn", _SUSPECT, r"NET/IB\w* ?: ?(?P<why>.*(?:fail|error|unable|could ?n[o']t|invalid).*)",
+          "the InfiniBand transport warns: {why}"),
     _rule("log.nic-count", _CAUSE, r"Detected mixed local Net device counts",
           "ranks see different numbers of NICs"),
     # plug-ins

@@ -16,17 +16,20 @@ _DEADLY_FILES: Final = re.compile(
 _HARMLESS_WARN: Final = re.compile(
     r"Could not find a path for pattern|falling back to simple order|libibverbs|NCCL_\w+ .*deprecated"
     r"|[Uu]nable to (?:load|find) .*(?:tuner|profiler)|GDRCOPY|NET/Plugin"
+    r"|Got async event ?: ?(?:client reregistration|port active|GID table|LID change|SM change|P_Key)"
 )
 
 
 def read_error(seen: Sighting, facts: LogFacts) -> bool:
     """Take down an error, a warning or part of an error's trail. False if the text is none of these."""
     record = seen.record
+    if record.level == "WARN" and _HARMLESS_WARN.search(record.text):
+        return False
     rule, match = _match_rule(record)
     if rule and match:
         facts.note(rule.id, _fill(rule.title, match), seen)
         return True
-    if record.level == "WARN" and not _HARMLESS_WARN.search(record.text):
+    if record.level == "WARN":
         facts.note("log.warn", record.text[:200], seen)
         return True
     trail = _TRAIL.match(record.text)

@@ -50,6 +50,7 @@ READINGS: Final = (
     _row("complete", r"- Init COMPLETE"),
     _row("nvlink", r"\+ NVL\[|NVLS multicast support is available"),
     _row("min-capability", r"Min Comp Cap (\d+)"),
+    _row("watchdog", r"\[Rank (\d+)\] Watchdog caught .*?WorkNCCL\((?:\w+=\w+, )?SeqNum=(\d+), OpType=(\w+)"),
     _row("gpu", r"Rank +\d+ (?:Group +\d+ )?Pid +\d+ on +\S+ device +\d+ \[[^\]]*\] (\S.*)"),
 )
 

@@ -17,7 +17,12 @@ _VERSION_WITH_AUTO_GID: Final = (2, 21, 0)
 def remedy_for(id: str, facts: LogFacts) -> str:
     """Lines to paste; those that begin with # say when or why."""
     special = _SPECIAL.get(id)
-    lines = [*(special(facts) if special else ()), *TOPICS[id].remedy.splitlines()]
+    topic = TOPICS[id].remedy
+    ports = _ib_ports(facts)
+    if ports and id.startswith("log.ib-"):
+        named = next(iter(ports.values()))
+        topic = topic.replace("mlx5_0,mlx5_1", ",".join(named[:8])).replace("mlx5_0", named[0])
+    lines = [*(special(facts) if special else ()), *topic.splitlines()]
     return "\n".join(dict.fromkeys(lines))
 
 

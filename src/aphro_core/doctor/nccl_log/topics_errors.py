@@ -116,6 +116,10 @@ A call into libibverbs failed.
 > ibv_devinfo -v; sudo dmesg | tail
 > ulimit -l   # unlimited is wanted
 
+log.ib-warn
+The InfiniBand transport warns of something that may or may not matter: it matters if the communicator then fails.
+> ibv_devinfo -v; show_gids; sudo dmesg | tail
+
 log.nic-count
 Nodes see different numbers of NICs, which can hang without a message.
 > export NCCL_IB_HCA==mlx5_0,mlx5_1   # the same set on every node

@@ -116,9 +116,8 @@ def _finding(kind: Kind, pairs: list[Pair], facts: LogFacts, ib: bool) -> Findin
 
 def has_unified_memory(facts: LogFacts) -> bool:
     """GB10 (DGX Spark): GPU and host share their memory, so GPUDirect has nothing to add."""
-    return any("GB10" in note.value for note in facts.all_notes("gpu")) or any(
-        "roceP2p1s0f" in note.value for note in facts.all_notes("ports")
-    )
+    named = {"gpu": "GB10", "ports": "roceP2p1s0f", "gdr-on": "roceP2p1s0f", "gdr-off": "roceP2p1s0f"}
+    return any(name in note.value for kind, name in named.items() for note in facts.all_notes(kind))
 
 
 def _title(kind: Kind, pairs: list[Pair], lacking: list[Pair], facts: LogFacts) -> str:

@@ -26,7 +26,7 @@ _EXPLAINS: Final = {
 _WEIGHTY: Final = (
     "log.loopback", "log.docker-bridge", "log.no-plugin-start", "log.interfaces", "log.sockets", "log.net-in-host",
     "log.gdr-mixed", "log.rdma-no-gdr", "log.gdr-off", "log.same-name", "log.shm", "log.p2p-pcie", "log.no-rdma-device",
-    "log.version", "log.env", "log.ofi-warn", "log.warn", "log.numa",
+    "log.version", "log.env", "log.ofi-warn", "log.ib-warn", "log.warn", "log.numa",
 )  # fmt: skip
 _BREAKS: Final = {
     "P2P/": {"log.p2p-denied", "log.p2p-nvlink", "log.peer-map"},
@@ -158,11 +158,24 @@ def _finding(id: str, notes: list[Note], facts: LogFacts, status: Status) -> Fin
         if id == "log.trail"
         else first.value
     )
+    title += describe_hang(facts) if id == "log.watchdog" else ""
     host = first.first.record.host
     title += f" (on {host})" if host else ""
     title += f", {count} times" if count > 1 else ""
     evidence = tuple(note.first.evidence for note in sorted(notes, key=lambda note: note.first.order)[:3])
     return Finding(id, status, title, evidence=evidence, remedy=remedy_for(id, facts), host=host)
+
+
+def describe_hang(facts: LogFacts) -> str:
+    """Which ranks waited in which collective: the same for all of them, or not."""
+    waits = [note.value.split() for note in facts.all_notes("watchdog")]
+    calls = {(sequence, operation) for _, sequence, operation in waits}
+    if not waits:
+        return ""
+    ranks = ",".join(str(rank) for rank in sorted({int(rank) for rank, *_ in waits})[:16])
+    if len(calls) == 1:
+        return f"; ranks {ranks} waited in the same one: another rank is missing or slow"
+    return f"; ranks {ranks} waited in {len(calls)} different ones: their programs diverge, or some finished several"
 
 
 def _explain_by_circumstance(findings: list[Finding]) -> list[Finding]:
