@@ -7,7 +7,7 @@ _aphro() {
     [[ "$previous" == "=" ]] && previous="${COMP_WORDS[COMP_CWORD-2]}"
     COMPREPLY=()
     if [[ "$COMP_CWORD" -eq 1 ]]; then
-        COMPREPLY=($(compgen -W "run serve doctor version --help --version" -- "$current"))
+        COMPREPLY=($(compgen -W "run serve doctor estimate version --help --version" -- "$current"))
         return
     fi
     case "${COMP_WORDS[1]}" in
@@ -37,6 +37,21 @@ _aphro() {
         esac
         if [[ "$current" == -* ]]; then
             COMPREPLY=($(compgen -W "--nccl-log --json --only --skip --ib --hosts --model --tensor-parallel-size -tp --device --bundle --help -h" -- "$current"))
+        else
+            compopt -o default
+        fi
+        ;;
+    estimate)
+        case "$previous" in
+        --device) COMPREPLY=($(compgen -W "auto cuda cpu" -- "$current")); return ;;
+        --engine) COMPREPLY=($(compgen -W "aphro" -- "$current")); return ;;
+        --dtype) COMPREPLY=($(compgen -W "auto float32 bfloat16 float16" -- "$current")); return ;;
+        --kv-cache-dtype) COMPREPLY=($(compgen -W "auto float16 bfloat16 fp8" -- "$current")); return ;;
+        --max-model-len) COMPREPLY=($(compgen -W "auto" -- "$current")); return ;;
+        --tensor-parallel-size|-tp|--pipeline-parallel-size|-pp|--pp-layers|--gpu|--gpu-memory|--gpu-mem|--max-gpus|--gpus-per-node|--quantization|-q|--max-num-seqs|--max-num-batched-tokens|--max-num-prefill-tokens|--gpu-memory-utilization|-gmu|--block-size|--concurrency|--max-loras|--max-lora-rank|--enable-prefix-caching|--no-enable-prefix-caching|--draft-layers|--revision|--compare) return ;;
+        esac
+        if [[ "$current" == -* ]]; then
+            COMPREPLY=($(compgen -W "--tensor-parallel-size -tp --pipeline-parallel-size -pp --pp-layers --gpu --gpu-memory --gpu-mem --device --max-gpus --gpus-per-node --engine --dtype --quantization -q --kv-cache-dtype --max-model-len --max-num-seqs --max-num-batched-tokens --max-num-prefill-tokens --gpu-memory-utilization -gmu --block-size --concurrency --enforce-eager --enable-lora --max-loras --max-lora-rank --enable-prefix-caching --no-enable-prefix-caching --draft-layers --revision --compare --json --help -h" -- "$current"))
         else
             compopt -o default
         fi

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from aphro_cli import doctor
+from aphro_cli import estimate as estimate_command
 from aphro_cli.run import EXAMPLES, run
 
 
@@ -57,6 +58,7 @@ def version() -> None:
 app.command("run", epilog=EXAMPLES)(run)
 app.command("serve", epilog=EXAMPLES, short_help="The same as run.")(run)
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
+app.command("estimate", epilog=estimate_command.EXAMPLES)(estimate_command.estimate)
 app.command("version")(version)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -46,6 +47,39 @@ def visible_gpus() -> list[str]:
     if not present or chosen is None:
         return [name.removeprefix("nvidia") for name in present]
     return [name.strip() for name in chosen.split(",") if name.strip() not in ("", "-1")]
+
+
+@dataclass(frozen=True, slots=True)
+class GpuMemory:
+    """One GPU as its driver reports it: ``total_bytes`` that programs can see, ``free_bytes`` of them now."""
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+
+
+def gpu_memory() -> list[GpuMemory]:
+    """The visible GPUs, asked of nvidia-smi (no torch, no context); [] without any, or where it does not answer.
+
+    What the driver reserves is not part of what CUDA reports as the total.
+    """
+    visible = visible_gpus()
+    if not visible:
+        return []
+    fields = "--query-gpu=index,uuid,name,memory.total,memory.reserved,memory.free"
+    command = ["nvidia-smi", fields, "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(command, check=False, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    found: dict[str, GpuMemory] = {}
+    for line in answer.stdout.splitlines():
+        index, uuid, name, *amounts = [cell.strip() for cell in line.split(",")] + [""] * 6
+        if amounts[0].isdigit():
+            total, reserved, free = (int(cell) if cell.isdigit() else 0 for cell in amounts[:3])
+            gpu = GpuMemory(name, (total - reserved) * 2**20, free * 2**20)
+            found |= {index: gpu, uuid: gpu}
+    return [found[name] for name in visible if name in found]
 
 
 def torch_has_cuda() -> bool:

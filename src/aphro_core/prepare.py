@@ -19,12 +19,12 @@ from aphro_core.config import (
     SchedulerConfig,
 )
 from aphro_core.errors import ModelError, PlacementError, UsageError
+from aphro_core.estimate.aphro_engine import GPU_PREFILL_TOKENS, expected_balances
+from aphro_core.estimate.balance import RankBalance
 from aphro_core.models.registry import load_spec
 from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel.shard import ShardingPlan, build_plan
 from aphro_core.reporter import Reporter
-
-_GPU_PREFILL_TOKENS = 8192  # the largest rows of the linears, measured on an H200, come from here on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,7 @@ class Prepared:
     config: EngineConfig
     spec: DecoderSpec
     plan: ShardingPlan
+    expected: tuple[RankBalance, ...] | None = None  # each rank's memory by the estimate; None: GPUs that nobody asked
 
 
 def prepare(options: EngineOptions, reporter: Reporter) -> Prepared:
@@ -123,7 +124,20 @@ def prepare(options: EngineOptions, reporter: Reporter) -> Prepared:
         distributed_timeout_seconds=options.distributed_timeout,
         step_timeout_seconds=options.step_timeout or (60.0 if device == "cuda" else 10.0),
     )
-    return Prepared(config, spec, plan)
+    return Prepared(config, spec, plan, _expect(config, spec, plan, reporter))
+
+
+def _expect(
+    config: EngineConfig, spec: DecoderSpec, plan: ShardingPlan, reporter: Reporter
+) -> tuple[RankBalance, ...] | None:
+    """The estimate of this start, before anything is loaded."""
+    if config.device == "cpu":
+        return expected_balances(spec, plan, config, host.available_memory_bytes())
+    gpus = host.gpu_memory()
+    if not gpus:
+        reporter.line("No estimate to compare with: nvidia-smi does not answer.")
+        return None
+    return expected_balances(spec, plan, config, min(gpu.total_bytes for gpu in gpus))
 
 
 def _read_spec(options: EngineOptions, path: Path) -> DecoderSpec:
@@ -162,7 +176,7 @@ def _choose_prefill_tokens(options: EngineOptions, device: Device) -> int | None
     """Where nothing decodes no stream waits for a step, and a GPU multiplies large steps faster."""
     if options.max_num_prefill_tokens is not None or device == "cpu":
         return options.max_num_prefill_tokens
-    return max(_GPU_PREFILL_TOKENS, options.max_num_batched_tokens)
+    return max(GPU_PREFILL_TOKENS, options.max_num_batched_tokens)
 
 
 def _served_name(model: str, path: Path) -> str:

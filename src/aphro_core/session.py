@@ -15,6 +15,7 @@ import anyio.to_thread
 from anyio.abc import TaskGroup
 
 from aphro_core.errors import AphroError
+from aphro_core.estimate.measured import COLUMNS, compare_memory
 from aphro_core.frontend.frontend import Frontend
 from aphro_core.frontend.recovery_budget import RecoveryBudget
 from aphro_core.frontend.supervisor import EngineLostError, EngineProcess, Supervisor, engine_environment
@@ -130,6 +131,9 @@ class Session:
         parallel = config.parallel
         title = f"{spec.architecture}: tp {parallel.tensor_parallel_size} x pp {parallel.pipeline_parallel_size}"
         self._reporter.table(title, columns, rows)
+        if self.prepared.expected is not None:
+            compared = compare_memory(self.prepared.expected, ready.ranks)
+            self._reporter.table("Estimate / measurement", COLUMNS, compared)
         if ready.max_model_len < config.model.max_model_len:
             self._reporter.line(
                 f"Auto-fit max_model_len: reduced from {config.model.max_model_len} to {ready.max_model_len} to fit in "
@@ -157,11 +161,10 @@ async def open_session(
     *,
     max_queued_requests: int,
     fork_server: ForkServer | None = None,
-    takes_requests: bool = False,
 ) -> AsyncIterator[Session]:
     """Start the engine and read the tokenizer. Nothing of either is left when the block is left.
 
-    ``fork_server`` None: one of its own. ``takes_requests``: they wait for the first engine, instead of being refused.
+    ``fork_server`` None: one of its own.
     """
     config = prepared.config
     with ExitStack() as stack:
@@ -178,7 +181,6 @@ async def open_session(
                 max_model_len=config.model.max_model_len,
                 eos_token_ids=prepared.spec.eos_token_ids,
                 max_queued_requests=max_queued_requests,
-                takes_requests=takes_requests,
             )
             session = Session(prepared, frontend, reporter, tasks)
             budget = RecoveryBudget(options.max_recoveries, time.monotonic)

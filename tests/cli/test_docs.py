@@ -110,6 +110,11 @@ def test_links_lead_somewhere(document: Path) -> None:
     assert [link for link in links if "://" not in link and not (document.parent / link).exists()] == []
 
 
+def test_estimate_page_has_every_option() -> None:
+    documented = {name for row in rows_of("docs/estimate.md") for name in re.findall(r"`(--?[a-z-]+)`", row[0])}
+    assert documented == set(options_of("estimate"))
+
+
 def test_doctor_page_has_every_option_and_finding() -> None:
     rows = [row[0] for row in rows_of("docs/doctor.md")]
     documented = {

@@ -199,15 +199,16 @@ def test_a_missing_model_end_to_end(tmp_path: Path) -> None:
 
 def test_flags_named_in_the_core_exist() -> None:
     """A hint that names a flag names one that can be typed."""
-    command = typer.main.get_command(app).commands["run"]  # type: ignore[attr-defined]
-    known = {name for param in command.params for name in (*param.opts, *param.secondary_opts)}
+    commands = [typer.main.get_command(app).commands[name] for name in ("run", "estimate")]  # type: ignore[attr-defined]
+    params = [param for command in commands for param in command.params]
+    known = {name for param in params for name in (*param.opts, *param.secondary_opts)}
     named: dict[str, str] = {}
     for path in (ROOT / "src" / "aphro_core").rglob("*.py"):
         if path.is_relative_to(ROOT / "src" / "aphro_core" / "doctor"):
             continue  # its remedies are lines for docker, sysctl and others
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z-]+[a-z]", path.read_text()):
             named[flag] = path.name
-    foreign = {"--pid", "--merge"}  # of py-spy and gguf-split
+    foreign = {"--pid", "--merge", "--query-gpu", "--format"}  # of py-spy, gguf-split and nvidia-smi
     assert {flag: file for flag, file in named.items() if flag not in known | foreign} == {}
     assert len(named) >= 5
 

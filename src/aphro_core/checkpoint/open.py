@@ -25,6 +25,12 @@ def resolve_model(model: str, *, revision: str | None = None, on_progress: Calla
 
     ``on_progress`` is told, in a line, before anything is fetched. Raises ModelError with the next step.
     """
+    return local_path(model) or download(model, revision=revision, on_progress=on_progress)
+
+
+def local_path(model: str) -> Path | None:
+    """The path that ``model`` is, None where only a Hugging Face id can be meant. Raises ModelError for a path that
+    does not exist."""
     if not model.strip():
         raise ModelError("the model's name is empty", hint="give a folder, a .gguf file or a Hugging Face id")
     path = Path(model).expanduser()
@@ -32,7 +38,7 @@ def resolve_model(model: str, *, revision: str | None = None, on_progress: Calla
         return path
     if _looks_local(model):
         raise _no_such_path(path)
-    return download(model, revision=revision, on_progress=on_progress)
+    return None
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

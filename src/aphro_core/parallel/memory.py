@@ -49,6 +49,12 @@ def weights_bytes(spec: DecoderSpec, shard: RankShard, dtype_bytes: int) -> int:
     return dtype_bytes * sum(prod(shape) for shape in shapes.values()) + finer
 
 
+def tied_head_bytes(spec: DecoderSpec, shard: RankShard, dtype_bytes: int) -> int:
+    """Bytes of a head that is the embedding's tensor too: what CPUs keep once more, in the order they multiply."""
+    is_tied_here = spec.tie_word_embeddings and shard.has_embedding and shard.has_head
+    return len(shard.vocab) * spec.hidden_size * dtype_bytes if is_tied_here else 0
+
+
 def kv_block_bytes(spec: DecoderSpec, shard: RankShard, block_size: int, kv_dtype_bytes: int) -> int:
     """Bytes of one block on a rank: K and V of ``block_size`` tokens in each of its layers and KV heads.
 

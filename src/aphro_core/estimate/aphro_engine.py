@@ -1,0 +1,163 @@
+"""What aphro itself will allocate: the engine's own memory model where it runs the family, else the general one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+from aphro_core.config import EngineConfig
+from aphro_core.estimate.activations import Law, Run, activation_peak
+from aphro_core.estimate.balance import RankBalance, Sizes
+from aphro_core.estimate.facts import ModelFacts, QuantizationFacts
+from aphro_core.estimate.kv_layout import Group, KvLayout, build_layout
+from aphro_core.estimate.parameters import RankSlice, rank_heads
+from aphro_core.estimate.vllm import split_layers
+from aphro_core.estimate.weights import DTYPE_BYTES, rotary_bytes, weight_bytes
+from aphro_core.models.spec import DecoderSpec
+from aphro_core.parallel import memory
+from aphro_core.parallel.shard import RankShard, ShardingPlan, build_plan
+
+GIB: Final = 2**30
+MAX_NUM_BATCHED_TOKENS: Final = 2048
+GPU_PREFILL_TOKENS: Final = 8192  # the largest rows of the linears, measured on an H200, come from here on
+MAX_NUM_SEQS: Final = 256
+_LAW: Final = Law(memory.LOGITS_COPIES, 0, 5.0, keeps_expert_space=False)  # memory.activation_bytes in a law's terms
+
+
+@dataclass(frozen=True)
+class AphroEngine:
+    """``spec`` None: a model that aphro does not run. ``device_bytes`` of one rank's device; on CPUs this rank's share
+    of the host's free memory, of which ``overhead`` takes nothing."""
+
+    spec: DecoderSpec | None
+    device_bytes: int
+    is_gpu: bool
+
+    def balances(self, facts: ModelFacts, sizes: Sizes, quantization: QuantizationFacts | None) -> list[RankBalance]:
+        """In rank order. Raises PlacementError for sizes that the model's shapes forbid."""
+        if self.spec is not None:
+            plan = build_plan(self.spec, sizes.tp, sizes.pp, sizes.pp_layers)
+            return self.balances_of(plan, sizes)
+        return [
+            self._general(facts, sizes, quantization, stage, layers, tp_rank)
+            for stage, layers in enumerate(split_layers(facts.num_layers, sizes.pp, sizes.pp_layers))
+            for tp_rank in range(sizes.tp)
+        ]
+
+    def balances_of(self, plan: ShardingPlan, sizes: Sizes) -> list[RankBalance]:
+        """Each rank's balance by the engine's own memory model (parallel/memory.py)."""
+        return [self._balance(shard, sizes) for shard in plan.ranks]
+
+    def budget_bytes(self, sizes: Sizes) -> int:
+        ranks = 1 if self.is_gpu else sizes.tp * sizes.pp  # ranks on CPUs share what is free
+        return int(self.device_bytes * sizes.utilization / ranks)
+
+    def overhead_bytes(self, sizes: Sizes) -> int:
+        """Inside the budget, on GPUs: the CUDA context, with several ranks communicators too."""
+        if not self.is_gpu:
+            return 0
+        return round((0.5 if sizes.tp * sizes.pp == 1 else 1.5) * GIB)
+
+    def _balance(self, shard: RankShard, sizes: Sizes) -> RankBalance:
+        spec, element = self.spec, DTYPE_BYTES[sizes.dtype]
+        assert spec is not None
+        weights = _weights_bytes(spec, shard, element)
+        if not self.is_gpu and sizes.dtype != "float16":  # float16 is not packed: layers/linear.py
+            weights += memory.tied_head_bytes(spec, shard, element)
+        activations = memory.activation_bytes(spec, shard, sizes.max_num_batched_tokens, sizes.max_num_seqs, element)
+        if self.is_gpu:
+            activations += memory.graph_bytes(spec, shard, sizes.max_num_seqs, element)
+        block_bytes = memory.kv_block_bytes(spec, shard, sizes.block_size, sizes.cache_bytes)
+        return RankBalance(
+            rank=shard.rank,
+            stage=shard.pp_rank,
+            tp_rank=shard.tp_rank,
+            layers=shard.layers,
+            num_heads=len(shard.heads),
+            num_kv_heads=len(shard.kv_heads),
+            budget_bytes=self.budget_bytes(sizes),
+            weights_bytes=weights,
+            activation_bytes=activations,
+            overhead_bytes=self.overhead_bytes(sizes),
+            layout=KvLayout(block_bytes, sizes.block_size, (Group("full", None, 1),)),
+        )
+
+    def _general(
+        self,
+        facts: ModelFacts,
+        sizes: Sizes,
+        quantization: QuantizationFacts | None,
+        stage: int,
+        layers: range,
+        tp_rank: int,
+    ) -> RankBalance:
+        is_last = stage == sizes.pp - 1
+        part = RankSlice(layers, tp_rank, sizes.tp, stage == 0, is_last)
+        scheme = quantization.scheme if quantization else None
+        run = Run(
+            sizes.max_num_batched_tokens,
+            sizes.max_num_seqs,
+            sizes.max_model_len,
+            sizes.tp,
+            sizes.pp,
+            sizes.dtype,
+            scheme,
+        )
+        heads, kv_heads = rank_heads(facts.num_heads, facts.num_kv_heads, sizes.tp, tp_rank)
+        return RankBalance(
+            rank=stage * sizes.tp + tp_rank,
+            stage=stage,
+            tp_rank=tp_rank,
+            layers=layers,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            budget_bytes=self.budget_bytes(sizes),
+            weights_bytes=weight_bytes(facts, part, sizes.dtype, quantization) + rotary_bytes(facts, sizes.dtype),
+            activation_bytes=activation_peak(facts, run, _LAW, samples=is_last).total,
+            overhead_bytes=self.overhead_bytes(sizes),
+            layout=build_layout(
+                facts,
+                layers,
+                tp=sizes.tp,
+                tp_rank=tp_rank,
+                block_size=sizes.block_size,
+                cache_bytes=sizes.cache_bytes,
+                dtype_bytes=DTYPE_BYTES[sizes.dtype],
+            ),
+        )
+
+
+def expected_balances(
+    spec: DecoderSpec, plan: ShardingPlan, config: EngineConfig, device_bytes: int
+) -> tuple[RankBalance, ...]:
+    """What ``aphro estimate`` says of a start with this config, for ``run`` to print beside what was measured.
+
+    ``device_bytes``: the total of the smallest GPU, or the host's free memory.
+    """
+    parallel, cache, is_gpu = config.parallel, config.cache, config.device == "cuda"
+    sizes = Sizes(
+        tp=parallel.tensor_parallel_size,
+        pp=parallel.pipeline_parallel_size,
+        pp_layers=parallel.pp_layers,
+        dtype=config.model.dtype,
+        cache_bytes=DTYPE_BYTES[config.model.dtype],
+        block_size=cache.block_size,
+        max_model_len=config.model.max_model_len,
+        max_num_batched_tokens=config.scheduler.most_tokens,
+        max_num_seqs=config.scheduler.max_num_seqs,
+        utilization=cache.gpu_memory_utilization if is_gpu else cache.cpu_memory_utilization,
+        enforce_eager=False,
+    )
+    engine = AphroEngine(spec, device_bytes, is_gpu)
+    return tuple(engine.balances_of(plan, sizes))
+
+
+def _weights_bytes(spec: DecoderSpec, shard: RankShard, element: int) -> int:
+    """memory.weights_bytes, with one layer of each kind in place of all: a table of plans asks hundreds of times."""
+    outside = memory.weights_bytes(spec, replace(shard, layers=range(0)), element)
+    kinds = {spec.has_experts(layer): layer for layer in shard.layers}
+    each = {
+        kind: memory.weights_bytes(spec, replace(shard, layers=range(layer, layer + 1)), element) - outside
+        for kind, layer in kinds.items()
+    }
+    return outside + sum(each[spec.has_experts(layer)] for layer in shard.layers)

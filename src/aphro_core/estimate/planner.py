@@ -1,0 +1,118 @@
+"""All ways to spread a model over devices: which are legal and why not, what each holds, and which to take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from aphro_core.errors import PlacementError
+from aphro_core.estimate.estimate import Estimate, estimate
+from aphro_core.estimate.question import Question
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One (tp, pp). ``found`` None: illegal, for ``reason``."""
+
+    tp: int
+    pp: int
+    reason: str
+    found: Estimate | None = None
+    recommended: bool = False
+
+    @property
+    def num_devices(self) -> int:
+        return self.tp * self.pp
+
+
+def plan_all(question: Question) -> list[Plan]:
+    """Every (tp, pp) up to ``max_devices``, fewest devices first, the recommended one marked.
+
+    Recommended: the fewest devices that hold what was asked; of these tensor parallel as wide as a host allows and
+    pipeline parallel across hosts, as fewer, nearer ranks wait for each other less.
+    """
+    plans = [
+        plan_one(question, tp, devices // tp)
+        for devices in range(1, question.max_devices + 1)
+        for tp in range(1, devices + 1)
+        if devices % tp == 0
+    ]
+    best = recommend(plans, question.devices_per_host)
+    return [replace(plan, recommended=True, reason=_why(plan, question)) if plan is best else plan for plan in plans]
+
+
+def plan_one(question: Question, tp: int, pp: int) -> Plan:
+    try:
+        found = estimate(question, tp, pp)
+    except PlacementError as error:
+        return Plan(tp, pp, error.message)
+    return Plan(tp, pp, _note(found, question), found)
+
+
+def recommend(plans: list[Plan], devices_per_host: int) -> Plan | None:
+    """None when nothing fits. A plan that surely fits is preferred to one that may not start."""
+    for verdicts in (("fits",), ("fits", "may_not_start")):
+        good = [plan for plan in plans if plan.found is not None and plan.found.verdict in verdicts]
+        if good:
+            fewest = min(plan.num_devices for plan in good)
+            return max(
+                (plan for plan in good if plan.num_devices == fewest),
+                key=lambda plan: (plan.tp <= devices_per_host, plan.tp if plan.tp <= devices_per_host else -plan.tp),
+            )
+    return None
+
+
+def _why(plan: Plan, question: Question) -> str:
+    found = plan.found
+    assert found is not None
+    if plan.num_devices == 1:
+        why = "fits one device: no communication"
+    elif plan.pp == 1:
+        why = f"the fewest devices that hold it: {plan.tp} of one host share each layer"
+    elif plan.tp == 1:
+        why = f"the fewest devices that hold it: {plan.pp} stages (no legal tensor parallel of this size holds it)"
+    else:
+        why = f"tensor parallel {plan.tp} inside each host, {plan.pp} stages across"
+    if found.verdict == "may_not_start":
+        why += "; within the estimate's doubt"
+    note = _shares(found)
+    return f"{why}; {note}" if note else why
+
+
+def _note(found: Estimate, question: Question) -> str:
+    """Beside the figures of a legal plan: whether it fits, is uneven, or crosses hosts."""
+    notes = []
+    if found.verdict == "does_not_fit":
+        notes.append(shortage(found))
+    elif found.verdict == "may_not_start":
+        notes.append("may not start: within the estimate's doubt")
+    shares = _shares(found)
+    if shares:
+        notes.append(shares)
+    if found.sizes.tp > question.devices_per_host:
+        notes.append("tensor parallel across hosts: two all-reduces a layer over the network")
+    return "; ".join(notes) or "fits"
+
+
+def shortage(found: Estimate) -> str:
+    """By how much, and on which rank, a plan does not fit."""
+    rank = found.short_rank
+    missing = found.missing_bytes
+    if missing <= 0:
+        return "sized, then out of memory: graphs and the sampler's first call come on top of the budget"
+    where = f"rank {rank.rank}" if found.sizes.tp * found.sizes.pp > 1 else "the device"
+    over = "weights and activations alone are too large" if rank.left_bytes <= 0 else "no room for one such request"
+    return f"does not fit: {missing / 2**30:.2f} GiB short on {where} ({over})"
+
+
+def _shares(found: Estimate) -> str:
+    """``uneven: 3+3+2 KV heads`` where tp ranks hold different shares, and copies where KV heads are copied."""
+    first = [balance for balance in found.ranks if balance.stage == 0]
+    heads = [balance.num_kv_heads for balance in first]
+    queries = [balance.num_heads for balance in first]
+    if len(set(heads)) > 1:
+        return f"uneven: {'+'.join(map(str, heads))} KV heads, the largest share decides"
+    if len(set(queries)) > 1:
+        return f"uneven: {'+'.join(map(str, queries))} query heads, KV heads copied"
+    if sum(heads) > found.question.source.facts.num_kv_heads and not found.question.source.facts.has_latent:
+        return "KV heads copied: more ranks do not hold more tokens"
+    return ""

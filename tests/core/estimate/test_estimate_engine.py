@@ -1,0 +1,106 @@
+"""One arithmetic: what an estimate says of aphro is what a worker finds, for every family."""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+
+import pytest
+
+from aphro_core.checkpoint.headers import read_headers
+from aphro_core.checkpoint.open import open_checkpoint
+from aphro_core.config import EngineConfig, ModelConfig
+from aphro_core.estimate.aphro_engine import expected_balances
+from aphro_core.estimate.estimate import estimate
+from aphro_core.estimate.parameters import RankSlice, rank_matrices
+from aphro_core.estimate.question import DeviceFacts, Question
+from aphro_core.estimate.source import build_source
+from aphro_core.estimate.weights import stored_weight_bytes
+from aphro_core.messages.steps import StartWorker
+from aphro_core.models.registry import FAMILIES, family_of, load_spec
+from aphro_core.models.tensors import source_shapes
+from aphro_core.parallel import memory
+from aphro_core.parallel.shard import build_plan
+from aphro_core.worker.worker import Worker
+from tests.families import TINY
+from tests.tiny import write_tiny_checkpoint
+
+FREE = 2**29
+
+families = pytest.mark.parametrize("family", list(TINY))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {family: tmp_path_factory.mktemp(family) / "model" for family in TINY}
+    for family, folder in folders.items():
+        write_tiny_checkpoint(folder, family)
+    return folders
+
+
+def test_every_family_is_here() -> None:
+    assert {row.architecture for row in TINY.values()} == set(FAMILIES)
+
+
+@families
+def test_worker_finds_what_was_estimated(family: str, checkpoints: dict[str, Path]) -> None:
+    """float16 is kept as it came on CPUs, so the comparison is exact."""
+    path = checkpoints[family]
+    config = EngineConfig(model=ModelConfig(path=str(path), served_name="m", dtype="float16", max_model_len=64))
+    with open_checkpoint(path) as checkpoint:
+        spec = load_spec(checkpoint.hf_config)
+    (expected,) = expected_balances(spec, build_plan(spec, 1, 1), config, FREE)
+    memory_bytes = int(FREE * config.cache.cpu_memory_utilization)
+    worker = Worker(
+        StartWorker(config=config, rank=0, local_rank=0, store="", memory_bytes=memory_bytes), lambda _: None
+    )
+    try:
+        loaded = worker.load()
+    finally:
+        worker.close()
+    assert loaded.weights_bytes == expected.weights_bytes
+    assert loaded.activation_bytes == expected.activation_bytes
+    assert loaded.block_bytes == expected.layout.block_bytes
+    assert loaded.num_blocks == expected.num_blocks
+
+
+@families
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (3, 2)])
+def test_weights_of_a_plan_are_the_memory_models(family: str, tp: int, pp: int, checkpoints: dict[str, Path]) -> None:
+    """The short way over one layer of each kind gives what the sum over all layers gives."""
+    with open_checkpoint(checkpoints[family]) as checkpoint:
+        source = build_source("m", checkpoint.hf_config)
+    spec = source.spec
+    assert spec is not None
+    device = DeviceFacts(kind="cuda", total_bytes=FREE)
+    found = estimate(Question(source=source, device=device, dtype="float16"), tp, pp)
+    for rank, shard in zip(found.ranks, build_plan(spec, tp, pp).ranks, strict=True):
+        assert rank.weights_bytes == memory.weights_bytes(spec, shard, 2)
+
+
+@families
+def test_general_count_agrees_with_the_family(family: str, checkpoints: dict[str, Path]) -> None:
+    """The tolerant reader, made for models that aphro does not run, counts those it does run alike."""
+    with open_checkpoint(checkpoints[family]) as checkpoint:
+        config = dict(checkpoint.hf_config)
+    source = build_source("m", config)
+    assert source.spec is not None
+    shapes = source_shapes(family_of(source.spec).tensors, source.spec)
+    whole = RankSlice(range(source.facts.num_layers), 0, 1, True, True)
+    stored = sum(prod(shape) for shape in shapes.values())
+    rows = -(-source.facts.vocab_size // 64) * 64 - source.facts.vocab_size
+    copies = 1 if source.facts.tie_word_embeddings else 2
+    counted = sum(matrix.count * matrix.elements for matrix in rank_matrices(source.facts, whole))
+    assert counted - copies * rows * source.facts.hidden_size == pytest.approx(stored, rel=0.02)
+
+
+@families
+def test_headers_give_the_files_bytes(family: str, checkpoints: dict[str, Path]) -> None:
+    headers = read_headers(str(checkpoints[family]))
+    source = build_source("m", headers.hf_config, tensors=headers.tensors, file_bytes=headers.file_bytes)
+    assert source.tensors is not None
+    whole = RankSlice(range(source.facts.num_layers), 0, 1, True, True)
+    found = stored_weight_bytes(source.facts, whole, source.tensors, "float32")
+    padding = 2 * 64 * source.facts.hidden_size * 4
+    assert source.file_bytes is not None
+    assert source.file_bytes <= found <= source.file_bytes + padding
