@@ -18,6 +18,7 @@ SOURCES = sorted([*ROOT.glob("src/**/*.py"), *ROOT.glob("kernels/**/*.py")])
 OUTSIDE_WORLD = {"torch", "anyio", "asyncio", "httpx", "rich", "os", "socket", "subprocess", "threading", "time"}
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 FORBIDDEN_CALLS = {"eval", "exec", "__import__", "import_module", "torch.load", "os.system", "os.popen"}
+DISTRIBUTIONS = {"pynvml": "nvidia-ml-py"}  # whose names are not those of what they install
 OPTIONAL = {"triton"}  # comes with CUDA builds of torch; kernels do without
 
 sources = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -133,7 +134,7 @@ def test_dependencies_are_what_is_imported() -> None:
     declared = {re.split(r"[<>=~;\[ ]", line)[0] for line in project["dependencies"]}
     trees = [ast.parse(path.read_text()) for path in SOURCES]
     packages = set().union(*map(packages_imported_by, trees)) - set(sys.stdlib_module_names) - {*PACKAGES, "aphro"}
-    imported = {name.replace("_", "-") for name in packages} - OPTIONAL
+    imported = {DISTRIBUTIONS.get(name, name.replace("_", "-")) for name in packages} - OPTIONAL
     assert imported == declared
 
 

@@ -11,14 +11,39 @@ import anyio
 from anyio.abc import TaskGroup
 
 from aphro_core.doctor.check import Cluster, ClusterCheck, HostCheck, LiveOptions
-from aphro_core.doctor.checks import comm_gloo, limit_memlock, name_loopback, shm_size
+from aphro_core.doctor.checks import (
+    comm_gloo,
+    comm_nccl,
+    gpu_busy,
+    gpu_count,
+    gpu_driver,
+    gpu_fabric,
+    gpu_health,
+    gpu_p2p,
+    gpu_throttle,
+    gpu_topology,
+    limit_memlock,
+    name_loopback,
+    shm_size,
+)
 from aphro_core.doctor.finding import Evidence, Finding, Status
 from aphro_core.errors import AphroError, UsageError
 from aphro_core.remote.remote import Host, HostUnreachableError
 from aphro_core.remote.ssh import open_host, parse_target
 
-HOST_CHECKS: Final[tuple[HostCheck, ...]] = (shm_size, limit_memlock)
-CLUSTER_CHECKS: Final[tuple[ClusterCheck, ...]] = (name_loopback, comm_gloo)
+HOST_CHECKS: Final[tuple[HostCheck, ...]] = (
+    gpu_driver,
+    gpu_count,
+    gpu_health,
+    gpu_throttle,
+    gpu_busy,
+    gpu_topology,
+    gpu_p2p,
+    gpu_fabric,
+    shm_size,
+    limit_memlock,
+)
+CLUSTER_CHECKS: Final[tuple[ClusterCheck, ...]] = (name_loopback, comm_gloo, comm_nccl)
 CHECKS: Final[dict[str, HostCheck | ClusterCheck]] = {
     **{check.ID: check for check in HOST_CHECKS},
     **{check.ID: check for check in CLUSTER_CHECKS},
@@ -26,7 +51,7 @@ CHECKS: Final[dict[str, HostCheck | ClusterCheck]] = {
 
 CONNECT: Final = "host.ssh"  # the finding of a host that cannot be reached at all
 _RDMA: Final = ("ib.", "roce.", "gdr.", "efa")  # asked for by --ib or by name
-_LIMIT_SECONDS: Final = 20.0
+_LIMIT_SECONDS: Final = 20.0  # unless a check names its own
 _AT_ONCE: Final = 6  # checks of one host: sshd admits ten sessions on a connection
 
 OnFinding = Callable[[Finding], None]
@@ -124,7 +149,7 @@ async def _run_on(host: Host, checks: Sequence[HostCheck], add: Callable[[list[F
 
     async def run(check: HostCheck) -> None:
         async with at_once:
-            found = await _guarded(check, check.check(host), _LIMIT_SECONDS)
+            found = await _guarded(check, check.check(host), getattr(check, "LIMIT_SECONDS", _LIMIT_SECONDS))
         add([replace(finding, host=finding.host or host.name) for finding in found])
 
     async with anyio.create_task_group() as tasks:
