@@ -109,6 +109,43 @@ async def test_a_host_that_is_stopped_before_is_no_longer_asked(pair: list[Netns
     assert "no ssh connection to node1" in found[0].title
 
 
+async def _network(host: str = "") -> dict[str, Finding]:
+    """Check id -> finding, of a host or of all together."""
+    found = await run_checks(only=["net", "name"], hosts=NAMES)
+    return {finding.id: finding for finding in found if finding.host in ("", host)}
+
+
+@pytest.mark.anyio
+async def test_the_network_between_healthy_hosts(pair: list[NetnsHost]) -> None:
+    found = await _network("node0")
+    assert {name: finding.status for name, finding in found.items()} == {
+        "name.loopback": Status.PASS,
+        "name.unique": Status.PASS,
+        "net.interface": Status.PASS,
+        "net.reach": Status.PASS,
+        "net.mtu": Status.PASS,
+        "net.speed": Status.WARN,  # veth says 10 Gb/s
+    }
+    assert found["net.interface"].title == f"eth0 ({pair[0].address}) leads to the peers"
+
+
+@pytest.mark.anyio
+async def test_what_is_wrong_between_hosts_is_found_from_both_sides(pair: list[NetnsHost]) -> None:
+    pair[1].drop("tcp dport != 22 ct state new")  # which Gloo does not notice: here node1 connects to node0
+    pair[1].run("ip", "link", "set", "eth0", "mtu", "1400")
+    try:
+        found = await _network("node1")
+    finally:
+        pair[1].run("ip", "link", "set", "eth0", "mtu", "1500")
+    assert found["net.reach"].status is Status.FAIL
+    assert "node0 cannot connect to node1: no answer within 3 s" in found["net.reach"].title
+    assert "on node1: sudo ufw allow from" in found["net.reach"].remedy
+    assert (found["net.mtu"].status, found["net.mtu"].title) == (Status.FAIL, "different MTUs: node0 1500, node1 1400")
+    assert found["net.interface"].status is Status.WARN  # NCCL would start with storage0
+    assert "storage0" in found["net.interface"].title
+    assert "NCCL_SOCKET_IFNAME==eth0" in found["net.interface"].remedy
+
+
 def test_nothing_runs_on_when_the_driver_is_killed(pair: list[NetnsHost]) -> None:
     code = (
         "import anyio, functools\nsay = functools.partial(print, flush=True)\n"
