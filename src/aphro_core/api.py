@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ import anyio
 
 from aphro_core.config import ServerConfig
 from aphro_core.errors import first_cause
+from aphro_core.frontend.recovery_budget import RecoveryBudget
+from aphro_core.frontend.supervisor import engine_environment
+from aphro_core.keeper import Kept, keep
 from aphro_core.llm import LLM
 from aphro_core.messages.requests import EngineReady
 from aphro_core.prepare import EngineOptions, Prepared, prepare
@@ -23,6 +27,7 @@ from aphro_core.server.app import build_app
 from aphro_core.server.bind import bind, url_of
 from aphro_core.server.serve import Server
 from aphro_core.session import Session, open_session
+from aphro_core.spawn import open_fork_server
 
 __all__ = ["LLM", "EngineOptions", "SamplingParams", "ServeOptions", "serve"]
 
@@ -55,7 +60,13 @@ def serve(options: ServeOptions, reporter: Reporter) -> int:
     sockets = bind(server_config.host, server_config.port)  # a busy port is known before anything loads
     try:
         prepared = prepare(options, reporter)
-        return anyio.run(_serve, options, server_config, prepared, sockets, reporter)
+        budget = RecoveryBudget(options.max_recoveries, time.monotonic)
+
+        def run_api(kept: Kept) -> int:
+            return anyio.run(_serve, options, server_config, prepared, sockets, kept, reporter)
+
+        with open_fork_server(engine_environment(prepared.config)) as fork_server:
+            return keep(run_api, fork_server, budget, reporter)
     except BaseExceptionGroup as group:
         raise first_cause(group) from group
     finally:
@@ -68,26 +79,35 @@ async def _serve(
     config: ServerConfig,
     prepared: Prepared,
     sockets: Sequence[socket.socket],
+    kept: Kept,
     reporter: Reporter,
 ) -> int:
-    opened = open_session(prepared, options, reporter, max_queued_requests=config.max_queued_requests)
+    opened = open_session(
+        prepared,
+        options,
+        reporter,
+        max_queued_requests=config.max_queued_requests,
+        fork_server=kept.fork_server,
+        takes_requests=kept.is_replacement,
+    )
     async with opened as session, anyio.create_task_group() as tasks:
         server = Server(build_app(session.frontend, config), sockets, config)
         tasks.start_soon(_stop_on_signals, server, session, reporter)
-        tasks.start_soon(_announce, session, server, config, prepared, reporter)
+        tasks.start_soon(_announce, session, server, config, prepared, kept, reporter)
         await server.run()
         tasks.cancel_scope.cancel()
     return 0
 
 
 async def _announce(
-    session: Session, server: Server, config: ServerConfig, prepared: Prepared, reporter: Reporter
+    session: Session, server: Server, config: ServerConfig, prepared: Prepared, kept: Kept, reporter: Reporter
 ) -> None:
     """Say that it serves; when the engine dies, let open streams end with their error, then raise the first cause."""
     ready = await session.wait_ready()
     url, model = url_of(server.sockets), prepared.config.model.served_name
     if config.json_ready:
-        _write_ready(Path(config.json_ready), url, ready, prepared.config.cache.block_size)
+        _write_ready(Path(config.json_ready), url, ready, kept, prepared.config.cache.block_size)
+    kept.mark_ready()
     reporter.ready(url, model, _curl(url, model, bool(config.api_keys), session.frontend.tokenizer is not None))
     raise await session.wait_dead()
 
@@ -104,14 +124,15 @@ async def _stop_on_signals(server: Server, session: Session, reporter: Reporter)
                 server.drain()
 
 
-def _write_ready(file: Path, url: str, ready: EngineReady, block_size: int) -> None:
-    """The ready record for scripts, written whole or not at all."""
+def _write_ready(file: Path, url: str, ready: EngineReady, kept: Kept, block_size: int) -> None:
+    """The ready record for scripts, written whole or not at all. ``pid`` is the process to signal."""
     workers = [
         {"rank": loaded.rank, "pid": loaded.pid, "host": loaded.host, "device": loaded.device} for loaded in ready.ranks
     ]
     record = {
         "url": url,
-        "pid": os.getpid(),
+        "pid": kept.keeper_pid,
+        "api_pid": os.getpid(),
         "workers": workers,
         "num_blocks": ready.num_blocks,
         "tokens": ready.num_blocks * block_size,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import select
@@ -16,11 +15,10 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from aphro_core.engine import entry as engine_entry
-from aphro_core.lifeline import die_with_parent
+from aphro_core.lifeline import die_with_parent, name_process
 from aphro_core.spawn import MAX_REQUEST_BYTES, STATUS, Door, ForkChild, Forked, OpenLink, decode_request, encode
 from aphro_core.worker import entry as worker_entry
 
-_PR_SET_NAME: Final = 15
 _REAP_SECONDS: Final = 3.0  # for a killed process to be gone; one in the kernel's hands may take for ever
 
 
@@ -42,11 +40,12 @@ class ForkedChild:
 class Server:
     """One thread, one loop: requests from links, ends of children."""
 
-    def __init__(self, root: socket.socket) -> None:
+    def __init__(self, links: list[socket.socket]) -> None:
         self._poll = select.poll()
         self._links: dict[int, Link] = {}
-        self._root_fd = root.fileno()
-        self._add_link(root)
+        self._root_fd = links[0].fileno()
+        for link in links:
+            self._add_link(link)
 
     def run(self) -> None:
         """Until whoever started us is gone."""
@@ -155,7 +154,7 @@ def _be_child(server_pid: int, door: Door, name: str, fds: list[int]) -> None:
     try:
         os.setpgid(0, 0)
         die_with_parent(server_pid)
-        ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0)
+        name_process(name)
         channel = socket.socket(fileno=fds[0])
         if door == "engine":
             exit_code = engine_entry.main(channel, socket.socket(fileno=fds[1]))
@@ -169,19 +168,22 @@ def _be_child(server_pid: int, door: Door, name: str, fds: list[int]) -> None:
 
 
 def main() -> None:
-    """``python -m aphro_core.forkserver FD PARENT_PID``, FD a connected seqpacket socket."""
-    fd, parent_pid = int(sys.argv[1]), int(sys.argv[2])
+    """``python -m aphro_core.forkserver PARENT_PID FD...``, each FD a link: a connected seqpacket socket."""
+    parent_pid, *fds = map(int, sys.argv[1:])
     die_with_parent(parent_pid)
+    name_process("aphro-forks")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the process that drains decides, for all
         signal.signal(number, signal.SIG_IGN)
     _import_everything()
     gc.collect()
     gc.freeze()  # what is shared stays shared: collections in children touch none of it
-    Server(socket.socket(fileno=fd)).run()
+    Server([socket.socket(fileno=fd) for fd in fds]).run()
 
 
 def _import_everything() -> None:
     """What an engine or a worker would import at its start, torch above all."""
+    import gguf.quants  # noqa: F401
+
     import aphro_core.executor.inprocess
     import aphro_core.executor.multiprocess
     import aphro_core.worker.worker  # noqa: F401

@@ -161,10 +161,11 @@ async def open_session(
     *,
     max_queued_requests: int,
     fork_server: ForkServer | None = None,
+    takes_requests: bool = False,
 ) -> AsyncIterator[Session]:
     """Start the engine and read the tokenizer. Nothing of either is left when the block is left.
 
-    ``fork_server`` None: one of its own.
+    ``fork_server`` None: one of its own. ``takes_requests``: they wait for the first engine, instead of being refused.
     """
     config = prepared.config
     with ExitStack() as stack:
@@ -181,6 +182,7 @@ async def open_session(
                 max_model_len=config.model.max_model_len,
                 eos_token_ids=prepared.spec.eos_token_ids,
                 max_queued_requests=max_queued_requests,
+                takes_requests=takes_requests,
             )
             session = Session(prepared, frontend, reporter, tasks)
             budget = RecoveryBudget(options.max_recoveries, time.monotonic)

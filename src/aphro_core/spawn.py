@@ -135,35 +135,60 @@ class Spawner:
 class ForkServer:
     """The fork server's process, as the one who started it sees it; started again where it has died."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(self, environment: Mapping[str, str], root: Spawner | None = None) -> None:
+        """``root``: a link to one that another process has started."""
         self._environment = dict(environment)
         self._process: subprocess.Popen[bytes] | None = None
-        self._root: Spawner | None = None
+        self._root = root
+        self._spare: Spawner | None = None
 
     def open_link(self) -> Spawner:
         """A link to a fork server that answers. Blocks until its imports are done. Raises EngineDeadError."""
-        if self._process is not None and self._process.poll() is not None:
+        if self._root is not None and self._process is None:
+            try:
+                return self._root.open_link()
+            except EngineDeadError:  # it was another's, and is gone: from now on we have our own
+                self.close()
+        elif self._process is not None and self._process.poll() is not None:
             self.close()
         self.start()
         assert self._root is not None
         return self._root.open_link()
 
+    def take_link(self) -> Spawner:
+        """As ``open_link``; the first one is there at once, before the imports are done."""
+        self.start()
+        if self._spare is None or (self._process is not None and self._process.poll() is not None):
+            return self.open_link()
+        spare, self._spare = self._spare, None
+        return spare
+
+    def inherited(self, link: Spawner) -> ForkServer:
+        """In a forked child: this server through ``link``; what is our parent's is forgotten, and never ended here."""
+        for other in (self._root, self._spare):
+            if other is not None:
+                other.close()
+        self._process = self._root = self._spare = None
+        return ForkServer(self._environment, link)
+
     def start(self) -> None:
         """Begin to start it, unless it runs; returns at once."""
-        if self._process is not None:
+        if self._root is not None:
             return
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
+        spare, its_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs, its_end:
+            handed = [theirs.fileno(), its_end.fileno()]
             # a session of its own: Ctrl-C in the terminal is for the process that drains, and for nobody else
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "aphro_core.forkserver", str(theirs.fileno()), str(os.getpid())],
+                [sys.executable, "-m", "aphro_core.forkserver", str(os.getpid()), *map(str, handed)],
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # talk goes to stderr: stdout belongs to data
                 env=self._environment,
                 start_new_session=True,
-                pass_fds=[theirs.fileno()],
+                pass_fds=handed,
             )
-        self._root = Spawner(ours)
+        self._root, self._spare = Spawner(ours), Spawner(spare)
 
     @property
     def pid(self) -> int:
@@ -172,12 +197,13 @@ class ForkServer:
 
     def close(self) -> None:
         """End it, and with it whatever it forked."""
-        if self._root is not None:
-            self._root.close()
+        for link in (self._root, self._spare):
+            if link is not None:
+                link.close()
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-        self._process = self._root = None
+        self._process = self._root = self._spare = None
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from aphro_core.errors import ExitCode
-from tests.e2e.server_process import ServerProcess, command, is_running, running_server
+from tests.e2e.server_process import ServerProcess, command, descendants_of, is_running, running_server
 from tests.tiny import write_tiny_checkpoint
 
 IDS = list(range(5, 25))
@@ -63,6 +63,21 @@ def test_a_signal_drains_and_leaves_nothing(tmp_path: Path, tiny: Path, number: 
         server.process.send_signal(number)
         thread.join(60)
         assert answers == [200], "the open request was cut"
+        assert server.process.wait(10) == 0, server.log.read_text()
+        server.wait_all_gone(3)
+        assert server.port_is_free()
+
+
+def test_an_api_process_that_is_killed_is_replaced(tmp_path: Path, tiny: Path) -> None:
+    with running_server(tmp_path, tiny, *SMALL, "-tp", "2") as server:
+        complete(server.url)
+        os.kill(server.record["api_pid"], signal.SIGKILL)
+        began = time.monotonic()
+        complete(server.url, 4)  # the keeper holds the socket: it waits in the queue, and is not refused
+        assert time.monotonic() - began < 10
+        assert not any(is_running(worker["pid"]) for worker in server.record["workers"]), "orphans"
+        server.descendants += descendants_of(server.process.pid)
+        server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(10) == 0, server.log.read_text()
         server.wait_all_gone(3)
         assert server.port_is_free()

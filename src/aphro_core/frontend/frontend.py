@@ -50,10 +50,14 @@ class Frontend:
         max_model_len: int,
         eos_token_ids: Sequence[int],
         max_queued_requests: int,
+        takes_requests: bool = False,
         clock: Callable[[], float] = time.monotonic,
         draw_seed: Callable[[], int] = lambda: secrets.randbits(63),
     ) -> None:
-        """``eos_token_ids`` are the model's; those of the tokenizer join them. ``clock`` gives seconds."""
+        """``eos_token_ids`` are the model's; those of the tokenizer join them. ``clock`` gives seconds.
+
+        ``takes_requests``: before the first engine is there they wait for it, instead of being refused.
+        """
         ends = dict.fromkeys([*eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())])
         self.tokenizer = tokenizer
         self.served_name = served_name
@@ -65,7 +69,7 @@ class Frontend:
         self._live: dict[int, LiveChoice] = {}  # by seq_id
         self._aborts: list[int] = []  # seq_ids that the engine is still to be told to forget
         self._recovery = Recovery(self._table, self._live.__contains__, self._give_up, clock)
-        self._was_ready = False
+        self._was_ready = takes_requests
         self._pulse_at = clock()
         self._stalled = ""
         self._failure: AphroError | None = None

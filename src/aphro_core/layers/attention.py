@@ -31,6 +31,8 @@ class Attention:
         num_kv_heads: int,
         head_dim: int,
         window: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
         q_norm: RMSNorm | None = None,
         k_norm: RMSNorm | None = None,
         scale: float | None = None,
@@ -41,7 +43,11 @@ class Attention:
         self._qkv, self._out, self._group = qkv, out, group
         self._all_heads, self._head_dim = num_heads + 2 * num_kv_heads, head_dim
         self._paged = PagedAttention(window, q_norm, k_norm, scale)
-        self._gathered = GatheredAttention(num_heads, num_kv_heads, head_dim, window, q_norm, k_norm, scale, softcap)
+        self._gathered: GatheredAttention | None = None  # on GPUs: it would be compiled for nothing
+        if device.type == "cpu":
+            self._gathered = GatheredAttention(
+                num_heads, num_kv_heads, head_dim, window, dtype, q_norm, k_norm, scale, softcap
+            )
 
     def __call__(self, x: Tensor, rotation: Rotation, rows: GatheredRows | PagedRows, cache: Tensor) -> Tensor:
         """``x`` [num_tokens, hidden_size] to the same shape. ``cache`` as worker/kv_cache.py allocates it."""
@@ -49,6 +55,7 @@ class Attention:
         if isinstance(rows, PagedRows):
             attended = self._paged(qkv, rotation, rows, cache)
         else:
+            assert self._gathered is not None, "gathered rows are a CPU's"
             attended = self._gathered(qkv, rotation, rows, cache)
         return self._group.all_reduce_(self._out(attended))
 

@@ -10,22 +10,11 @@ from torch import Tensor
 
 
 @dataclass(slots=True)
-class DecodeGroup:
-    """Rows ``start`` to ``stop`` of the batch, one token each, whose keys are gathered as one rectangle.
+class DirectRows:
+    """The first rows of the batch, each read straight from the cache: those that decode, and short prompts'."""
 
-    ``keys`` and ``values`` are views of ``gathered``, so that a layer has nothing to reshape. A fused group gathers
-    both at once; otherwise the values take the place of the keys once these were used: half the memory to go through.
-    """
-
-    start: int
-    stop: int
-    is_fused: bool
-    key_rows: Tensor  # int64, the rows of the cache to gather, see GatheredRows; with the values' if fused
-    value_rows: Tensor
-    gathered: Tensor  # [key_rows, block_size * head_dim], scratch memory
-    keys: Tensor  # [rows, num_kv_heads, keys, head_dim]
-    values: Tensor  # the same
-    mask: Tensor  # [rows, 1, 1, keys]: 0 where a key is seen, -inf elsewhere
+    block_tables: Tensor  # [rows, max_blocks] int64
+    seq_lens: Tensor  # [rows] int64: keys of each, its own token's included
 
 
 @dataclass(slots=True)
@@ -53,24 +42,16 @@ class Chunk:
 
 
 @dataclass(slots=True)
-class KeyView:
-    """What the rows of a step read, for layers of one sliding window (or none)."""
-
-    decode: list[DecodeGroup]  # the first rows of the batch
-    chunks: list[Chunk]  # those after them
-
-
-@dataclass(slots=True)
 class GatheredRows:
-    """For attention by torch's operations (CPU): rows of the cache to write and to gather.
+    """For attention on a CPU: rows of the cache to write, block tables to read through, rows to gather for chunks.
 
     The cache ``[num_blocks, 2, num_kv_heads, block_size, head_dim]`` is seen as a matrix: one row a (block, K or V,
     head, offset) to write, one row a (block, K or V, head) to gather.
     """
 
     slot_rows: Tensor  # [num_tokens, 2 * num_kv_heads] int64: each token's K heads, then its V heads
-    begun_blocks: Tensor | None  # int64: blocks that this step begins and does not fill
-    views: dict[int | None, KeyView]  # by the window of a layer
+    direct: DirectRows | None
+    chunks: dict[int | None, list[Chunk]]  # by the window of a layer
 
 
 @dataclass(slots=True)
@@ -97,7 +78,7 @@ class PagedRows:
 
 @dataclass(slots=True)
 class Batch:
-    """One step of a rank. Rows are tokens: decode rows first, the short contexts before the long, then the chunks."""
+    """One step of a rank. Rows are tokens: decode rows first, then the chunks, the short contexts before the long."""
 
     token_ids: Tensor  # [num_tokens] int64
     positions: Tensor  # [num_tokens] int64

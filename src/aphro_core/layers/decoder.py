@@ -104,6 +104,8 @@ class _Parts:
         self, spec: DecoderSpec, shard: RankShard, weights: dict[str, Tensor], group: TensorParallelGroup
     ) -> None:
         self._spec, self._shard, self._weights, self._group = spec, shard, weights, group
+        sample = next(iter(weights.values()))
+        self._dtype, self._device = sample.dtype, sample.device
         self._plain: dict[int, int] = {}  # address -> bytes, so that tied weights count once
         self._packed_bytes = 0
 
@@ -150,6 +152,8 @@ class _Parts:
             num_kv_heads=len(shard.kv_heads),
             head_dim=spec.head_dim,
             window=window,
+            dtype=self._dtype,
+            device=self._device,
             q_norm=self._rms_norm(f"{name}.q_norm") if spec.qk_norm else None,
             k_norm=self._rms_norm(f"{name}.k_norm") if spec.qk_norm else None,
             scale=spec.attention_scale,

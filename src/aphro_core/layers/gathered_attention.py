@@ -1,12 +1,13 @@
-"""Attention over the paged cache by torch's operations: write, gather blocks, multiply, softmax, multiply (CPU)."""
+"""Attention over the paged cache on a CPU: a kernel for rows of few keys, gathered blocks and products for others."""
 
 from __future__ import annotations
 
 import torch
+from aphro_kernels.cpu_decode_attention import DecodeAttention
 from torch import Tensor
-from torch.nn.functional import rms_norm, scaled_dot_product_attention
+from torch.nn.functional import rms_norm
 
-from aphro_core.layers.batch import Chunk, DecodeGroup, GatheredRows
+from aphro_core.layers.batch import Chunk, GatheredRows
 from aphro_core.layers.norm import RMSNorm
 from aphro_core.layers.rotary import Rotation
 
@@ -20,6 +21,7 @@ class GatheredAttention:
         num_kv_heads: int,
         head_dim: int,
         window: int | None,
+        dtype: torch.dtype,
         q_norm: RMSNorm | None,
         k_norm: RMSNorm | None,
         scale: float,
@@ -28,6 +30,7 @@ class GatheredAttention:
         self._num_heads, self._num_kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
         self._window = window
         self._scale, self._softcap = scale, softcap
+        self._direct = DecodeAttention(num_heads, num_kv_heads, head_dim, dtype, scale, window, softcap)
         self._qk_gain: Tensor | None = None  # [heads, head_dim]
         if q_norm is not None and k_norm is not None:
             gains = [q_norm.weight.expand(num_heads, -1), k_norm.weight.expand(num_kv_heads, -1)]
@@ -39,29 +42,14 @@ class GatheredAttention:
         if self._qk_gain is not None:
             torch.mul(rms_norm(qk, (self._head_dim,), None, self._eps), self._qk_gain, out=qk)
         rotation.apply_(qk)
-        if rows.begun_blocks is not None:
-            # what an earlier sequence left behind the tokens of a block is masked, but -inf + NaN would be NaN
-            cache.index_fill_(0, rows.begun_blocks, 0)
         cache.view(-1, self._head_dim).index_put_((rows.slot_rows,), qkv[:, self._num_heads :])
-        view, q = rows.views[self._window], qkv[:, : self._num_heads]
-        parts = [self._decode(part, q[part.start : part.stop], cache) for part in view.decode]
-        parts += [self._prefill(part, q[part.start : part.stop], cache) for part in view.chunks]
+        q, parts = qkv[:, : self._num_heads], []
+        if rows.direct is not None:
+            tables, lens = rows.direct.block_tables, rows.direct.seq_lens
+            attended = self._direct(q[: len(lens)], cache, tables, lens)
+            parts.append(attended.view(len(lens), -1))
+        parts += [self._prefill(part, q[part.start : part.stop], cache) for part in rows.chunks[self._window]]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _decode(self, part: DecodeGroup, q: Tensor, cache: Tensor) -> Tensor:
-        num_rows, num_kv_heads, num_keys, head_dim = part.keys.shape
-        _gather(cache, part.key_rows, part.gathered)
-        folded = torch.mul(q, self._scale).view(num_rows, num_kv_heads, -1, head_dim)
-        if part.is_fused and self._softcap is None:
-            attended = scaled_dot_product_attention(folded, part.keys, part.values, attn_mask=part.mask, scale=1.0)
-            return attended.reshape(num_rows, -1)
-        matrices = num_rows * num_kv_heads
-        keys_t = part.keys.view(matrices, num_keys, head_dim).transpose(1, 2)
-        scores = self._cap_(torch.bmm(folded.view(matrices, -1, head_dim), keys_t))
-        scores.view(num_rows, num_kv_heads, -1, num_keys).add_(part.mask)
-        if not part.is_fused:
-            _gather(cache, part.value_rows, part.gathered)
-        return torch.bmm(_softmax_(scores), part.values.view(matrices, num_keys, head_dim)).view(num_rows, -1)
 
     def _prefill(self, part: Chunk, q: Tensor, cache: Tensor) -> Tensor:
         num_kv_heads, head_dim = self._num_kv_heads, self._head_dim

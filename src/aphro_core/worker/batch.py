@@ -31,7 +31,7 @@ class BatchBuilder:
     def build(self, plan: StepPlan, sequences: dict[int, SequenceState]) -> Batch:
         """The rows of a plan that was applied to ``sequences``: a chunk of one token is a decode row like any other."""
         decode = sorted((entry for entry in plan.scheduled if entry.num_tokens == 1), key=_start_of)
-        chunks = [entry for entry in plan.scheduled if entry.num_tokens > 1]
+        chunks = sorted((entry for entry in plan.scheduled if entry.num_tokens > 1), key=_stop_of)
         token_ids: list[int] = []
         positions: list[int] = []
         first_rows: dict[int, int] = {}
@@ -52,6 +52,10 @@ class BatchBuilder:
 
 def _start_of(entry: ScheduledSequence) -> int:
     return entry.start
+
+
+def _stop_of(entry: ScheduledSequence) -> int:
+    return entry.start + entry.num_tokens
 
 
 def _spans(entries: Sequence[ScheduledSequence], sequences: dict[int, SequenceState]) -> list[Span]:

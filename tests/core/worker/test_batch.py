@@ -53,12 +53,12 @@ def entry(seq_id: int, start: int, num_tokens: int, samples: bool = True) -> Sch
     return ScheduledSequence(seq_id, start, num_tokens, [], [], samples)
 
 
-def test_decode_rows_first_by_length_then_chunks_in_plan_order() -> None:
+def test_decode_rows_first_then_chunks_each_by_length() -> None:
     batch = build(entry(1, 9, 3), entry(2, 30, 1), entry(3, 0, 1), entry(4, 4, 2, samples=False), entry(5, 7, 1))
-    assert batch.first_rows == {3: 0, 5: 1, 2: 2, 1: 3, 4: 6}
-    assert batch.token_ids.tolist() == [300, 507, 230, 109, 110, 111, 404, 405]
-    assert batch.positions.tolist() == [0, 7, 30, 9, 10, 11, 4, 5]
-    assert batch.sampled_rows.tolist() == [5, 2, 0, 1]  # in plan order: 1, 2, 3, 5
+    assert batch.first_rows == {3: 0, 5: 1, 2: 2, 4: 3, 1: 5}
+    assert batch.token_ids.tolist() == [300, 507, 230, 404, 405, 109, 110, 111]
+    assert batch.positions.tolist() == [0, 7, 30, 4, 5, 9, 10, 11]
+    assert batch.sampled_rows.tolist() == [7, 2, 0, 1]  # in plan order: 1, 2, 3, 5
 
 
 def test_no_row_draws() -> None:
@@ -79,13 +79,10 @@ def test_slots_follow_the_block_table() -> None:
 
 
 @pytest.mark.parametrize(("pp", "windows"), [(1, {20, None}), (4, {None})])
-def test_views_for_the_windows_of_the_stage_only(pp: int, windows: set[int | None]) -> None:
+def test_chunks_for_the_windows_of_the_stage_only(pp: int, windows: set[int | None]) -> None:
     rows = build(entry(1, 90, 1), pp=pp).cache_rows
     assert isinstance(rows, GatheredRows)
-    assert set(rows.views) == windows
-    # of positions 71 to 90 in blocks of 4, and of all up to 90
-    keys = {window: view.decode[0].values.shape[2] for window, view in rows.views.items()}
-    assert keys == {window: 24 if window else 92 for window in windows}
+    assert set(rows.chunks) == windows
 
 
 def test_rows_of_a_shuffled_plan_are_the_same_rows() -> None:

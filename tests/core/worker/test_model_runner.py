@@ -72,14 +72,7 @@ def check_logprobs(result: StepResult, planner: Planner, model: Model) -> None:
 # constants of the gathered attention: as they are, and such that tiny models meet all of its ways
 LIMITS: dict[str, dict[str, Any]] = {
     "as built": {},
-    "fused only, one group": {"_FUSED_KEYS": 2**30, "_MAX_WASTE": 2**30},
-    "products only, small groups and tiles": {
-        "_FUSED_KEYS": 0,
-        "_MAX_WASTE": 0,
-        "_MAX_GROUP": 2000,
-        "_TILE_ROWS": range(2, 5),
-        "_MAX_SCORES": 400,
-    },
+    "products only, small tiles": {"_SHORT_KEYS": 0, "_TILE_ROWS": range(2, 5), "_MAX_SCORES": 400},
 }
 
 

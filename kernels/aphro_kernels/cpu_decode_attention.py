@@ -1,0 +1,236 @@
+"""Decode attention on a CPU: one query token a sequence, straight from the paged cache, nothing gathered."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numba import carray, cfunc, njit, types
+from torch import Tensor
+
+from aphro_kernels import openmp
+from aphro_kernels.vector_blocks import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    SOURCE_DIGEST,
+    block_scores,
+    block_values,
+    element_bytes,
+    float_of,
+    narrow,
+    pointer_to,
+    take_number,
+    widen,
+)
+
+_KINDS: Final = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+_NUM_ARGUMENTS: Final = 14
+
+
+def decode_attention_reference(
+    q: Tensor,
+    kv_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """What :class:`DecodeAttention` computes, row by row in float32."""
+    rows = []
+    for row, num_keys in enumerate(seq_lens.tolist()):
+        keys, values = kv_cache[block_tables[row]].float().permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :num_keys]
+        scores = q[row].float().view(len(keys), -1, q.shape[2]) @ keys.transpose(1, 2) * scale
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        if window is not None:
+            scores[..., : max(num_keys - window, 0)] = -math.inf
+        rows.append((scores.softmax(dim=-1) @ values).flatten(0, 1))
+    return torch.stack(rows).to(q.dtype)
+
+
+class DecodeAttention:
+    """The attention of one layer's decode rows.
+
+    Built once for heads of one shape, which takes about a second if the disk holds no compiled code of it yet.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> None:
+        """``window``: only so many of the last keys are seen; ``softcap`` c makes scores c * tanh(score / c)."""
+        self._num_kv_heads = num_kv_heads
+        self._window = 2**62 if window is None else window
+        self._scale, self._softcap = _bits(scale), _bits(softcap or 0.0)
+        self._function = _compile(_KINDS[dtype], num_heads // num_kv_heads, head_dim)
+
+    def __call__(self, q: Tensor, kv_cache: Tensor, block_tables: Tensor, seq_lens: Tensor) -> Tensor:
+        """``q`` [rows, num_heads, head_dim] to the same shape, contiguous; rows of ``q`` may be strided.
+
+        ``kv_cache`` [num_blocks, 2, num_kv_heads, block_size, head_dim]; ``block_tables`` [rows, max_blocks] and
+        ``seq_lens`` [rows] int64, contiguous: the keys of a row, its own token included.
+        """
+        out = torch.empty(q.shape, dtype=q.dtype)
+        threads = min(openmp.num_threads(), len(q) * self._num_kv_heads)
+        arguments = np.array(
+            [
+                0,  # pairs of a row and a KV head that threads have taken
+                q.data_ptr(),
+                q.stride(0) * q.element_size(),
+                kv_cache.data_ptr(),
+                block_tables.data_ptr(),
+                seq_lens.data_ptr(),
+                out.data_ptr(),
+                len(q),
+                block_tables.shape[1],
+                self._num_kv_heads,
+                kv_cache.shape[3],
+                self._window,
+                self._scale,
+                self._softcap,
+            ],
+            dtype=np.int64,
+        )
+        openmp.run(self._function.address, arguments.ctypes.data, threads)
+        return out
+
+
+def _bits(number: float) -> int:
+    return int(np.float32(number).view(np.int32))
+
+
+@cache
+def _compile(kind: int, group: int, head_dim: int) -> Any:
+    """The C function that each thread runs: it takes a pair of a row and a KV head, until all are taken.
+
+    Kept on disk between starts, beside this file or in Numba's cache folder.
+    """
+    row_bytes, loops_version = head_dim * element_bytes(kind), SOURCE_DIGEST
+
+    @cfunc(types.void(types.voidptr), cache=True)
+    def thread(pointer):  # type: ignore[no-untyped-def]
+        assert loops_version  # a closure's values are part of the key, the source of other files is not
+        a = carray(pointer, (_NUM_ARGUMENTS,), np.int64)
+        num_rows, max_blocks, num_kv_heads, block_size, window = a[7], a[8], a[9], a[10], a[11]
+        tables = carray(pointer_to(a[4]), (num_rows, max_blocks), np.int64)
+        seq_lens = carray(pointer_to(a[5]), (num_rows,), np.int64)
+        scale, softcap = float_of(np.int32(a[12])), float_of(np.int32(a[13]))
+        head_bytes = block_size * row_bytes
+        num_tasks = num_rows * num_kv_heads
+        task = take_number(a.ctypes.data)
+        while task < num_tasks:
+            row, head = task // num_kv_heads, task % num_kv_heads
+            heads = head * group * row_bytes
+            after = min(task + 1, num_tasks - 1)
+            next_keys = (tables[after // num_kv_heads, 0] * 2 * num_kv_heads + after % num_kv_heads) * head_bytes
+            _attend(
+                kind,
+                group,
+                head_dim,
+                row_bytes,
+                a[1] + row * a[2] + heads,
+                a[6] + row * num_kv_heads * group * row_bytes + heads,
+                a[3] + head * head_bytes,
+                2 * num_kv_heads * head_bytes,
+                tables[row],
+                max(seq_lens[row] - window, 0),
+                seq_lens[row],
+                block_size,
+                scale,
+                softcap,
+                a[3] + next_keys,
+            )
+            task = take_number(a.ctypes.data)
+
+    return thread
+
+
+@njit(fastmath=True, error_model="numpy", inline="always")
+def _attend(  # type: ignore[no-untyped-def]
+    kind,
+    group,
+    head_dim,
+    row_bytes,
+    q,
+    out,
+    cache,
+    block_bytes,
+    table,
+    first,
+    stop,
+    block_size,
+    scale,
+    softcap,
+    next_keys,
+):
+    """One KV head of one row. ``cache`` is where that head's keys in block 0 are, ``next_keys`` what is read next."""
+    queries = np.empty((group, head_dim), np.float32)
+    sums = np.zeros((group, head_dim), np.float32)
+    stride = stop - first
+    scores = np.empty((group, stride), np.float32)
+    for g in range(group):
+        widen(kind, head_dim, q + g * row_bytes, queries.ctypes.data + g * head_dim * 4, scale)
+    begin, end = first // block_size, (stop - 1) // block_size + 1
+    half = block_bytes // 2  # from the keys of a block to its values
+    for block in range(begin, end):
+        low, high = max(first, block * block_size), min(stop, (block + 1) * block_size)
+        keys = cache + table[block] * block_bytes + (low - block * block_size) * row_bytes
+        ahead = cache + (table[block + 1] * block_bytes if block + 1 < end else table[begin] * block_bytes + half)
+        target = scores.ctypes.data + (low - first) * 4
+        block_scores(kind, group, head_dim, queries.ctypes.data, keys, target, stride, high - low, ahead)
+    for g in range(group):
+        if softcap > 0:
+            for i in range(stride):
+                scores[g, i] = math.tanh(scores[g, i] / softcap) * softcap
+        _softmax(scores[g])
+    for block in range(begin, end):
+        low, high = max(first, block * block_size), min(stop, (block + 1) * block_size)
+        values = cache + table[block] * block_bytes + half + (low - block * block_size) * row_bytes
+        ahead = cache + table[block + 1] * block_bytes + half if block + 1 < end else next_keys
+        weights = scores.ctypes.data + (low - first) * 4
+        block_values(kind, group, head_dim, weights, values, sums.ctypes.data, stride, high - low, ahead)
+    for g in range(group):
+        narrow(kind, head_dim, sums.ctypes.data + g * head_dim * 4, out + g * row_bytes)
+
+
+@njit(fastmath=True, error_model="numpy")
+def _softmax(scores):  # type: ignore[no-untyped-def]
+    """In place over a vector of float32."""
+    peak = np.float32(-np.inf)
+    for i in range(len(scores)):
+        peak = max(peak, scores[i])
+    total = np.float32(0)
+    for i in range(len(scores)):
+        scores[i] = _exponential(scores[i] - peak)
+        total += scores[i]
+    scale = np.float32(1) / total
+    for i in range(len(scores)):
+        scores[i] *= scale
+
+
+@njit(fastmath=True, inline="always")
+def _exponential(x):  # type: ignore[no-untyped-def]
+    """``e ** x`` for ``x <= 0``, to 2e-7 of it: a whole power of 2 by its bits, a polynomial for the rest."""
+    power = max(x * np.float32(1.4426950408889634), np.float32(-126))
+    whole = np.float32(math.floor(power))
+    rest = power - whole
+    value = np.float32(1.535336188319500e-4)
+    value = value * rest + np.float32(1.339887440266574e-3)
+    value = value * rest + np.float32(9.618437357674640e-3)
+    value = value * rest + np.float32(5.550332471162809e-2)
+    value = value * rest + np.float32(2.402264791363012e-1)
+    value = value * rest + np.float32(6.931472028550421e-1)
+    value = value * rest + np.float32(1)
+    return value * float_of((np.int32(whole) + np.int32(127)) << np.int32(23))
