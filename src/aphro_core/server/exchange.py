@@ -73,8 +73,9 @@ class Exchange:
 
 
 def check_head(scope: Scope) -> None:
-    """Raises HttpError (431) for a header bomb."""
+    """Raises HttpError: 431 for a header bomb, 400 for a target that could be read as another one."""
     headers = scope["headers"]
+    _check_target(scope["raw_path"], scope["path"])
     size = sum(len(name) + len(value) for name, value in headers)
     if len(headers) > MAX_HEADERS or size > MAX_HEADER_BYTES:
         raise HttpError(
@@ -83,6 +84,14 @@ def check_head(scope: Scope) -> None:
             code="headers_too_large",
             closes=True,
         )
+
+
+def _check_target(raw: bytes, path: str) -> None:
+    """Only the plain form: a path from the root, without steps, doubled slashes or what some servers cut off."""
+    steps = path.split("/")[1:]
+    is_plain = raw.startswith(b"/") and "\\" not in path and "#" not in path and path.isprintable()
+    if not is_plain or "." in steps or ".." in steps or "" in steps[:-1]:
+        raise HttpError(400, "the request's target is not a plain path", code="bad_target", closes=True)
 
 
 class BodyReader:

@@ -15,6 +15,7 @@ import hypercorn.asyncio
 
 from aphro_core.config import ServerConfig
 from aphro_core.errors import first_cause
+from aphro_core.server import http1
 from aphro_core.server.app import App
 from aphro_core.server.bind import BACKLOG, bind, url_of
 
@@ -110,6 +111,7 @@ class Server:
             raise RuntimeError("hypercorn ended without being told to")
 
     def _config(self) -> hypercorn.Config:
+        http1.install()
         config = hypercorn.Config()
         # duplicates: hypercorn closes what it is given
         config.bind = [f"fd://{os.dup(sock.fileno())}" for sock in self.sockets]
