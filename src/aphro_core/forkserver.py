@@ -17,6 +17,7 @@ from typing import Final
 from aphro_core.engine import entry as engine_entry
 from aphro_core.lifeline import die_with_parent, name_process
 from aphro_core.spawn import MAX_REQUEST_BYTES, STATUS, Door, ForkChild, Forked, OpenLink, decode_request, encode
+from aphro_core.templates import child as template_child
 from aphro_core.worker import entry as worker_entry
 
 _REAP_SECONDS: Final = 3.0  # for a killed process to be gone; one in the kernel's hands may take for ever
@@ -158,8 +159,10 @@ def _be_child(server_pid: int, door: Door, name: str, fds: list[int]) -> None:
         channel = socket.socket(fileno=fds[0])
         if door == "engine":
             exit_code = engine_entry.main(channel, socket.socket(fileno=fds[1]))
-        else:
+        elif door == "worker":
             exit_code = worker_entry.main(channel)
+        else:
+            exit_code = template_child.main(channel)
     except BaseException:
         traceback.print_exc()
     finally:

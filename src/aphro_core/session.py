@@ -31,6 +31,7 @@ from aphro_core.messages.requests import (
 from aphro_core.prepare import EngineOptions, Prepared
 from aphro_core.reporter import Reporter
 from aphro_core.spawn import ForkServer, open_fork_server
+from aphro_core.templates.renderer import ChildRenderer
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -171,12 +172,11 @@ async def open_session(
     with ExitStack() as stack:
         if fork_server is None:
             fork_server = stack.enter_context(open_fork_server(engine_environment(config)))
+        renderer = ChildRenderer(fork_server)
+        stack.callback(renderer.close)
         async with anyio.create_task_group() as tasks:
-            tokenizer = None  # read while the fork server imports
-            if not options.skip_tokenizer_init:
-                tokenizer = await anyio.to_thread.run_sync(_open_tokenizer, prepared, options)
             frontend = Frontend(
-                tokenizer,
+                None,
                 served_name=config.model.served_name,
                 vocab_size=prepared.spec.vocab_size,
                 max_model_len=config.model.max_model_len,
@@ -187,10 +187,12 @@ async def open_session(
             session = Session(prepared, frontend, reporter, tasks)
             budget = RecoveryBudget(options.max_recoveries, time.monotonic)
             tasks.start_soon(Supervisor(config, fork_server, budget, session).run)
+            if not options.skip_tokenizer_init:
+                frontend.use_tokenizer(await anyio.to_thread.run_sync(_open_tokenizer, prepared, options, renderer))
             yield session
             tasks.cancel_scope.cancel()
 
 
-def _open_tokenizer(prepared: Prepared, options: EngineOptions) -> Tokenizer:
+def _open_tokenizer(prepared: Prepared, options: EngineOptions, renderer: ChildRenderer) -> Tokenizer:
     template = Path(options.chat_template).read_text() if options.chat_template else None
-    return open_tokenizer(Path(prepared.config.model.path), chat_template=template)
+    return open_tokenizer(Path(prepared.config.model.path), chat_template=template, render=renderer.render)

@@ -8,6 +8,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Final, Literal, Self
@@ -17,7 +18,7 @@ import msgspec
 
 from aphro_core.errors import EngineDeadError
 
-Door = Literal["engine", "worker"]
+Door = Literal["engine", "worker", "template"]
 
 STATUS: Final = struct.Struct("<i")  # an exit code, or minus the signal, written once to a child's status pipe
 MAX_REQUEST_BYTES: Final = 4096
@@ -97,6 +98,7 @@ class Spawner:
 
     def __init__(self, link: socket.socket) -> None:
         self._link = link
+        self._lock = threading.Lock()  # links are asked from the threads that wait for their answers
         link.settimeout(_ANSWER_SECONDS)
 
     def fork(self, door: Door, name: str, channel: socket.socket, link: Self | None = None) -> Child:
@@ -118,8 +120,9 @@ class Spawner:
 
     def _ask(self, request: Request, fds: Sequence[int], num_fds: int) -> tuple[Forked, list[int]]:
         try:
-            socket.send_fds(self._link, [encode(request)], list(fds))
-            data, received, _, _ = socket.recv_fds(self._link, MAX_REQUEST_BYTES, num_fds)
+            with self._lock:
+                socket.send_fds(self._link, [encode(request)], list(fds))
+                data, received, _, _ = socket.recv_fds(self._link, MAX_REQUEST_BYTES, num_fds)
         except TimeoutError:
             raise EngineDeadError(f"the fork server has not answered within {_ANSWER_SECONDS:g} s") from None
         except OSError as error:
@@ -141,9 +144,14 @@ class ForkServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._root = root
         self._spare: Spawner | None = None
+        self._lock = threading.RLock()
 
     def open_link(self) -> Spawner:
         """A link to a fork server that answers. Blocks until its imports are done. Raises EngineDeadError."""
+        with self._lock:
+            return self._open_link()
+
+    def _open_link(self) -> Spawner:
         if self._root is not None and self._process is None:
             try:
                 return self._root.open_link()

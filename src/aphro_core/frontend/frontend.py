@@ -58,11 +58,11 @@ class Frontend:
 
         ``takes_requests``: before the first engine is there they wait for it, instead of being refused.
         """
-        ends = dict.fromkeys([*eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())])
-        self.tokenizer = tokenizer
+        self.tokenizer: Tokenizer | None = None
         self.served_name = served_name
         self.metrics = Metrics(served_name, clock)
-        self._limits = ModelLimits(vocab_size, max_model_len, tuple(end for end in ends if 0 <= end < vocab_size))
+        self._limits = ModelLimits(vocab_size, max_model_len, tuple(eos_token_ids))
+        self.use_tokenizer(tokenizer)
         self._clock = clock
         self._draw_seed = draw_seed
         self._table = RequestTable(max_queued_requests)
@@ -73,6 +73,13 @@ class Frontend:
         self._pulse_at = clock()
         self._stalled = ""
         self._failure: AphroError | None = None
+
+    def use_tokenizer(self, tokenizer: Tokenizer | None) -> None:
+        """From now on; what ends an answer there ends it here too."""
+        self.tokenizer = tokenizer
+        ends = dict.fromkeys([*self._limits.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())])
+        known = tuple(end for end in ends if 0 <= end < self.vocab_size)
+        self._limits = replace(self._limits, eos_token_ids=known)
 
     @property
     def max_model_len(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +15,9 @@ from aphro_core.frontend.folder_tokenizer import read_folder_tokenizer
 from aphro_core.frontend.gguf_tokenizer import read_gguf_tokenizer
 from aphro_core.frontend.pieces import DECODERS, Pieces, read_decoder
 from aphro_core.frontend.tokenizer_data import WITHOUT_TOKENIZER, TokenizerData
+from aphro_core.templates.render import TemplateRefusedError, render_here
+
+RenderTemplate = Callable[[str, Sequence[Mapping[str, Any]], bool, Mapping[str, Any]], str]
 
 _RESERVED: Final = ("messages", "chat_template", "add_generation_prompt", "conversations")
 
@@ -22,8 +25,11 @@ _RESERVED: Final = ("messages", "chat_template", "add_generation_prompt", "conve
 class Tokenizer:
     """A vocabulary of ``vocab_size`` tokens. ``eos_token_ids`` end an answer. Safe to use from several threads."""
 
-    def __init__(self, data: TokenizerData, *, source: Path) -> None:
-        """``source`` is what errors name. Raises ModelError for a decoder that is not known here."""
+    def __init__(self, data: TokenizerData, *, source: Path, render: RenderTemplate = render_here) -> None:
+        """``source`` is what errors name, ``render`` where chat templates run.
+
+        Raises ModelError for a decoder that is not known here.
+        """
         backend = data.backend
         decoder = read_decoder(backend)
         if decoder is None:
@@ -41,6 +47,7 @@ class Tokenizer:
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self._backend = backend
         self._data = data
+        self._render_template = render
         self._all_pieces = Pieces(backend, to_bytes)
         self._visible_pieces = Pieces(backend, to_bytes, {token_id for token_id in added if added[token_id].special})
         self._texts: dict[int, str] = {}
@@ -111,17 +118,11 @@ class Tokenizer:
                 f"chat_template_kwargs has {', '.join(reserved)}, which has a place of its own or is not allowed",
                 field="chat_template_kwargs",
             )
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         variables = {**self._data.special_tokens, **template_args}
         try:
-            rendered, _ = render_jinja_template(
-                [list(messages)], chat_template=template, add_generation_prompt=add_generation_prompt, **variables
-            )
-        except Exception as error:  # the template is foreign code on a client's data: whatever it raises is about those
+            return self._render_template(template, messages, add_generation_prompt, variables)
+        except TemplateRefusedError as error:
             raise RequestError(f"the chat template refuses these messages: {error}", field="messages") from error
-        text: str = rendered[0]
-        return text
 
     def _choose_template(self, has_tools: bool) -> str:
         name = "tool_use" if has_tools and "tool_use" in self._data.chat_templates else "default"
@@ -136,16 +137,17 @@ class Tokenizer:
         return template
 
 
-def open_tokenizer(path: Path, *, chat_template: str | None = None) -> Tokenizer:
+def open_tokenizer(path: Path, *, chat_template: str | None = None, render: RenderTemplate = render_here) -> Tokenizer:
     """The tokenizer of a checkpoint folder or ``.gguf`` file. ``chat_template`` (its text) goes before the model's own.
 
-    Raises ModelError: none there, damaged, or of a kind that is not known; also for a template with a syntax error.
+    ``render`` runs the template: here, or in a process that has limits (templates/renderer.py). Raises ModelError: none
+    there, damaged, or of a kind that is not known; also for a template that is broken or needs too much.
     """
     path = Path(path)
     data = read_gguf_tokenizer(path) if path.is_file() else read_folder_tokenizer(path)
     if chat_template is not None:
         data = replace(data, chat_templates={"default": chat_template})
-    tokenizer = Tokenizer(data, source=path)
+    tokenizer = Tokenizer(data, source=path, render=render)
     if tokenizer.chat_template is not None:
         _check_template(tokenizer, "--chat-template" if chat_template is not None else str(path))
     return tokenizer
@@ -153,15 +155,14 @@ def open_tokenizer(path: Path, *, chat_template: str | None = None) -> Tokenizer
 
 def _check_template(tokenizer: Tokenizer, source: str) -> None:
     """Try it out, so that its compiled form is there for the first chat, and a broken one is known at once."""
-    from jinja2 import TemplateSyntaxError
-
     try:
         tokenizer.encode_chat([{"role": "user", "content": "Hello"}])
     except RequestError as error:
-        if isinstance(error.__cause__, TemplateSyntaxError | ImportError):  # else: it may refuse this chat
-            line = f" at line {error.__cause__.lineno}" if isinstance(error.__cause__, TemplateSyntaxError) else ""
+        refused = error.__cause__ if isinstance(error.__cause__, TemplateRefusedError) else None
+        if refused is not None and (refused.is_broken or refused.is_over_limit):  # else: it may refuse this very chat
+            line = "" if refused.line is None else f" at line {refused.line}"
             raise ModelError(
-                f"the chat template of {source} cannot be used{line}: {error.__cause__}",
+                f"the chat template of {source} cannot be used{line}: {refused}",
                 hint="--chat-template FILE, with a Jinja template",
             ) from error
 

@@ -8,6 +8,7 @@ import msgspec
 
 from aphro_core.messages.requests import FromEngine, ToEngine
 from aphro_core.messages.steps import FromWorker, ToWorker
+from aphro_core.messages.templates import FromRenderer, Render
 
 Out = TypeVar("Out")
 In = TypeVar("In")
@@ -48,3 +49,11 @@ def api_side_of_engine() -> Codec[ToEngine, FromEngine]:
 
 def engine_side_of_api() -> Codec[FromEngine, ToEngine]:
     return Codec(ToEngine)
+
+
+def tokenizer_side_of_renderer() -> Codec[Render, FromRenderer]:
+    return Codec(FromRenderer)
+
+
+def renderer_side() -> Codec[FromRenderer, Render]:
+    return Codec(Render)

@@ -18,7 +18,7 @@ from aphro_core.config import ServerConfig
 from aphro_core.errors import RequestError
 from aphro_core.server.auth import Keys
 from aphro_core.server.contract import Frontend
-from aphro_core.server.exchange import BodyReader, Exchange, check_head
+from aphro_core.server.exchange import BodyReader, Exchange, check_head, check_target
 from aphro_core.server.gate import Gate
 from aphro_core.server.generate import CHAT, COMPLETION, Generate
 from aphro_core.server.openai import check_model, template_kwargs, template_messages
@@ -64,6 +64,7 @@ class App:
     async def _guard(self, scope: Scope, receive: Receive, send: Send) -> None:
         check_head(scope)
         scope["aphro.salt"] = self._keys.admit(scope)
+        check_target(scope["path"])
         await self._router(scope, receive, send)
 
     def _routes(self) -> list[Route]:

@@ -73,9 +73,8 @@ class Exchange:
 
 
 def check_head(scope: Scope) -> None:
-    """Raises HttpError: 431 for a header bomb, 400 for a target that could be read as another one."""
+    """Raises HttpError: 431 for a header bomb, 400 for a target that is no path (a whole URL, ``*``)."""
     headers = scope["headers"]
-    _check_target(scope["raw_path"], scope["path"])
     size = sum(len(name) + len(value) for name, value in headers)
     if len(headers) > MAX_HEADERS or size > MAX_HEADER_BYTES:
         raise HttpError(
@@ -84,14 +83,20 @@ def check_head(scope: Scope) -> None:
             code="headers_too_large",
             closes=True,
         )
+    if not (scope.get("raw_path") or b"/").startswith(b"/"):
+        raise _bad_target()
 
 
-def _check_target(raw: bytes, path: str) -> None:
-    """Only the plain form: a path from the root, without steps, doubled slashes or what some servers cut off."""
+def check_target(path: str) -> None:
+    """Raises HttpError (400) for steps, doubled slashes and what some servers cut off: elsewhere they lead elsewhere."""
     steps = path.split("/")[1:]
-    is_plain = raw.startswith(b"/") and "\\" not in path and "#" not in path and path.isprintable()
+    is_plain = "\\" not in path and "#" not in path and path.isprintable()
     if not is_plain or "." in steps or ".." in steps or "" in steps[:-1]:
-        raise HttpError(400, "the request's target is not a plain path", code="bad_target", closes=True)
+        raise _bad_target()
+
+
+def _bad_target() -> HttpError:
+    return HttpError(400, "the request's target is not a plain path", code="bad_target", closes=True)
 
 
 class BodyReader:

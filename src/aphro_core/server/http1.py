@@ -8,6 +8,7 @@ connection ends.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import resource
 from typing import Any, Final
@@ -16,7 +17,7 @@ import anyio
 import h11
 import hypercorn.protocol
 from hypercorn.asyncio.worker_context import AsyncioSingleTask
-from hypercorn.events import Closed, Event, RawData
+from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.protocol.h11 import H11Protocol
 
 HEAD_SECONDS: Final = 10.0  # from a connection, or a head's first byte, to the head's last one
@@ -73,6 +74,15 @@ class Connections:
         self.max_open = max(16, min(MAX_CONNECTIONS, files - _SPARE_FILES))
         self.num_open = 0
 
+    def take(self, task: asyncio.Task[Any] | None) -> None:
+        """Count one until the task that serves it is done, however it ends."""
+        assert task is not None
+        self.num_open += 1
+        task.add_done_callback(self._release)
+
+    def _release(self, task: asyncio.Task[Any]) -> None:
+        self.num_open -= 1
+
 
 class StrictProtocol(H11Protocol):
     """One connection."""
@@ -84,28 +94,23 @@ class StrictProtocol(H11Protocol):
         self.connection = StrictConnection(h11.SERVER, max_incomplete_event_size=self.config.h11_max_incomplete_size)
         self._head_timer = AsyncioSingleTask()
         self._waits_for_head = False
-        self._is_counted = False
 
     async def initiate(self) -> None:
         if self.connections.num_open >= self.connections.max_open:
             await self.send(RawData(data=_BUSY))
             await self.send(Closed())
             return
-        self.connections.num_open += 1
-        self._is_counted = True
+        self.connections.take(asyncio.current_task())
         await self._start_timer()
 
     async def handle(self, event: Event) -> None:
         if isinstance(event, Closed):
             await self._head_timer.stop()
-            self._uncount()
+            # hypercorn waits out the idle timeout of a connection that is gone, with its socket still open
+            await self.send(Updated(idle=False))
         await super().handle(event)
         if isinstance(event, RawData) and isinstance(self.connection, StrictConnection):
             await self._watch_head(self.connection)
-
-    def _uncount(self) -> None:
-        self.connections.num_open -= self._is_counted
-        self._is_counted = False
 
     async def _watch_head(self, connection: StrictConnection) -> None:
         """A head that has begun has its deadline; between requests the connection is idle, which hypercorn bounds."""

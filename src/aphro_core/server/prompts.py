@@ -38,7 +38,8 @@ class PromptEncoder:
         size = sum(len(message["content"]) for message in messages)
         self._check_length(size, "messages")
         render = partial(tokenizer.encode_chat, messages, add_generation_prompt, **template_args)
-        return await self._run(render, size)
+        # the template runs in another process: however small the chat, this loop does not wait for it
+        return await self._run(render, max(size, _THREAD_CHARS + 1))
 
     def check_ids(self, token_ids: list[int], field: str) -> list[int]:
         """The ids, each known to be in the vocabulary."""
