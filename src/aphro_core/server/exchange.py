@@ -88,7 +88,7 @@ def check_head(scope: Scope) -> None:
 
 
 def check_target(path: str) -> None:
-    """Raises HttpError (400) for steps, doubled slashes and what some servers cut off: elsewhere they lead elsewhere."""
+    """Raises HttpError (400) for steps, doubled slashes and what some servers cut off: elsewhere it leads elsewhere."""
     steps = path.split("/")[1:]
     is_plain = "\\" not in path and "#" not in path and path.isprintable()
     if not is_plain or "." in steps or ".." in steps or "" in steps[:-1]:
