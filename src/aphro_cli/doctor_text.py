@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
-from aphro_cli.console import render_table
+from aphro_cli.console import printable, render_table
 from aphro_core.doctor.finding import Finding, Status
 from aphro_core.doctor.nccl_log.verdict import LogReport, Path
 
 _MAX_ROWS: Final = 48  # of the table of pairs; beyond it pairs that are alike share a row
-_MAX_TEXT: Final = 160
+_MAX_TEXT: Final = 200
 
 
 def render_report(report: LogReport) -> list[str]:
@@ -85,7 +85,7 @@ def _render_finding(finding: Finding) -> Iterator[str]:
     yield f"{finding.status.upper():4}  {finding.id}{root}{host}: {finding.title}"
     for line in finding.evidence:
         place = f"{line.file}:{line.line}" if line.line else line.file
-        yield f"      {place}: {line.text[:_MAX_TEXT]}"
+        yield f"      {place}: {printable(line.text)[:_MAX_TEXT]}"
     if finding.remedy and finding.status is not Status.PASS:
         yield from _labelled("try: ", finding.remedy.splitlines())
 

@@ -23,6 +23,8 @@ _COMMANDS: Final[Mapping[str, tuple[str, ...]]] = {
     "ip-addr.txt": ("ip", "-br", "addr"),
     "ibv_devinfo.txt": ("ibv_devinfo",),
     "df-shm.txt": ("df", "-h", "/dev/shm"),
+    "devices.txt": ("ls", "-l", "/dev/shm", "/dev/infiniband"),
+    "dmesg.txt": ("dmesg", "--level", "emerg,alert,crit,err,warn"),
     "ulimit.txt": ("cat", "/proc/self/limits"),
     "env.txt": ("env",),
 }

@@ -98,6 +98,11 @@ def test_records_on_one_line() -> None:
     ]  # fmt: skip
 
 
+def test_a_log_quoted_as_one_string() -> None:
+    line = '{"message": "n1:1:2 [0] NCCL INFO a\\nn2:3:4 [1] NCCL INFO b\\n", "x": 1}'
+    assert [(record.host, record.text) for record in read_records(line)] == [("n1", "a"), ("n2", "b")]
+
+
 def test_ray_counts_what_it_left_out() -> None:
     (record,) = read_records(f"(pid=1) {RECORD} [repeated 6x across cluster]")
     assert record.num_folded == 5

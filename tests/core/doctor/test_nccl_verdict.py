@@ -134,6 +134,16 @@ def test_network_inside_a_host() -> None:
     assert read(text).findings[0].id == "log.net-in-host"
 
 
+def test_one_name_for_all_hosts_proves_nothing() -> None:
+    text = info("comm 0x5 rank 0 nRanks 4 nNodes 2 localRanks 2 localRank 0 MNNVL 0", "masked")
+    for side, pid in (("send", 10), ("receive", 20)):
+        text += info(f"Channel 00/0 : 0[0] -> 2[0] [{side}] via NET/IB/0/GDRDMA", "masked", pid)
+    assert read(text).findings[0].id == "log.gdrdma"
+    assert read(text + info("comm 0x5 rank 3 nRanks 4 nNodes 2 localRanks 2 localRank 1", "n2")).findings[0].id == (
+        "log.net-in-host"
+    )
+
+
 def test_unified_memory_loses_nothing() -> None:
     text = "#  Rank  0 Group  0 Pid  59 on  spark1 device  0 [0x01] NVIDIA GB10\n" + _net(("", ""))
     report = read(text)
@@ -246,3 +256,8 @@ def test_published_logs(case: dict[str, object]) -> None:
         for pair in case["rank_pairs"]  # type: ignore[attr-defined]
     }
     assert {(p.src, p.dst, p.via, p.gdr): (list(p.devs), list(p.sides), p.pxn_proxy) for p in report.paths} == expected
+
+
+def test_evidence_of_a_long_line_shows_the_record() -> None:
+    text = "x" * 3000 + " n1:1:2 [0] a.cc:1 NCCL WARN Cuda failure 2 'out of memory'\n"
+    assert "NCCL WARN Cuda failure 2" in read(text).findings[0].evidence[0].text

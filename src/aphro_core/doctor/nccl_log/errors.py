@@ -9,6 +9,7 @@ from aphro_core.doctor.nccl_log.error_table import ERRORS, ErrorRule
 from aphro_core.doctor.nccl_log.facts import LogFacts, Sighting
 from aphro_core.doctor.nccl_log.records import Record
 
+_MAX_TEXT: Final = 2048  # NCCL cuts a record at 1024 bytes; rules must not wander through a line of 64 KiB
 _TRAIL: Final = re.compile(r"^(?P<file>[\w./-]+\.(?:cc|h|cu|cpp|c)):\d+ -> (?P<code>\d)\b(?P<rest>.*)")
 _DEADLY_FILES: Final = re.compile(
     r"(?:^|/)(?:init|group|bootstrap|transport|generic|enqueue|proxy|socket)\.(?:cc|h|cu)$"
@@ -30,7 +31,7 @@ def read_error(seen: Sighting, facts: LogFacts) -> bool:
         facts.note(rule.id, _fill(rule.title, match), seen)
         return True
     if record.level == "WARN":
-        facts.note("log.warn", record.text[:200], seen)
+        facts.note("log.warn", record.text[:200].strip() or "a warning without text", seen)
         return True
     trail = _TRAIL.match(record.text)
     if (
@@ -46,7 +47,7 @@ def read_error(seen: Sighting, facts: LogFacts) -> bool:
 def _match_rule(record: Record) -> tuple[ErrorRule | None, re.Match[str] | None]:
     for rule in ERRORS:
         is_said = rule.in_info if record.level == "INFO" else bool(record.level) or not rule.is_general
-        match = rule.words.search(record.text) if is_said and rule.where in record.where else None
+        match = rule.words.search(record.text[:_MAX_TEXT]) if is_said and rule.where in record.where else None
         if match:
             return rule, match
     return None, None

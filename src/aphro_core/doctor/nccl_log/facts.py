@@ -14,6 +14,7 @@ _MAX_PLACES: Final = 64  # hosts or processes remembered a value
 _MAX_PAIRS: Final = 200_000
 _MAX_RANKS: Final = 200_000
 _MAX_TEXT: Final = 400  # of one line of evidence
+_MAX_HEAD: Final = 100
 
 PairKey = tuple[int, int, str, bool | None]
 
@@ -30,7 +31,10 @@ class Sighting:
 
     @property
     def evidence(self) -> Evidence:
-        return Evidence(self.file, self.line, self.raw.strip()[:_MAX_TEXT])
+        """The line, or of a long one the part that begins a little before the record's text."""
+        raw = self.raw.strip()
+        start = max(0, raw.find(self.record.text[:40]) - _MAX_HEAD) if len(raw) > _MAX_TEXT else 0
+        return Evidence(self.file, self.line, raw[start : start + _MAX_TEXT])
 
 
 @dataclass(slots=True)

@@ -54,6 +54,7 @@ READINGS: Final = (
     _row("gpu", r"Rank +\d+ (?:Group +\d+ )?Pid +\d+ on +\S+ device +\d+ \[[^\]]*\] (\S.*)"),
 )
 
+_MAX_TEXT: Final = 4096
 _COMM: Final = re.compile(
     r"(?:comm \S+ )?\brank (?P<rank>\d+) n[rR]anks (?P<nranks>\d+)\b(?:.*? busId (?P<bus>\w+))?"
     r"(?:.*? commId (?P<comm>\w+))?"
@@ -62,7 +63,7 @@ _COMM: Final = re.compile(
 
 def read_note(seen: Sighting, facts: LogFacts) -> bool:
     """Take down what the record says. False if it says nothing that is kept, whatever its digits."""
-    text = seen.record.text
+    text = seen.record.text[:_MAX_TEXT]
     found = False
     for reading in READINGS:
         match = reading.words.search(text)
@@ -76,7 +77,7 @@ def read_note(seen: Sighting, facts: LogFacts) -> bool:
 
 def _read_communicator(seen: Sighting, facts: LogFacts) -> bool:
     """Which rank this process is, and whether another rank of its communicator has the same GPU."""
-    match = _COMM.search(seen.record.text)
+    match = _COMM.search(seen.record.text[:_MAX_TEXT])
     if not match:
         return False
     rank = int(match["rank"][:9])

@@ -22,6 +22,7 @@ _BEFORE_2_3: Final = re.compile(
 )
 _TIME: Final = re.compile(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(?:[.,]\d+)?")
 _REPEATED: Final = re.compile(r"\[repeated (\d+)x across cluster\]")
+_INNER_BREAK: Final = re.compile(r"\\r?\\n(?!\")|\\n(?!\")")  # of a log that was quoted as one string
 _MAX_LINE: Final = 65536  # of one line; NCCL cuts a record at 1024 bytes, terminals glue many into one line
 _MAX_HEAD: Final = 1024
 
@@ -75,6 +76,7 @@ def read_bare(line: str) -> Record:
 def clean(line: str) -> str:
     """Without colours and the escapes of JSON logs, and not longer than can be read in reasonable time."""
     line = _COLOUR.sub("", line[:_MAX_LINE])
+    line = _INNER_BREAK.sub("  ", line) if "\\n" in line else line
     return line.replace("\\u003e", ">").replace("\\u003c", "<") if "\\u003" in line else line
 
 

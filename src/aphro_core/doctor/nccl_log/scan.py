@@ -42,7 +42,7 @@ class Scan:
         self._num_alike: dict[bytes, int] = {}
         self._channel_shapes: set[bytes] = set()
         self._is_full_of_channels = False
-        # the text behind "Channel NN : " -> the process that said it last, and its pair; and the same for all processes
+        # the text behind "Channel NN" -> the process that said it last, and its pair; and the same for all processes
         self._channels: dict[bytes, tuple[bytes, Pair]] = {}
         self._said: dict[tuple[bytes, bytes], Pair] = {}
 
@@ -89,9 +89,8 @@ class Scan:
         """Count the lines that differ in their channel alone from one that was read; the indexes of all others."""
         channels, others = self._channels, []
         for index, line in enumerate(lines):
-            before, _, hop = line.partition(b" : ")
-            said = channels.get(hop)
-            if said is not None and said[0] in before:
+            said = channels.get(line[line.rfind(b" : ") :])
+            if said is not None and said[0] in line:
                 said[1].count += 1
             else:
                 others.append(index)
@@ -100,8 +99,10 @@ class Scan:
 
     def _read_channel(self, number: int, line: bytes) -> None:
         """A line of a channel's shape: its hop is parsed once for each process that says it, and then counted."""
-        before, _, hop = line.partition(b" : ")
-        process = b" ".join(before.rsplit(None, 6)[-6:-5])  # host:pid:tid of ``... [0] NCCL INFO Channel 00/0``
+        hop = line[line.rfind(b" : ") :]
+        process = b" ".join(
+            line[: -len(hop)].rsplit(None, 6)[-6:-5]
+        )  # host:pid:tid of ``... [0] NCCL INFO Channel 00/0``
         pair = self._said.get((process, hop))
         if pair is not None:
             pair.count += 1

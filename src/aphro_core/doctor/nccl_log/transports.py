@@ -68,11 +68,14 @@ def is_in_host(pair: Pair, facts: LogFacts) -> bool:
     """Both ends are known to be on one host. Names that several hosts bear prove nothing."""
     sources = pair.src_hosts or facts.rank_hosts.get(pair.src, set())
     targets = pair.dst_hosts or facts.rank_hosts.get(pair.dst, set())
-    on_one = len(sources) == 1 and sources == targets and pair.dst >= 0
-    num_nodes = {note.value.split()[0] for note in facts.all_notes("nodes")}
-    if num_nodes == {"1"}:
+    num_nodes = {int(note.value.split()[0]) for note in facts.all_notes("nodes")}
+    if num_nodes == {1}:
         return True
-    return on_one and len(facts.addresses.get(next(iter(sources)), set())) < 2 and not num_nodes
+    hosts = {host for hosts in facts.rank_hosts.values() for host in hosts}
+    is_one_name_of_many = len(hosts) == 1 and max(num_nodes, default=1) > 1  # masked by whoever posted it
+    if len(sources) != 1 or sources != targets or pair.dst < 0 or is_one_name_of_many:
+        return False
+    return len(facts.addresses.get(next(iter(sources)), set())) < 2
 
 
 def judge_pairs(facts: LogFacts, *, ib: bool) -> list[Finding]:
