@@ -14,6 +14,7 @@ class RecordedHost(LocalHost):
 
     def __init__(self, root: Path, commands: Mapping[str, str | Output] | None = None, *, name: str = "") -> None:
         super().__init__(name, root=root)
+        self.python = "python"
         self._commands = dict(commands or {})
 
     async def run(

@@ -11,6 +11,7 @@ from aphro_core.doctor.finding import Evidence, Finding, Status
 from aphro_core.doctor.gpus import NO_GPU, visible_devices
 from aphro_core.doctor.live.check import check_live
 from aphro_core.doctor.live.live import LiveReport
+from aphro_core.doctor.live.nccl import read_live_logs, transports, troubles
 from aphro_core.doctor.versions import torch_version
 
 ID: Final = "comm.nccl"
@@ -30,8 +31,11 @@ async def check(cluster: Cluster) -> list[Finding]:
     if reason:
         return [Finding(ID, Status.SKIP, reason)]
     findings, report = await check_live(ID, "NCCL", cluster, devices)
-    findings += await _try_without_p2p(cluster, report)
-    return findings
+    log = read_live_logs(report, ib=cluster.ib)
+    if log is not None:
+        findings = [replace(finding, evidence=(*finding.evidence, *transports(log))) for finding in findings]
+        findings += troubles(log)
+    return findings + await _try_without_p2p(cluster, report)
 
 
 async def _reason_to_skip(cluster: Cluster, devices: Sequence[Sequence[str]]) -> str:
