@@ -48,10 +48,10 @@ _aphro() {
         --dtype) COMPREPLY=($(compgen -W "auto float32 bfloat16 float16" -- "$current")); return ;;
         --kv-cache-dtype) COMPREPLY=($(compgen -W "auto float16 bfloat16 fp8" -- "$current")); return ;;
         --max-model-len) COMPREPLY=($(compgen -W "auto" -- "$current")); return ;;
-        --tensor-parallel-size|-tp|--pipeline-parallel-size|-pp|--pp-layers|--gpu|--gpu-memory|--gpu-mem|--max-gpus|--gpus-per-node|--quantization|-q|--max-num-seqs|--max-num-batched-tokens|--max-num-prefill-tokens|--gpu-memory-utilization|-gmu|--block-size|--concurrency|--max-loras|--max-lora-rank|--enable-prefix-caching|--no-enable-prefix-caching|--draft-layers|--revision|--compare) return ;;
+        --tensor-parallel-size|-tp|--pipeline-parallel-size|-pp|--pp-layers|--gpu|--gpu-memory|--gpu-mem|--max-gpus|--gpus-per-node|--quantization|-q|--max-num-seqs|--max-num-batched-tokens|--max-num-prefill-tokens|--gpu-memory-utilization|-gmu|--block-size|--concurrency|--max-loras|--max-lora-rank|--enable-prefix-caching|--no-enable-prefix-caching|--draft-layers|--num-speculative-tokens|--revision|--compare) return ;;
         esac
         if [[ "$current" == -* ]]; then
-            COMPREPLY=($(compgen -W "--tensor-parallel-size -tp --pipeline-parallel-size -pp --pp-layers --gpu --gpu-memory --gpu-mem --device --max-gpus --gpus-per-node --engine --dtype --quantization -q --kv-cache-dtype --max-model-len --max-num-seqs --max-num-batched-tokens --max-num-prefill-tokens --gpu-memory-utilization -gmu --block-size --concurrency --enforce-eager --enable-lora --max-loras --max-lora-rank --enable-prefix-caching --no-enable-prefix-caching --draft-layers --revision --compare --json --help -h" -- "$current"))
+            COMPREPLY=($(compgen -W "--tensor-parallel-size -tp --pipeline-parallel-size -pp --pp-layers --gpu --gpu-memory --gpu-mem --device --max-gpus --gpus-per-node --engine --dtype --quantization -q --kv-cache-dtype --max-model-len --max-num-seqs --max-num-batched-tokens --max-num-prefill-tokens --gpu-memory-utilization -gmu --block-size --concurrency --enforce-eager --enable-lora --max-loras --max-lora-rank --enable-prefix-caching --no-enable-prefix-caching --draft-layers --num-speculative-tokens --revision --compare --json --help -h" -- "$current"))
         else
             compopt -o default
         fi

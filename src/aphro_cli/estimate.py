@@ -57,6 +57,7 @@ def estimate(
     max_lora_rank: est.MaxLoraRank = 16,
     enable_prefix_caching: est.PrefixCaching = None,
     draft_layers: est.DraftLayers = 0,
+    num_speculative_tokens: est.NumSpeculativeTokens = 0,
     revision: opt.Revision = None,
     compare: est.Compare = None,
     as_json: est.Json = False,
@@ -96,6 +97,7 @@ def estimate(
                 max_lora_rank=max_lora_rank,
                 prefix_caching=enable_prefix_caching,
                 draft_layers=draft_layers,
+                draft_tokens=num_speculative_tokens,
                 concurrency=concurrency,
             )
 

@@ -73,6 +73,9 @@ PrefixCaching = Annotated[
 DraftLayers = Annotated[
     int, typer.Option("--draft-layers", min=0, help="Attention layers that a draft model adds to the cache.")
 ]
+NumSpeculativeTokens = Annotated[
+    int, typer.Option("--num-speculative-tokens", min=0, help="Tokens that a draft proposes a step.")
+]
 Concurrency = Annotated[
     float, typer.Option("--concurrency", min=0.01, help="Requests of the maximum length that must fit at once.")
 ]

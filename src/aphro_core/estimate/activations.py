@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Final
 
+from aphro_core.estimate.balance import Sizes
 from aphro_core.estimate.facts import MlpFacts, ModelFacts
 from aphro_core.estimate.weights import DTYPE_BYTES
 
@@ -43,6 +44,11 @@ class Run:
     pp: int
     dtype: str
     scheme: str | None = None  # of the quantisation
+
+    @classmethod
+    def of(cls, sizes: Sizes, scheme: str | None) -> Run:
+        tokens, seqs, length = sizes.max_num_batched_tokens, sizes.max_num_seqs, sizes.max_model_len
+        return cls(tokens, seqs, length, sizes.tp, sizes.pp, sizes.dtype, scheme)
 
 
 @dataclass(frozen=True, slots=True)

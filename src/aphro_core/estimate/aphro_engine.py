@@ -11,11 +11,10 @@ from aphro_core.estimate.balance import RankBalance, Sizes
 from aphro_core.estimate.facts import ModelFacts, QuantizationFacts
 from aphro_core.estimate.kv_layout import Group, KvLayout, build_layout
 from aphro_core.estimate.parameters import RankSlice, rank_heads
-from aphro_core.estimate.vllm import split_layers
 from aphro_core.estimate.weights import DTYPE_BYTES, rotary_bytes, weight_bytes
 from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel import memory
-from aphro_core.parallel.shard import RankShard, ShardingPlan, build_plan
+from aphro_core.parallel.shard import RankShard, ShardingPlan, build_plan, split_layers
 
 GIB: Final = 2**30
 MAX_NUM_BATCHED_TOKENS: Final = 2048
@@ -93,16 +92,7 @@ class AphroEngine:
     ) -> RankBalance:
         is_last = stage == sizes.pp - 1
         part = RankSlice(layers, tp_rank, sizes.tp, stage == 0, is_last)
-        scheme = quantization.scheme if quantization else None
-        run = Run(
-            sizes.max_num_batched_tokens,
-            sizes.max_num_seqs,
-            sizes.max_model_len,
-            sizes.tp,
-            sizes.pp,
-            sizes.dtype,
-            scheme,
-        )
+        run = Run.of(sizes, quantization.scheme if quantization else None)
         heads, kv_heads = rank_heads(facts.num_heads, facts.num_kv_heads, sizes.tp, tp_rank)
         return RankBalance(
             rank=stage * sizes.tp + tp_rank,

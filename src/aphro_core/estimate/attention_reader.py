@@ -15,6 +15,7 @@ _OUTPUT_BIAS: Final = ("opt", "gpt2", "gpt_bigcode", "gpt_neox", "bloom", "phi",
 _QK_NORM: Final = ("qwen3", "gemma3", "gemma4", "olmo2", "glm4_moe")
 _KINDS: Final[dict[str, AttentionKind]] = {
     "full_attention": "full",
+    "indexed_attention": "full",
     "attention": "full",
     "global": "full",
     "sliding_attention": "sliding",
@@ -40,7 +41,11 @@ def read_attention(keys: ConfigKeys, num_layers: int) -> tuple[AttentionFacts, .
     }
     if "linear" in kinds:
         by_kind["linear"] = replace(base, kind="linear", num_kv_heads=0, latent=None, state=_state(keys))
-    return tuple(by_kind[kind] for kind in kinds)
+    layers = [by_kind[kind] for kind in kinds]
+    shared = keys.integer("num_kv_shared_layers", 0, minimum=0)
+    return tuple(
+        replace(layer, shares_cache=True) if at >= num_layers - shared else layer for at, layer in enumerate(layers)
+    )
 
 
 def _full(keys: ConfigKeys) -> AttentionFacts:
@@ -64,6 +69,7 @@ def _full(keys: ConfigKeys) -> AttentionFacts:
         has_output_bias=has_bias and (keys.model_type.startswith(_OUTPUT_BIAS) or keys.flag("attention_bias", False)),
         has_gate=has_gate,
         qk_norm_size=2 * head_dim if has_norm else 0,
+        index_bytes=keys.integer("index_head_dim") + 4 if latent and keys.has("index_head_dim") else 0,
     )
 
 
@@ -96,12 +102,12 @@ def _latent(keys: ConfigKeys) -> LatentFacts | None:
 
 
 def _global_heads(keys: ConfigKeys, base: AttentionFacts) -> AttentionFacts:
-    """Gemma-4's full layers have heads of their own."""
-    if not keys.has("global_head_dim"):
-        return base
-    head_dim = keys.integer("global_head_dim")
+    """Gemma-4's full layers have heads of their own, and may use K as V."""
+    head_dim = keys.integer("global_head_dim", base.head_dim)
     kv_heads = keys.integer("num_global_key_value_heads", base.num_kv_heads)
-    return replace(base, head_dim=head_dim, v_head_dim=head_dim, num_kv_heads=kv_heads)
+    has_value = not keys.flag("attention_k_eq_v", False)
+    v_head_dim = base.v_head_dim if head_dim == base.head_dim else head_dim
+    return replace(base, head_dim=head_dim, v_head_dim=v_head_dim, num_kv_heads=kv_heads, has_value=has_value)
 
 
 def _state(keys: ConfigKeys) -> StateFacts:
@@ -119,6 +125,13 @@ def _state(keys: ConfigKeys) -> StateFacts:
             conv_channels=channels,
             conv_kernel=kernel,
             parameters=parameters,
+        )
+    if keys.has("linear_num_heads"):  # Kimi Delta Attention: q, k, v and gates of the same width
+        heads, head_dim = keys.integer("linear_num_heads"), keys.integer("linear_head_dim", 128)
+        inner = heads * head_dim
+        parameters = hidden * (4 * inner + 2 * head_dim + heads) + inner * hidden
+        return StateFacts(
+            recurrent=inner * head_dim, conv_channels=3 * inner, conv_kernel=kernel, parameters=parameters
         )
     heads = keys.integer("mamba_n_heads", keys.integer("mamba_num_heads", 0, minimum=0), minimum=0)
     head_dim = keys.integer("mamba_d_head", keys.integer("mamba_head_dim", 64))

@@ -59,3 +59,4 @@ class Sizes:
     max_lora_rank: int = 16
     prefix_caching: bool | None = None
     draft_layers: int = 0
+    draft_tokens: int = 0  # speculated a step: states kept besides, in linear attention

@@ -65,6 +65,8 @@ CARDS: Final[tuple[Card, ...]] = (
     Card("A40", 44.4, 696, 150, 8.6),
     Card("A100-40GB", 39.45, 1555, 312, 8.0, spread_gib=0.1),
     Card("A100-80GB", 79.18, 2039, 312, 8.0),
+    Card("A800-80GB", 79.2, 2039, 312, 8.0),
+    Card("MI300X", 191.5, 5300, 1307, 9.4),
     Card("H20", 95.1, 4000, 148, 9.0, fused_all_reduce=True),
     Card("H100-80GB", 79.18, 3350, 989, 9.0, fused_all_reduce=True),
     Card("H100-94GB", 93.1, 3900, 989, 9.0, fused_all_reduce=True),
@@ -87,8 +89,7 @@ _ALIASES: Final[dict[str, str]] = {
     "gh200": "GH200-96GB",
     "a100": "A100-80GB",
     "a100sxm": "A100-80GB",
-    "a800": "A100-80GB",
-    "a80080gb": "A100-80GB",
+    "a800": "A800-80GB",
     "a10080gbpcie": "A100-80GB",
     "v100": "V100-32GB",
     "a6000": "RTX A6000",
@@ -135,5 +136,5 @@ def card_of_size(total_bytes: int) -> Card | None:
 
 
 def _normal(name: str) -> str:
-    text = re.sub(r"\b(nvidia|tesla|geforce|quadro)\b", "", name.lower())
+    text = re.sub(r"\b(nvidia|tesla|geforce|quadro|sxm\d?|pcie|hbm\de?|generation|edition)\b", "", name.lower())
     return re.sub(r"[^a-z0-9]", "", text)

@@ -25,7 +25,8 @@ _OMITTED: Final[dict[str, dict[str, Any]]] = {
         "max_position_embeddings": 131_072,
         "sliding_window": 4096,
     },
-    "gemma4_text": {"tie_word_embeddings": True, "vocab_size": 262_144, "sliding_window": 512},
+    "gemma3n_text": {"tie_word_embeddings": True, "vocab_size": 262_400, "sliding_window": 512, "head_dim": 256},
+    "gemma4_text": {"tie_word_embeddings": True, "vocab_size": 262_144, "sliding_window": 512, "head_dim": 256},
     "cohere": {"tie_word_embeddings": True, "vocab_size": 256_000},
     "cohere2": {"tie_word_embeddings": True, "vocab_size": 256_000, "sliding_window": 4096},
     "gpt_oss": {"head_dim": 64, "num_key_value_heads": 8, "sliding_window": 128, "attention_bias": True},
@@ -75,6 +76,7 @@ NAMES: Final[dict[str, tuple[str, ...]]] = {
         "moe_topk",
         "moe_top_k",
         "moe_k",
+        "top_k_experts",
     ),
     "expert_size": ("moe_intermediate_size", "expert_intermediate_size"),
     "shared_experts": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
@@ -119,7 +121,10 @@ class ConfigKeys:
         """The first of the name's keys that is set. Raises ModelError when none is and there is no default."""
         keys = NAMES.get(name, (name,))
         for key in keys:
-            if self._typed.has(key):
+            value = self.values.get(key)
+            if isinstance(value, list) and value and all(type(each) is int for each in value):
+                return HfConfig({key: max(value)}).integer(key, minimum=minimum, maximum=maximum)  # one a layer
+            if value is not None:
                 return self._typed.integer(key, minimum=minimum, maximum=maximum)
         if default is None:
             raise ModelError(

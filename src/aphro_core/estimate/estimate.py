@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from aphro_core.errors import PlacementError
 from aphro_core.estimate.aphro_engine import AphroEngine
 from aphro_core.estimate.balance import RankBalance, Sizes
+from aphro_core.estimate.legality import check_general, check_vllm
+from aphro_core.estimate.parameters import RankSlice
 from aphro_core.estimate.question import Question, resolve
-from aphro_core.estimate.vllm import AfterSizing, VllmEngine, illegal_reasons
+from aphro_core.estimate.vllm import AfterSizing, VllmServer
+from aphro_core.estimate.weights import weight_bytes
 
 Verdict = Literal["fits", "may_not_start", "does_not_fit"]
 
@@ -103,46 +105,36 @@ def estimate(question: Question, tp: int, pp: int) -> Estimate:
 
 
 def _estimate(question: Question, sizes: Sizes) -> Estimate:
-    source, device = question.source, question.device
-    if question.version is None:
-        engine = AphroEngine(source.spec, device.total_bytes, device.kind == "cuda")
-        if source.spec is None:
-            _check_general(question, sizes)
+    source, device, generation = question.source, question.device, question.generation
+    if generation is None:
+        spec = None if question.quantization else source.spec  # weights that the engine would not load so
+        if spec is None:
+            check_general(source.facts, sizes.tp, sizes.pp, question.scheme)
+        engine = AphroEngine(spec, device.total_bytes, device.kind == "cuda")
         return Estimate(question, sizes, tuple(engine.balances(source.facts, sizes, question.scheme)))
-    reasons = illegal_reasons(source.facts, sizes.tp, sizes.pp, question.scheme)
-    if reasons:
-        raise PlacementError(
-            f"vLLM refuses tensor parallel {sizes.tp} x pipeline parallel {sizes.pp}: {'; '.join(reasons)}",
-            hint="leave -tp and -pp out: aphro estimate lists the sizes that are legal",
-        )
-    generation = question.generation
-    assert generation is not None
-    server = VllmEngine(generation, device.card, device.total_bytes)
-    overridden = question.quantization is not None and question.quantization != source.facts.quantization
-    tensors = None if overridden else source.tensors
-    ranks = tuple(server.balances(source.facts, sizes, question.scheme, tensors))
-    ends = {server.after_sizing(source.facts, sizes, balance) for balance in ranks}
+    is_own = question.quantization is None or question.quantization == source.facts.quantization
+    check_vllm(source.facts, sizes.tp, sizes.pp, question.scheme if is_own else None)
+    server = VllmServer(
+        generation=generation,
+        card=device.card,
+        total_bytes=device.total_bytes,
+        facts=source.facts,
+        sizes=sizes,
+        quantization=question.scheme,
+        tensors=source.tensors if is_own else None,
+        stated_share=_stated_share(question),
+    )
+    ranks = tuple(server.balances())
+    ends = {server.after_sizing(balance) for balance in ranks}
     worst: AfterSizing = "dies" if "dies" in ends else "may_die" if "may_die" in ends else "starts"
     return Estimate(question, sizes, ranks, worst)
 
 
-def _check_general(question: Question, sizes: Sizes) -> None:
-    """The legality of aphro's rules for a model that it does not run yet: whole heads, whole groups of columns."""
-    facts = question.source.facts
-    group = (question.scheme.group_size or 1) if question.scheme else 1
-    limits = {"query heads": facts.num_heads}
-    for mlp in {layer.mlp for layer in facts.layers}:
-        limits[f"MLP columns in groups of {group}"] = mlp.intermediate_size // group
-    for what, number in limits.items():
-        if sizes.tp > number:
-            raise PlacementError(
-                f"tensor_parallel_size is {sizes.tp}, but {facts.architecture} has {number} {what} and each rank "
-                f"needs one, allowed: 1 to {number}",
-                hint=f"-tp {number}, and -pp for more devices",
-            )
-    if sizes.pp > facts.num_layers:
-        raise PlacementError(
-            f"pipeline_parallel_size is {sizes.pp}, but the model has {facts.num_layers} layers, "
-            f"allowed: 1 to {facts.num_layers}",
-            hint=f"-pp {facts.num_layers}",
-        )
+def _stated_share(question: Question) -> float:
+    """The size that a weight index states, as a multiple of what its config and scheme say; 1 where none is."""
+    source = question.source
+    if source.tensors is not None or source.file_bytes is None or question.quantization is not None:
+        return 1.0
+    whole = RankSlice(range(source.facts.num_layers), 0, 1, True, True)
+    share = source.file_bytes / weight_bytes(source.facts, whole, source.facts.dtype, source.facts.quantization)
+    return share if 0.5 < share < 2.0 else 1.0  # beyond, the index is of something else

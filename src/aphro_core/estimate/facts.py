@@ -50,6 +50,9 @@ class AttentionFacts:
     has_output_bias: bool = False
     has_gate: bool = False  # an output gate as wide as the queries
     qk_norm_size: int = 0  # elements of both norms
+    index_bytes: int = 0  # a token's row in the cache of an indexer (DeepSeek V3.2)
+    shares_cache: bool = False  # reads an earlier layer's cache and has none
+    has_value: bool = True  # a projection for V of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +108,7 @@ class ModelFacts:
     rotary_rows: int = 0  # of the cos/sin tables, one for each rotary base
     learned_positions: int = 0  # rows of a position embedding
     norms_per_layer: int = 2
+    layer_input_size: int = 0  # width of an embedding of its own for each layer (Gemma-3n on)
     tower: TowerFacts | None = None
     quantization: QuantizationFacts | None = None
     assumed: tuple[str, ...] = ()  # what the config does not say and a reader should know

@@ -15,11 +15,16 @@ _EVEN_ENOUGH: Final = 1.5  # the commoner kind has less than so many times the l
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Layers that share block tables; ``kind`` and ``window`` say which blocks a request holds in them."""
+    """Layers that share block tables; ``kind`` and ``window`` say which blocks a request holds in them.
+
+    ``block_tokens``: of a block in these groups, None = the layout's. Layers with narrower rows put more tokens into
+    the same page.
+    """
 
     kind: str
     window: int | None
     count: int  # groups of this kind
+    block_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +55,8 @@ class KvLayout:
                 kept, edge = min(group.window - 1 + max_num_batched_tokens, num_tokens), 1
             elif group.kind == "chunked" and group.window:
                 kept = min(group.window + max_num_batched_tokens, num_tokens)
-            blocks = self.states_per_request if group.kind == "linear" else ceil(kept / self.block_tokens) + edge
+            tokens = group.block_tokens or self.block_tokens
+            blocks = self.states_per_request if group.kind == "linear" else ceil(kept / tokens) + edge
             total += group.count * blocks
         return total
 
@@ -75,10 +81,10 @@ class KvLayout:
 
 def layer_token_bytes(attention: AttentionFacts, tp: int, tp_rank: int, cache_bytes: int) -> int:
     """Bytes that one token takes in one layer on a rank; a latent row is whole on every rank."""
-    if attention.kind in ("linear", "none"):
+    if attention.kind in ("linear", "none") or attention.shares_cache:
         return 0
     if attention.latent is not None:
-        return (attention.latent.kv_rank + attention.latent.rope_dim) * cache_bytes
+        return (attention.latent.kv_rank + attention.latent.rope_dim) * cache_bytes + attention.index_bytes
     _, kv_heads = rank_heads(attention.num_heads, attention.num_kv_heads, tp, tp_rank)
     return kv_heads * (attention.head_dim + attention.v_head_dim) * cache_bytes
 
@@ -104,6 +110,7 @@ def build_layout(
     pads_latent: bool = False,
     extra_layers: int = 0,
     states_per_request: int = 1,
+    draft_tokens: int = 0,
     prints_by_concurrency: bool = False,
 ) -> KvLayout:
     """The cache of ``layers`` on one rank.
@@ -112,7 +119,9 @@ def build_layout(
     latent rows are multiples of 256 bytes (the old engine). ``extra_layers`` are a draft model's, like the first layer.
     """
     attentions = [facts.layers[layer].attention for layer in layers]
-    kinds: Counter[tuple[str, int | None]] = Counter((a.kind, a.window) for a in attentions if a.kind != "none")
+    kinds: Counter[tuple[str, int | None]] = Counter(
+        (a.kind, a.window) for a in attentions if a.kind != "none" and not a.shares_cache
+    )
     if extra_layers and attentions:
         kinds[attentions[0].kind, attentions[0].window] += extra_layers
     if not has_groups:
@@ -122,7 +131,7 @@ def build_layout(
         rows = [ceil(row / 256) * 256 if a.latent else row for row, a in zip(rows, attentions, strict=True)]
     widest = max(rows, default=0)
     tokens = block_size
-    states = [state_bytes(a, tp, dtype_bytes) for a in attentions if a.state is not None]
+    states = [state_bytes(a, tp, dtype_bytes, draft_tokens) for a in attentions if a.state is not None]
     if states and widest:
         tokens = max(ceil(max(states) / widest / 16) * 16, block_size)
     if len(kinds) <= 1:
@@ -130,7 +139,13 @@ def build_layout(
         kind, window = next(iter(kinds), ("full", None))
         return KvLayout(max(whole * tokens, 1), tokens, (Group(kind, window, 1),))
     size = _group_size(kinds)
-    groups = tuple(Group(kind, window, ceil(count / size)) for (kind, window), count in kinds.items())
+    row_of: dict[tuple[str, int | None], int] = {
+        (a.kind, a.window): row for a, row in zip(attentions, rows, strict=True) if row
+    }
+    groups = tuple(
+        Group(kind, window, ceil(count / size), tokens * widest // row_of.get((kind, window), widest))
+        for (kind, window), count in kinds.items()
+    )
     return KvLayout(size * tokens * widest, tokens, groups, states_per_request, prints_by_concurrency)
 
 

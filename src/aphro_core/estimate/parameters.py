@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cache
 from math import ceil
 from typing import Final, Literal
 
 from aphro_core.estimate.facts import AttentionFacts, LayerFacts, MlpFacts, ModelFacts
+from aphro_core.parallel.shard import split_heads
 
 VOCAB_UNIT: Final = 64  # rows that a vocabulary is rounded up to
 _TOWER_PARTS: Final = 100  # matrices that a tower consists of, for the allocator; they are small
@@ -36,16 +38,13 @@ class Matrix:
     count: int = 1
 
 
+@cache
 def rank_heads(num_heads: int, num_kv_heads: int, tp: int, tp_rank: int) -> tuple[int, int]:
-    """(query heads, KV heads) of a rank: whole groups up to one a rank, beyond that one KV head copied."""
+    """(query heads, KV heads) of a rank, by the sharding plan's rule. Raises PlacementError for too many ranks."""
     if num_kv_heads == 0:
         return ceil(num_heads / tp), 0
-    group = num_heads // num_kv_heads
-    if tp <= num_kv_heads:
-        kv_heads = num_kv_heads // tp + (tp_rank < num_kv_heads % tp)
-        return kv_heads * group, kv_heads
-    sharers = tp // num_kv_heads
-    return ceil(group / sharers), 1
+    heads, kv_heads = split_heads(num_heads, num_kv_heads, tp)[tp_rank]
+    return len(heads), len(kv_heads)
 
 
 def rank_columns(columns: int, tp: int) -> int:
@@ -70,6 +69,10 @@ def rank_matrices(facts: ModelFacts, part: RankSlice) -> list[Matrix]:
     vocab = Matrix(padded_vocab(facts, part.tp) // part.tp * facts.hidden_size, "kept")
     if part.has_embedding:
         matrices += [vocab, Matrix(facts.learned_positions * facts.hidden_size, "kept")]
+        if facts.layer_input_size:
+            width = facts.layer_input_size * facts.num_layers
+            rows = padded_vocab(facts, part.tp) // part.tp
+            matrices += [Matrix(rows * width, "kept"), Matrix(facts.hidden_size * width, "kept")]
         if facts.tower is not None:
             matrices.append(Matrix(facts.tower.parameters // part.tp // _TOWER_PARTS, "kept", _TOWER_PARTS))
     if part.has_head:
@@ -81,7 +84,8 @@ def rank_matrices(facts: ModelFacts, part: RankSlice) -> list[Matrix]:
 
 def _layer(facts: ModelFacts, layer: LayerFacts, part: RankSlice) -> list[Matrix]:
     norms = facts.norms_per_layer * facts.hidden_size + layer.attention.qk_norm_size
-    return [*_attention(facts, layer.attention, part), *_mlp(facts, layer.mlp, part.tp), Matrix(norms, "kept")]
+    own = [Matrix(facts.hidden_size * facts.layer_input_size, "linear", 2)] if facts.layer_input_size else []
+    return [*_attention(facts, layer.attention, part), *_mlp(facts, layer.mlp, part.tp), *own, Matrix(norms, "kept")]
 
 
 def _attention(facts: ModelFacts, attention: AttentionFacts, part: RankSlice) -> list[Matrix]:
@@ -94,7 +98,7 @@ def _attention(facts: ModelFacts, attention: AttentionFacts, part: RankSlice) ->
         return _latent(facts, attention, part.tp)
     heads, kv_heads = rank_heads(attention.num_heads, attention.num_kv_heads, part.tp, part.tp_rank)
     query = heads * attention.head_dim * (2 if attention.has_gate else 1)
-    key_value = kv_heads * (attention.head_dim + attention.v_head_dim)
+    key_value = kv_heads * (attention.head_dim + attention.v_head_dim * attention.has_value)
     bias = (query + key_value) * attention.has_bias + hidden * attention.has_output_bias
     return [
         Matrix(hidden * (query + key_value), "linear"),

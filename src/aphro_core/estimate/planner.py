@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import ceil
 
 from aphro_core.errors import PlacementError
 from aphro_core.estimate.estimate import Estimate, estimate
@@ -27,8 +28,8 @@ class Plan:
 def plan_all(question: Question) -> list[Plan]:
     """Every (tp, pp) up to ``max_devices``, fewest devices first, the recommended one marked.
 
-    Recommended: the fewest devices that hold what was asked; of these tensor parallel as wide as a host allows and
-    pipeline parallel across hosts, as fewer, nearer ranks wait for each other less.
+    Recommended: on one host the fewest devices that hold what was asked, with tensor parallel as wide as it goes; where
+    one host is not enough, the fewest hosts with tensor parallel inside each and stages across.
     """
     plans = [
         plan_one(question, tp, devices // tp)
@@ -53,12 +54,16 @@ def recommend(plans: list[Plan], devices_per_host: int) -> Plan | None:
     for verdicts in (("fits",), ("fits", "may_not_start")):
         good = [plan for plan in plans if plan.found is not None and plan.found.verdict in verdicts]
         if good:
-            fewest = min(plan.num_devices for plan in good)
-            return max(
-                (plan for plan in good if plan.num_devices == fewest),
-                key=lambda plan: (plan.tp <= devices_per_host, plan.tp if plan.tp <= devices_per_host else -plan.tp),
-            )
+            return min(good, key=lambda plan: _preference(plan, devices_per_host))
     return None
+
+
+def _preference(plan: Plan, devices_per_host: int) -> tuple[int, int, int, int]:
+    """Least is best: on one host the fewest devices; else the fewest hosts, whole ones, as wide as tp gets inside."""
+    if plan.tp > devices_per_host:
+        return 10**6, 0, plan.tp, plan.num_devices  # every layer waits for the network
+    num_hosts = ceil(plan.pp / (devices_per_host // plan.tp))
+    return num_hosts, plan.num_devices if num_hosts == 1 else 0, -plan.tp, plan.num_devices
 
 
 def _why(plan: Plan, question: Question) -> str:
@@ -66,12 +71,14 @@ def _why(plan: Plan, question: Question) -> str:
     assert found is not None
     if plan.num_devices == 1:
         why = "fits one device: no communication"
+    elif plan.tp > question.devices_per_host:
+        why = "nothing smaller holds it, though tensor parallel crosses hosts"
+    elif plan.num_devices > question.devices_per_host:
+        why = f"the fewest hosts that hold it: tensor parallel {plan.tp} inside each, {plan.pp} stages across"
     elif plan.pp == 1:
         why = f"the fewest devices that hold it: {plan.tp} of one host share each layer"
-    elif plan.tp == 1:
-        why = f"the fewest devices that hold it: {plan.pp} stages (no legal tensor parallel of this size holds it)"
     else:
-        why = f"tensor parallel {plan.tp} inside each host, {plan.pp} stages across"
+        why = f"the fewest devices that hold it: {plan.pp} stages (tensor parallel {plan.num_devices} does not)"
     if found.verdict == "may_not_start":
         why += "; within the estimate's doubt"
     note = _shares(found)

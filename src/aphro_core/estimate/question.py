@@ -79,6 +79,7 @@ class Question:
     max_lora_rank: int = 16
     prefix_caching: bool | None = None
     draft_layers: int = 0
+    draft_tokens: int = 0
     concurrency: float = 1.0  # requests of max_model_len that must fit at once
 
     @property
@@ -149,6 +150,7 @@ def resolve(question: Question, tp: int, pp: int) -> Sizes:
         max_lora_rank=question.max_lora_rank,
         prefix_caching=question.prefix_caching,
         draft_layers=question.draft_layers,
+        draft_tokens=question.draft_tokens,
     )
 
 

@@ -67,8 +67,8 @@ def ceilings(found: Estimate) -> Ceilings:
 
 def _bytes_per_token(layout: KvLayout) -> float:
     """Of a long request on one rank: windows and states stop growing."""
-    growing = sum(group.count for group in layout.groups if group.kind == "full" or layout.num_groups == 1)
-    return growing * layout.block_bytes / layout.block_tokens
+    growing = [group for group in layout.groups if group.kind == "full" or layout.num_groups == 1]
+    return sum(group.count * layout.block_bytes / (group.block_tokens or layout.block_tokens) for group in growing)
 
 
 def host_load(found: Estimate) -> HostLoad:

@@ -154,17 +154,6 @@ def parse_version(text: str) -> Version:
     )
 
 
-def kernel_bytes(card: Card | None) -> int:
-    """What loading kernels costs outside torch: more on chips with more multiprocessors (T4 0.03, 4090 0.07, A100
-    0.09, H100 0.13 GiB as printed)."""
-    capability = card.capability if card is not None else 8.0
-    if capability < 8.0:
-        return round(0.03 * GIB)
-    if capability >= 9.0:
-        return round(0.13 * GIB)
-    return round((0.09 if capability == 8.0 else 0.07) * GIB)
-
-
 def batch_defaults(version: Version, generation: Generation, card: Card | None, max_model_len: int) -> tuple[int, int]:
     """(max_num_batched_tokens, max_num_seqs) of a server that is told neither (vLLM's get_batch_defaults)."""
     if not generation.is_v1:

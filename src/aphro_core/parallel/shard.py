@@ -59,8 +59,8 @@ def build_plan(
     model's shapes forbid, naming the dimension and the nearest legal size.
     """
     _check_tensor_parallel(spec, tp)
-    stages = _split_layers(spec.num_layers, pp, pp_layers)
-    heads = _split_heads(spec, tp)
+    stages = split_layers(spec.num_layers, pp, pp_layers)
+    heads = split_heads(spec.num_heads, spec.num_kv_heads, tp)
     mlp = _split_columns(spec.intermediate_size, tp)
     experts, expert_mlp, shared_mlp = _split_experts(spec.moe, tp, expert_parallel)
     rows = -(-spec.vocab_size // (tp * VOCAB_UNIT)) * VOCAB_UNIT
@@ -113,17 +113,17 @@ def _check_tensor_parallel(spec: DecoderSpec, tp: int) -> None:
     )
 
 
-def _split_heads(spec: DecoderSpec, tp: int) -> list[tuple[range, range]]:
+def split_heads(num_heads: int, num_kv_heads: int, tp: int) -> list[tuple[range, range]]:
     """(query heads, KV heads) of each tp rank.
 
     Up to ``num_kv_heads`` ranks: whole groups (one KV head and its query heads). Beyond: one KV head a rank, copied
     to as many ranks as share its query heads.
     """
-    group = spec.group_size
-    if tp <= spec.num_kv_heads:
-        kv_heads = partition(spec.num_kv_heads, [1] * tp)
+    group = num_heads // num_kv_heads
+    if tp <= num_kv_heads:
+        kv_heads = partition(num_kv_heads, [1] * tp)
         return [(range(kv.start * group, kv.stop * group), kv) for kv in kv_heads]
-    sharers = [len(ranks) for ranks in partition(tp, [1] * spec.num_kv_heads)]
+    sharers = [len(ranks) for ranks in partition(tp, [1] * num_kv_heads)]
     return [
         (range(kv * group + part.start, kv * group + part.stop), range(kv, kv + 1))
         for kv, num_ranks in enumerate(sharers)
@@ -156,7 +156,7 @@ def _mlp_unit(intermediate_size: int, tp: int) -> int:
     return unit
 
 
-def _split_layers(num_layers: int, pp: int, pp_layers: Sequence[int] | None) -> list[range]:
+def split_layers(num_layers: int, pp: int, pp_layers: Sequence[int] | None) -> list[range]:
     """Layers of each stage: evenly; what is left over goes one each to the stages before the last, from the back.
 
     The last stage has the head besides, so it is the last to get more (the rule of vLLM's ``get_pp_indices``).
@@ -180,7 +180,7 @@ def _split_layers(num_layers: int, pp: int, pp_layers: Sequence[int] | None) -> 
 
 def _check_pp_layers(num_layers: int, pp: int, pp_layers: Sequence[int]) -> None:
     shown = ",".join(map(str, pp_layers))
-    even = ",".join(str(len(layers)) for layers in _split_layers(num_layers, pp, None))
+    even = ",".join(str(len(layers)) for layers in split_layers(num_layers, pp, None))
     if len(pp_layers) != pp:
         problem = f"names {len(pp_layers)} stages, but pipeline_parallel_size is {pp}"
     elif any(size < 1 for size in pp_layers):

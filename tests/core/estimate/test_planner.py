@@ -1,0 +1,107 @@
+"""Plans: the three cases that the project was made from, uneven and illegal sizes, and remedies that hold."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from aphro_core.estimate.estimate import estimate
+from aphro_core.estimate.planner import Plan, plan_all, plan_one, shortage
+from aphro_core.estimate.question import Question
+from aphro_core.estimate.remedies import remedies
+from tests.core.estimate.asking import ask, question
+from tests.core.estimate.configs import GPT_OSS_20B, LLAMA_8B, QWEN_32B, QWEN_72B
+
+
+def recommended(asked: Question) -> Plan:
+    (best,) = [plan for plan in plan_all(asked) if plan.recommended]
+    return best
+
+
+def asked_of(config: dict[str, Any], gpu: str, max_devices: int, per_host: int, **changes: Any) -> Question:
+    return question(config, gpu=gpu, engine="aphro", max_devices=max_devices, devices_per_host=per_host,
+                    max_model_len=8192, **changes)  # fmt: skip
+
+
+def test_one_gpu_if_it_fits() -> None:
+    best = recommended(asked_of(LLAMA_8B, "H100", 8, 8))
+    assert (best.tp, best.pp) == (1, 1)
+    assert "no communication" in best.reason
+
+
+def test_tensor_parallel_inside_a_host() -> None:
+    best = recommended(asked_of(QWEN_72B, "A100-80GB", 8, 8))
+    assert best.pp == 1
+    assert best.tp > 1
+    assert "of one host" in best.reason
+
+
+def test_stages_across_hosts() -> None:
+    best = recommended(asked_of(QWEN_72B, "4090", 16, 4))
+    assert (best.tp, best.pp) == (4, 3)
+    assert "across" in best.reason
+    wide = next(plan for plan in plan_all(asked_of(QWEN_72B, "4090", 16, 4)) if plan.tp == 8)
+    assert "over the network" in wide.reason
+
+
+def test_three_gpus_are_a_plan() -> None:
+    asked = asked_of(QWEN_32B, "4090", 3, 8, gib=29.0)
+    assert not estimate(asked, 2, 1).fits
+    best = recommended(asked)
+    assert (best.tp, best.pp) == (3, 1)
+    assert "3+3+2 KV heads" in best.reason
+
+
+def test_illegal_plans_name_tensor_dimension_and_group() -> None:
+    scheme = {"quant_method": "awq", "bits": 4, "group_size": 128}
+    config = QWEN_72B | {"quantization_config": scheme}
+    asked = question(config, gpu="4090", max_devices=8)
+    reasons = {(plan.tp, plan.pp): plan.reason for plan in plan_all(asked) if plan.found is None}
+    assert "mlp.down_proj: 29568 / 2 = 14784 columns are not whole groups of 128" in reasons[2, 1]
+    assert "query heads" in reasons[3, 1]
+    assert "groups" not in reasons[3, 1]  # 9856 columns are whole groups
+    assert (1, 2) not in reasons
+    assert plan_one(asked_of(config, "4090", 8, 8), 2, 1).found is not None  # aphro cuts between groups
+
+
+def test_concurrency_asks_for_more() -> None:
+    few = recommended(asked_of(QWEN_32B, "A100-80GB", 8, 8))
+    many = recommended(asked_of(QWEN_32B, "A100-80GB", 8, 8, concurrency=32))
+    assert many.num_devices > few.num_devices
+    assert many.found is not None
+    assert many.found.max_concurrency >= 32
+
+
+def test_shortage_names_the_rank() -> None:
+    found = ask(QWEN_72B, 1, 2, gpu="A100-80GB", engine="aphro", max_model_len=32768, gib=72.0)
+    assert not found.fits
+    assert "rank 1" in shortage(found)
+    assert f"{found.missing_bytes / 2**30:.2f} GiB" in shortage(found)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        (QWEN_32B, {"gpu": "4090", "engine": "vllm:0.8.3", "utilization": 0.95, "max_model_len": 32768, "tp": 4}),
+        (GPT_OSS_20B, {"utilization": 0.95, "max_model_len": 8192}),
+        (LLAMA_8B, {"gpu": "4090", "engine": "aphro"}),
+        (QWEN_72B, {"gpu": "4090", "engine": "vllm:0.11.0", "max_model_len": 8192}),
+    ],
+)
+def test_remedies_are_few_and_true(config: dict[str, Any], changes: dict[str, Any]) -> None:
+    found = ask(config, **changes)
+    assert not found.fits
+    ways = remedies(found)
+    assert 1 <= len(ways) <= 3
+    assert len({way.flags.split()[0] for way in ways}) == len(ways)
+    assert all(way.tokens > 0 for way in ways)
+
+
+def test_shorter_requests_come_before_devices() -> None:
+    found = ask(LLAMA_8B, gpu="4090", engine="aphro")
+    flags = [way.flags for way in remedies(found)]
+    assert any(flag.startswith("--max-model-len") for flag in flags)
+    length = int(next(flag for flag in flags if flag.startswith("--max-model-len")).split()[1])
+    assert estimate(replace(found.question, max_model_len=length), 1, 1).fits
