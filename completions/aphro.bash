@@ -7,7 +7,7 @@ _aphro() {
     [[ "$previous" == "=" ]] && previous="${COMP_WORDS[COMP_CWORD-2]}"
     COMPREPLY=()
     if [[ "$COMP_CWORD" -eq 1 ]]; then
-        COMPREPLY=($(compgen -W "run serve doctor estimate version --help --version" -- "$current"))
+        COMPREPLY=($(compgen -W "run serve doctor estimate chat version --help --version" -- "$current"))
         return
     fi
     case "${COMP_WORDS[1]}" in
@@ -52,6 +52,16 @@ _aphro() {
         esac
         if [[ "$current" == -* ]]; then
             COMPREPLY=($(compgen -W "--tensor-parallel-size -tp --pipeline-parallel-size -pp --pp-layers --gpu --gpu-memory --gpu-mem --device --max-gpus --gpus-per-node --engine --dtype --quantization -q --kv-cache-dtype --max-model-len --max-num-seqs --max-num-batched-tokens --max-num-prefill-tokens --gpu-memory-utilization -gmu --block-size --concurrency --enforce-eager --enable-lora --max-loras --max-lora-rank --enable-prefix-caching --no-enable-prefix-caching --draft-layers --num-speculative-tokens --revision --compare --json --help -h" -- "$current"))
+        else
+            compopt -o default
+        fi
+        ;;
+    chat)
+        case "$previous" in
+        --prompt|-p|--model|--system|--temperature|--top-p|--max-tokens|--seed|--api-key|--timeout) return ;;
+        esac
+        if [[ "$current" == -* ]]; then
+            COMPREPLY=($(compgen -W "--prompt -p --model --system --temperature --top-p --max-tokens --seed --api-key --timeout --json --help -h" -- "$current"))
         else
             compopt -o default
         fi

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 import traceback
@@ -168,13 +169,26 @@ def open_console(level: LogLevel, stream: IO[str] | None = None, *, term: str = 
     return TerminalConsole(Screen(file=stream), level)
 
 
-def run_reported(console: Console, work: Callable[[], int]) -> int:
-    """Run ``work`` and return its exit code; an error becomes a message, the next step and its documented code."""
+def has_style(stream: IO[str]) -> bool:
+    """Whether colours and the like may go there: a terminal that is not dumb, and ``NO_COLOR`` not set."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+
+
+def run_reported(
+    console: Console, work: Callable[[], int], *, interrupted: str = "interrupted before the server was up"
+) -> int:
+    """Run ``work`` and return its exit code; an error becomes a message, the next step and its documented code.
+
+    A reader that has closed our stdout (``aphro ... | head``) wanted no more: that ends with 0, silently.
+    """
     try:
         return work()
     except KeyboardInterrupt:
-        console.error("interrupted before the server was up", None)
+        console.error(interrupted, None)
         return ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush complains
+        return ExitCode.OK
     except AphroError as error:
         console.error(error.message, error.hint, "\n".join(getattr(error, "__notes__", ())))
         return error.exit_code

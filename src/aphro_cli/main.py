@@ -7,9 +7,14 @@ from typing import Annotated
 
 import typer
 
-from aphro_cli import doctor
+from aphro_cli import chat, doctor
 from aphro_cli import estimate as estimate_command
 from aphro_cli.run import EXAMPLES, run
+
+VERSION_EXAMPLES = """\b
+Examples:
+  aphro version
+"""
 
 
 def _normalise(name: str) -> str:
@@ -59,7 +64,8 @@ app.command("run", epilog=EXAMPLES)(run)
 app.command("serve", epilog=EXAMPLES, short_help="The same as run.")(run)
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 app.command("estimate", epilog=estimate_command.EXAMPLES)(estimate_command.estimate)
-app.command("version")(version)
+app.command("chat", epilog=chat.EXAMPLES)(chat.chat)
+app.command("version", epilog=VERSION_EXAMPLES)(version)
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import ipaddress
 import math
 import os
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Annotated, Final, Literal
 import typer
 
 from aphro_cli.console import LogLevel
+from aphro_core.client.address import is_loopback
 from aphro_core.errors import UsageError
 
 ENVIRONMENT: Final[dict[str, str]] = {
@@ -210,15 +210,6 @@ def check_access(host: str, api_keys: tuple[str, ...], allow_anonymous: bool) ->
             f"--host {host} can be reached from other machines, and there is no API key",
             hint="set APHRO_API_KEY (or --api-key), or accept anybody with --allow-anonymous",
         )
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False  # a name: where it leads is not ours to guess
 
 
 def check_files(chat_template: str | None, json_ready: str | None) -> None:

@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """The documented exit codes of every command (README, "Exit codes")."""
+    """The documented exit codes of every command (docs/cli.md, "Exit codes")."""
 
     OK = 0
     INTERNAL = 1  # a fault of ours: please report it
@@ -17,6 +17,7 @@ class ExitCode(IntEnum):
     ADDRESS = 6  # the address or port cannot be bound
     ENGINE = 7  # the engine or a worker died
     RECOVERY = 8  # it died too often to be started again
+    SERVER = 9  # the server that was asked cannot be reached, or refuses, or fails a request
     INTERRUPTED = 130  # Ctrl-C before the server was up
 
 
@@ -55,6 +56,12 @@ class MemoryBudgetError(AphroError):
 
 class AddressError(AphroError):
     exit_code = ExitCode.ADDRESS
+
+
+class ServerError(AphroError):
+    """A running server that ``chat``, ``bench`` or ``top`` asked: not there, refusing, or broken off."""
+
+    exit_code = ExitCode.SERVER
 
 
 class EngineDeadError(AphroError):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import typer
 
+from aphro_cli.chat import chat
 from aphro_cli.main import app
 from aphro_cli.options import ENVIRONMENT
 from aphro_cli.run import run
@@ -31,6 +32,7 @@ def options_of(command: str) -> dict[str, str]:
 
 
 PARAMETERS = options_of("run")
+CLIENTS: dict[str, Any] = {"chat": chat}
 
 
 def rows_of(document: str) -> list[list[str]]:
@@ -75,9 +77,27 @@ def test_no_other_variable_is_read() -> None:
     assert read <= set(ENVIRONMENT)
 
 
-def test_readme_has_the_exit_codes() -> None:
-    codes = [int(row[0]) for row in rows_of("README.md") if row[0].isdigit()]
-    assert codes == [code.value for code in ExitCode]
+def test_cli_page_has_the_exit_codes() -> None:
+    rows = [row for row in rows_of("docs/cli.md") if row[0].isdigit()]
+    assert [int(row[0]) for row in rows] == [code.value for code in ExitCode]
+    named = {name for row in rows for name in re.findall(r"`([a-z]+)`", row[2])}
+    assert named <= set(COMMAND.commands)
+
+
+@pytest.mark.parametrize("command", CLIENTS)
+def test_clients_page_has_every_option_and_default(command: str) -> None:
+    pages = re.split(r"^## ", (ROOT / "docs" / "clients.md").read_text(), flags=re.MULTILINE)
+    (own,) = [page for page in pages if page.startswith(f"aphro {command}\n")]
+    rows = [line.strip("|").split("|") for page in (pages[0], own) for line in page.splitlines() if line[:3] == "| `"]
+    names = [(re.findall(r"`(-[a-z-]+)`", row[0]), row[1].strip()) for row in rows]
+    assert sorted(name for each, _ in names for name in each) == sorted(options_of(command))
+    signature = inspect.signature(CLIENTS[command]).parameters
+    for each, documented in names:
+        default = signature[options_of(command)[each[-1]]].default
+        if isinstance(default, (int, float)) and not isinstance(default, bool):
+            assert documented == f"{default:g}", each
+        elif isinstance(default, bool):
+            assert documented == ("on" if default else "off"), each
 
 
 def test_readme_flags_exist() -> None:

@@ -17,7 +17,7 @@ from aphro_cli.completions import RENDERERS, read_commands
 from aphro_cli.main import app
 
 ROOT = Path(__file__).parent.parent.parent
-HEAVY = ("torch", "transformers", "rich", "anyio", "starlette", "hypercorn", "tokenizers", "huggingface_hub")
+HEAVY = ("torch", "transformers", "rich", "anyio", "starlette", "hypercorn", "tokenizers", "huggingface_hub", "httpx")
 
 
 def cpu_seconds(*words: str) -> float:
@@ -47,10 +47,17 @@ def test_help_loads_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_help_has_examples() -> None:
-    result = CliRunner().invoke(app, ["run", "--help"])
+@pytest.mark.parametrize("name", [row.name for row in app.registered_commands])
+@pytest.mark.parametrize("columns", [80, 200])
+def test_help_has_examples_and_fits(name: str, columns: int) -> None:
+    """Examples stay as they are written; all else is wrapped to the terminal."""
+    result = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": str(columns)}, terminal_width=columns)
     assert result.exit_code == 0
-    assert "  aphro run ./llama -tp 3 " in result.stdout
+    text, _, examples = result.stdout.partition("Examples:")
+    assert f"  aphro {'run' if name == 'serve' else name}" in examples
+    assert max(map(len, text.splitlines())) <= columns
+    assert max(map(len, examples.splitlines())) <= 120
+    assert "\x1b" not in result.stdout
 
 
 @pytest.mark.parametrize("words", [["version"], ["--version"]])
