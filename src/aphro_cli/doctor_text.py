@@ -23,6 +23,7 @@ def render_report(report: LogReport) -> list[str]:
     for name, values in (("network", report.networks), ("interfaces", report.interfaces), ("ports", report.ports)):
         if values:
             lines.append(f"{name}: {'; '.join(values[:4])}{' ...' if len(values) > 4 else ''}")
+    lines += [f"between nodes: {report.ib}"] if report.ib else []
     if report.paths:
         lines += ["", *_render_paths(report)]
     return [*lines, "", *render_findings(report.findings)]

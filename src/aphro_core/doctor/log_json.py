@@ -18,6 +18,7 @@ def report_to_json(report: LogReport) -> dict[str, Any]:
         "devices": {str(index): name for index, name in report.devices},
         "lines": report.num_lines,
         "records": report.num_records,
+        **({"ib": report.ib} if report.ib else {}),
     }
 
 

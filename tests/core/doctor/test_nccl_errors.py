@@ -63,6 +63,8 @@ SAMPLES = [
     ("log.wrong-peer", "socketFinalizeAccept: wrong type 4 != 3"),
     ("log.wrong-peer", "NET/Socket : message truncated : receiving 696320 bytes instead of 32768"),
     ("log.wrong-peer", "Message truncated : received 1024 bytes instead of 256"),
+    ("log.loopback", "Net : Connect to 127.0.0.1<56849> failed : Connection refused"),
+    ("log.link-local", "socketStartConnect: Connect to fe80::966d:ae03:a2:8cf0%ib1<17943> failed : Software caused"),
     ("log.no-route", "socketPollConnect: Connect to 10.0.0.5<56849> returned 113(No route to host) errno 115"),
     ("log.no-route", "Net : Connect to 10.0.0.5<56849> failed : No route to host"),
     ("log.tcp-timeout", "Net : Connect to 10.0.0.5<56849> failed : Connection timed out"),

@@ -58,6 +58,20 @@ def test_sockets_say_why_and_what_to_type() -> None:
     assert read(SOCKETS, ib=True).verdict == "fail"
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (IB_GDR, "GPUDirect RDMA"),
+        (IB_GDR.replace("/GDRDMA", ""), "RDMA without GPUDirect"),
+        (SOCKETS, "TCP sockets"),
+        (P2P, "not shown"),
+    ],
+)
+def test_ib_is_answered_in_one_sentence(text: str, sentence: str) -> None:
+    assert read(text, ib=True).ib == sentence
+    assert read(text).ib == ""
+
+
 def test_shared_memory_names_the_variable() -> None:
     assert "NCCL_P2P_LEVEL=NVL" in read(SHM).findings[0].title
 
@@ -202,6 +216,10 @@ def test_two_ranks_on_one_gpu_before_nccl_says_so() -> None:
 def test_one_name_for_two_hosts() -> None:
     text = "".join(info(f"Bootstrap : Using eth0:10.0.0.{last}<0>", "localhost", 10 * last) for last in (1, 2))
     assert "log.same-name" in {finding.id for finding in read(text).findings}
+    findings = read(text + warn("socketFinalizeAccept: wrong type 4 != 3")).findings
+    assert [(finding.id, finding.root_cause) for finding in findings][:2] == [
+        ("log.same-name", True), ("log.wrong-peer", False),
+    ]  # fmt: skip
 
 
 def test_odd_interfaces() -> None:

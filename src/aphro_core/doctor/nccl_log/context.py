@@ -85,7 +85,7 @@ def _addresses(facts: LogFacts) -> list[Note]:
 
 def _loopback(facts: LogFacts, ib: bool) -> Iterator[Finding]:
     notes = [note for note in _addresses(facts) if re.search(r"(?:^|[\]\s])lo\d*:|:127\.\d", note.value)]
-    if notes and num_nodes(facts) != 1:
+    if notes and num_nodes(facts) != 1 and not facts.first("log.loopback"):
         yield _found("log.loopback", Status.WARN, f"NCCL uses a loopback address: {notes[0].value}", facts, *notes)
 
 
@@ -112,11 +112,12 @@ def _interfaces(facts: LogFacts, ib: bool) -> Iterator[Finding]:
 
 def _same_name(facts: LogFacts, ib: bool) -> Iterator[Finding]:
     """Two addresses of one network on one interface of one host name: these are two hosts."""
-    for host, addresses in facts.addresses.items():
-        networks = Counter((name, address.rsplit(".", 1)[0]) for name, address in _interfaces_of(host, facts))
-        if len(addresses) > 1 and max(networks.values(), default=0) > 1:
+    for host in sorted({host for note in _addresses(facts) for host in note.hosts}):
+        interfaces = _interfaces_of(host, facts)
+        networks = Counter((name, address.rsplit(".", 1)[0]) for name, address in interfaces)
+        if max(networks.values(), default=0) > 1:
             notes = [note for note in _addresses(facts) if host in note.hosts]
-            title = f"hosts share the name {host!r}: {', '.join(sorted(addresses)[:4])}"
+            title = f"hosts share the name {host!r}: {', '.join(sorted({ip for _, ip in interfaces})[:4])}"
             yield _found("log.same-name", Status.WARN, title, facts, *notes)
 
 
@@ -148,9 +149,9 @@ def _quality_of_log(facts: LogFacts, ib: bool) -> Iterator[Finding]:
         title = "every rank counts as a node of its own: are they pods of one host?"
         yield _found("log.one-gpu-nodes", Status.SKIP, title, facts, nodes[0])
     if facts.num_folded:
-        yield _found("log.folded", Status.SKIP, f"Ray left out {facts.num_folded} lines like others", facts)
+        yield _found("log.folded", Status.SKIP, f"lines that Ray left out: {facts.num_folded}", facts)
     if facts.num_torn:
-        yield _found("log.torn", Status.SKIP, f"{facts.num_torn} lines are cut or mixed and were not read", facts)
+        yield _found("log.torn", Status.SKIP, f"lines that are cut or mixed and were not read: {facts.num_torn}", facts)
 
 
 _CHECKS: Final[tuple[Callable[[LogFacts, bool], Iterator[Finding]], ...]] = (

@@ -44,7 +44,7 @@ def _sockets(facts: LogFacts) -> list[str]:
             "fi_info -p efa   # inside the container: lists the EFA devices",
             "docker run --device /dev/infiniband/uverbs0 ...   # one --device for each EFA device",
         ]
-    elif is_rccl(facts) or any("hsn" in note.value for note in facts.all_notes("interfaces")):
+    elif (is_rccl(facts) and not lines) or any("hsn" in note.value for note in facts.all_notes("interfaces")):
         lines += ['export NCCL_NET="AWS Libfabric"   # Slingshot: with aws-ofi-nccl (aws-ofi-rccl) on LD_LIBRARY_PATH']
     if is_rccl(facts):
         lines += ["export NCCL_DMABUF_ENABLE=1   # RCCL: GPUDirect over DMA-BUF is off unless asked for"]

@@ -199,6 +199,7 @@ log.wrong-peer
 A connection was answered by another kind of listener, or messages have other sizes than expected: two hosts of one
 name, addresses that clash, or ranks with different NCCL versions, settings or calls.
 > hostname; python -c 'import torch; print(torch.cuda.nccl.version())'; env | grep NCCL_   # only names may differ
+> # messages of other sizes: the same collective calls and tensor shapes on all ranks
 > export NCCL_SOCKET_IFNAME==eth0   # one interface with unique addresses
 
 log.dns

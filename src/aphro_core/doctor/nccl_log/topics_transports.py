@@ -16,6 +16,7 @@ memory module is not loaded (or NCCL before 2.23.4 does not see it), no DMA-BUF,
 switches, an EFA type without GPUDirect. On DGX Spark (GB10) it is normal: memory is shared.
 > sudo modprobe nvidia_peermem && echo nvidia_peermem | sudo tee /etc/modules-load.d/nvidia_peermem.conf
 > # or DMA-BUF: open GPU kernel modules, kernel 5.12 or newer, CUDA 11.7 or newer
+> nvidia-smi topo -m   # PIX or PXB between GPU and NIC? One NIC a PCIe switch; NCCL_NET_GDR_LEVEL=SYS only if measured
 
 log.gdr-mixed
 Some channels use GPUDirect RDMA and some do not: one node lacks the peer-memory module, or one NIC is too far from
@@ -81,6 +82,12 @@ NCCL advertises a loopback address: other hosts can never reach it. Either NCCL_
 name resolves to 127.*.
 > export NCCL_SOCKET_IFNAME=^lo,docker
 > grep 127 /etc/hosts   # the host's own name must not stand there
+
+log.link-local
+A link-local IPv6 address (fe80:) was advertised, which other hosts reach only with luck: an interface without an IPv4
+address was taken, such as an IPoIB or pod interface.
+> export NCCL_SOCKET_FAMILY=AF_INET
+> export NCCL_SOCKET_IFNAME==eth0 GLOO_SOCKET_IFNAME=eth0   # the interface on the common subnet, on every node
 
 log.docker-bridge
 NCCL advertises an address of a container bridge, which other hosts cannot reach.

@@ -11,7 +11,7 @@ from aphro_core.doctor.nccl_log.context import judge_context
 from aphro_core.doctor.nccl_log.error_table import ERRORS, Tier
 from aphro_core.doctor.nccl_log.facts import LogFacts, Note, Pair
 from aphro_core.doctor.nccl_log.remedies import remedy_for
-from aphro_core.doctor.nccl_log.transports import Quality, devices_of, judge_pairs, kind_of
+from aphro_core.doctor.nccl_log.transports import Quality, devices_of, fabric_of, judge_pairs, kind_of
 
 Verdict = Literal["pass", "warn", "fail", "inconclusive"]
 
@@ -21,6 +21,7 @@ _TIERS: Final = {rule.id: rule.tier for rule in ERRORS} | {"log.warn": Tier.SUSP
 _EXPLAINS: Final = {
     "log.loopback": {"log.refused", "log.tcp-timeout", "log.no-route"},
     "log.docker-bridge": {"log.refused", "log.tcp-timeout", "log.no-route"},
+    "log.same-name": {"log.wrong-peer"},
 }
 # of warnings, what costs or tells most comes first
 _WEIGHTY: Final = (
@@ -65,6 +66,7 @@ class LogReport:
     devices: tuple[tuple[int, str], ...] = ()
     num_lines: int = 0
     num_records: int = 0
+    ib: str = ""  # the answer to --ib
 
     @property
     def exit_code(self) -> int:
@@ -79,7 +81,7 @@ def judge(facts: LogFacts, *, ib: bool = False) -> LogReport:
     findings = _order(findings)
     statuses = {finding.status for finding in findings}
     if not statuses & {Status.PASS, Status.WARN, Status.FAIL}:
-        title = "the log shows no transport" if facts.num_records else "the log holds no NCCL record that can be read"
+        title = f"the log shows no transport{_chosen(facts)}" if facts.num_records else "the log holds no NCCL record"
         findings.insert(
             0, Finding("log.no-transport", Status.SKIP, title, remedy=remedy_for("log.no-transport", facts))
         )
@@ -94,7 +96,27 @@ def judge(facts: LogFacts, *, ib: bool = False) -> LogReport:
         devices=tuple(sorted(devices_of(facts).items())),
         num_lines=facts.num_lines,
         num_records=facts.num_records,
+        ib=_ib_sentence(findings, facts) if ib else "",
     )
+
+
+def _chosen(facts: LogFacts) -> str:
+    """What NCCL chose, which does not prove that it is used."""
+    networks = _values(facts, "network")
+    return f"; NCCL chose the network {', '.join(networks[:3])}{fabric_of(facts)}" if networks else ""
+
+
+def _ib_sentence(findings: list[Finding], facts: LogFacts) -> str:
+    """What ``--ib`` is asked for, in one sentence: the worst way between nodes that is shown."""
+    ids = {finding.id for finding in findings}
+    fabric = fabric_of(facts).strip(" ()") or "RDMA"
+    sentences = {
+        "log.sockets": "TCP sockets",
+        "log.gdr-mixed": f"{fabric}, on some channels without GPUDirect",
+        "log.rdma-no-gdr": f"{fabric} without GPUDirect",
+        "log.gdrdma": "GPUDirect RDMA",
+    }
+    return next((sentence for id, sentence in sentences.items() if id in ids), "not shown")
 
 
 def _order(findings: list[Finding]) -> list[Finding]:
