@@ -1,11 +1,13 @@
 """Where each microsecond of a decode step on a GPU goes: kernels by name, gaps between them, and what the host costs.
 
     python bench/step_profile.py [--model llama3-8b] [--rows 1 32 256] [--context 640] [--steps 30] [--top 14]
+                                 [--prompts 512 512 512]
 
 Dummy weights of a shape. For each number of rows: the time of every kernel in a step (profiler), their sum, the wall
 time of the captured graph, and the period of whole steps launched one after the other, as the engine does; the
 differences are gaps between kernels, and what is outside the graph (inputs, sampling, tokens). "launch" is the time
-that the host's thread needs for a step, which must stay below the period.
+that the host's thread needs for a step, which must stay below the period. ``--prompts``: steps that compute new prompts
+of these lengths beside the rows, and have no graph.
 """
 
 from __future__ import annotations
@@ -43,6 +45,9 @@ class Stepper:
         self._blocks = [list(range(row * per_row, (row + 1) * per_row)) for row in range(rows)]
         self._used = -(-context // BLOCK_SIZE)
         self._step = 0
+        self._num_blocks = num_blocks
+        self._prompts: list[int] = []
+        self.lengths: list[int] = []
 
     def begin(self, dials: SamplingParams) -> None:
         new = [NewSequence(row, [1] * (self._position + 1), self._position, dials, row) for row in range(self._rows)]
@@ -65,22 +70,25 @@ class Stepper:
         return self._worker.launch(StepPlan(self._step, scheduled, new))
 
 
-def build_worker(model: str, max_rows: int, context: int) -> tuple[Worker, int]:
+def build_worker(model: str, max_rows: int, arguments: argparse.Namespace) -> tuple[Worker, int]:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(MODELS[model]))
         length = MODELS[model]["max_position_embeddings"]
-        num_blocks = max_rows * (context // BLOCK_SIZE + 20)
+        num_blocks = max_rows * (arguments.context // BLOCK_SIZE + 20) + 600
         config = EngineConfig(
             model=ModelConfig(
                 path=folder, served_name=model, dtype="bfloat16", max_model_len=length, load_format="dummy"
             ),
             cache=CacheConfig(num_blocks=num_blocks),
-            scheduler=SchedulerConfig(max_num_seqs=max_rows),
+            scheduler=SchedulerConfig(max_num_seqs=max_rows, max_num_prefill_tokens=8192),
             device="cuda",
         )
         worker = Worker(StartWorker(config, 0, 0, "", 0), lambda progress: None)
-        worker.load()
+        loaded = worker.load()
         worker.allocate(num_blocks)
+    kept = loaded.weights_bytes + num_blocks * loaded.block_bytes
+    peak = torch.cuda.max_memory_reserved() - kept
+    print(f"GiB besides weights and cache: planned {loaded.activation_bytes / 2**30:.2f}, taken {peak / 2**30:.2f}")
     return worker, num_blocks
 
 
@@ -129,15 +137,17 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=640)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--top", type=int, default=14)
+    parser.add_argument("--prompts", type=int, nargs="*", default=[])
     parser.add_argument("--sampled", action="store_true", help="temperature 1 instead of greedy")
     arguments = parser.parse_args()
     name = torch.cuda.get_device_name()
-    worker, num_blocks = build_worker(arguments.model, max(arguments.rows), arguments.context)
+    worker, num_blocks = build_worker(arguments.model, max(arguments.rows) + len(arguments.prompts), arguments)
     bandwidth = next((value[0] for key, value in CEILINGS.items() if key in name), CEILINGS["H200"][0])
     print(f"{name}, {arguments.model}, context {arguments.context}")
     for rows in arguments.rows:
         stepper = Stepper(worker, rows, arguments.context, num_blocks)
         stepper.begin(SamplingParams() if arguments.sampled else SamplingParams(temperature=0.0))
+        stepper.lengths = arguments.prompts
         period, host = seconds(stepper.decode, arguments.steps)
         graph = graph_seconds(worker, rows, arguments.steps)
         spent, count = kernels(stepper.decode, 8)
