@@ -69,9 +69,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     def run_ahead(self) -> int:
         """Steps of a sequence that are planned before its last token is read: those of a GPU, which keeps the token.
 
-        A CPU computes while it is asked. The first stage of a pipeline learns tokens from the host.
+        A CPU computes while it is asked.
         """
-        return 1 if self.device == "cuda" and self.parallel.pipeline_parallel_size == 1 else 0
+        return 1 if self.device == "cuda" else 0
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -73,12 +73,40 @@ class StageLink:
         self._sending.append((work, x))
 
 
+class TokenLink:
+    """The way of drawn tokens back, from the last stage of a pipeline to the first, past their hosts.
+
+    It has a communicator of its own: on that of the hidden states a token and the next rows would wait for each other.
+    """
+
+    def __init__(self, peer: int, group: dist.ProcessGroup) -> None:
+        self._peer = peer
+        self._group = group
+        self._sending: deque[tuple[dist.Work, Tensor]] = deque()
+
+    def send(self, tokens: Tensor) -> None:
+        """Without waiting; ``tokens`` must not be written again. The first stage expects each in this order."""
+        while self._sending and self._sending[0][0].is_completed():
+            self._sending.popleft()
+        work = dist.isend(tokens, dst=self._peer, group=self._group)
+        assert work is not None
+        self._sending.append((work, tokens))
+
+    def expect(self, count: int, device: torch.device) -> tuple[dist.Work, Tensor]:
+        """The next tokens that come: a buffer, and whom to ask to wait (on a GPU its stream waits, not the host)."""
+        tokens = torch.empty(count, dtype=torch.int64, device=device)
+        work = dist.irecv(tokens, src=self._peer, group=self._group)
+        assert work is not None
+        return work, tokens
+
+
 @dataclass(frozen=True)
 class Links:
-    """All that ties a rank to others."""
+    """All that ties a rank to others. ``tokens`` only on the first and last of several stages of GPUs."""
 
     tensor: TensorParallelGroup
     stage: StageLink
+    tokens: TokenLink | None = None
 
     def close(self) -> None:
         if dist.is_initialized():
@@ -108,4 +136,17 @@ def join(plan: ShardingPlan, rank: int, store: str, device: torch.device, timeou
         if pp_rank == shard.pp_rank:
             group = made
     stage = StageLink(previous, following, max_sends=plan.pp_size)
-    return Links(TensorParallelGroup(shard.tp_rank, plan.tp_size, group), stage)
+    tokens = _token_link(plan, rank) if device.type == "cuda" and plan.pp_size > 1 else None
+    return Links(TensorParallelGroup(shard.tp_rank, plan.tp_size, group), stage, tokens)
+
+
+def _token_link(plan: ShardingPlan, rank: int) -> TokenLink | None:
+    """Between the ranks of the first and the last stage that have the same tp rank."""
+    link = None
+    last = (plan.pp_size - 1) * plan.tp_size
+    for tp_rank in range(plan.tp_size):  # every rank takes part in the making of every group, in one order
+        ends = [tp_rank, last + tp_rank]
+        made = dist.new_group(ends)
+        if rank in ends:
+            link = TokenLink(ends[0] if rank == ends[1] else ends[1], made)
+    return link

@@ -21,6 +21,7 @@ from aphro_core.worker.cuda_graphs import CudaGraphs, DecodeSteps, row_buckets
 from aphro_core.worker.device_sampler import DeviceSampler, is_drawn_on_device
 from aphro_core.worker.paged_inputs import PagedInputs, PagedStep
 from aphro_core.worker.prompt_logprobs import prompt_logprobs
+from aphro_core.worker.returning_tokens import ReturningTokens
 from aphro_core.worker.sampler import Sampler
 from aphro_core.worker.sequences import SequenceState, apply_plan
 from aphro_core.worker.step import FinishedStep, LaunchedStep, RunningStep, SamplingError, empty_result
@@ -66,6 +67,9 @@ class DeviceRunner:
         self._sampler = Sampler(spec.vocab_size, device)
         self._device_sampler = DeviceSampler(spec.vocab_size, device)
         self._decode: DecodeSteps = self._decode_rows
+        self._returning: ReturningTokens | None = None
+        if links.tokens is not None and shard.has_embedding:
+            self._returning = ReturningTokens(links.tokens, self._inputs.last_token_ids)
 
     @torch.inference_mode()
     def capture_graphs(self, on_progress: Callable[[int, int], None]) -> None:
@@ -77,9 +81,13 @@ class DeviceRunner:
         """A step only on tp rank 0 of the last stage."""
         apply_plan(plan, self._sequences)
         step = self._inputs.stage(plan, self._sequences, self._buckets)
+        if self._returning is not None:
+            self._returning.take_for(plan, self._sequences)
         if not plan.scheduled:
             return empty_result(plan) if self._samples else None
         logits, found = self._run_rows(step) if step.chunks is None else self._run_mixed(step)
+        if self._returning is not None:
+            self._returning.expect(step)
         if not self._shard.has_head:
             return None
         return self._draw(plan, step, logits, found)
@@ -142,7 +150,10 @@ class DeviceRunner:
         elif self._samples:
             result = self._draw_with_host(plan, step, logits, tokens, found)
         if rows:
-            self._inputs.last_token_ids.index_copy_(0, step.draw_slots, self._links.tensor.broadcast_(tokens))
+            tokens = self._links.tensor.broadcast_(tokens)
+            self._inputs.last_token_ids.index_copy_(0, step.draw_slots, tokens)
+            if self._links.tokens is not None:
+                self._links.tokens.send(tokens)
         return result
 
     def _draw_with_host(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
+from aphro_core import distributed
 from aphro_core.checkpoint.open import open_checkpoint
 from aphro_core.distributed import Links, StageLink, TensorParallelGroup
 from aphro_core.layers.decoder import Decoder
@@ -20,6 +22,7 @@ from aphro_core.worker.cuda_graphs import row_buckets
 from aphro_core.worker.device_runner import DeviceRunner
 from aphro_core.worker.kv_cache import allocate_kv_cache
 from aphro_core.worker.loader import load_weights
+from tests.core.ranks import run_ranks
 from tests.core.worker.one_rank import BLOCK_SIZE, CPU, NUM_BLOCKS, Planner, sharding_plan
 from tests.core.worker.test_model_runner import NEW_TOKENS, Model, check_logprobs
 from tests.tiny import FAMILIES
@@ -210,30 +213,25 @@ def test_row_buckets(max_rows: int) -> None:
         assert size <= max(2 * before, 8, before + 32), "padding costs a step of one row more than its half"
 
 
-def test_ranks_of_a_group(tmp_path: Path) -> None:
-    """Tokens that one tp rank draws reach the others, and plans run ahead of them; stages hand rows on."""
-    from tests.core.ranks import run_ranks
-
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (2, 3)])
+def test_plans_run_ahead_in_a_group(tmp_path: Path, tp: int, pp: int) -> None:
+    """Tokens that one tp rank draws reach the others, and those of the last stage the first, past the host."""
     model = Model("llama", tmp_path)
-    for tp, pp in ((2, 1), (1, 2)):
-        sharding = sharding_plan(tmp_path, tp, pp)
+    sharding = sharding_plan(tmp_path, tp, pp)
 
-        def rank_of_group(links: Links, rank: int, tp: int = tp, pp: int = pp) -> list[int]:
-            runner, planner = device_runner(model, links, tp, pp, rank), Planner()
-            planner.add(0, model.prompts[4], PLAIN)
-            planner.add(1, model.prompts[3], PLAIN)
-            plans = [planner.plan({0: 40, 1: planner.remaining(1)})]
-            if pp == 1:
-                plans += [ahead(planner, (0, 1)) for _ in range(4)]
-            steps = [runner.launch(plan) for plan in plans]
-            return [token.token_id for step in steps if step is not None for token in step.result().sampled]
+    def rank_of_group(links: Links, rank: int) -> list[tuple[int, int]]:
+        if pp > 1:
+            links = replace(links, tokens=distributed._token_link(sharding, rank))
+        runner, planner = device_runner(model, links, tp, pp, rank), Planner()
+        planner.add(0, model.prompts[4], PLAIN)
+        planner.add(1, model.prompts[3], PLAIN)
+        plans = [planner.plan({0: 40}), planner.plan({1: planner.remaining(1)})]
+        plans += [ahead(planner, (0,)), ahead(planner, (1,)), *(ahead(planner, (0, 1)) for _ in range(3))]
+        steps = [runner.launch(plan) for plan in plans]
+        return [(token.seq_id, token.token_id) for step in steps if step for token in step.result().sampled]
 
-        folder = tmp_path / f"{tp}-{pp}"
-        folder.mkdir()
-        answers = run_ranks(folder, sharding, rank_of_group)
-        drawn = answers[tp * (pp - 1)]
-        count = len(drawn) // 2
-        assert count == (5 if pp == 1 else 1)
-        assert drawn[0::2] == model.tokens[4][40 : 40 + count]
-        start = len(model.prompts[3])
-        assert drawn[1::2] == model.tokens[3][start : start + count]
+    drawn = run_ranks(tmp_path, sharding, rank_of_group)[tp * (pp - 1)]
+    for seq_id, prompt in ((0, 4), (1, 3)):
+        tokens = [token_id for drawn_for, token_id in drawn if drawn_for == seq_id]
+        start = len(model.prompts[prompt])
+        assert tokens == model.tokens[prompt][start : start + 5]

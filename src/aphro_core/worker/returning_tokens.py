@@ -1,0 +1,47 @@
+"""On the first stage of a pipeline of GPUs: tokens that the last stage drew, put in place just before they are read."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from aphro_core.distributed import TokenLink
+from aphro_core.messages.steps import StepPlan
+from aphro_core.worker.paged_inputs import PagedStep
+from aphro_core.worker.sequences import SequenceState
+
+
+class ReturningTokens:
+    """Every step that draws is expected when it is launched, so that the last stage never waits with its tokens; its
+    stream waits for them when a plan has a row whose token only the device has."""
+
+    def __init__(self, link: TokenLink, last_token_ids: Tensor) -> None:
+        self._link = link
+        self._last_token_ids = last_token_ids
+        self._due: deque[tuple[int, Any, Tensor, Tensor]] = deque()  # step number, work, tokens, their slots
+        self._num_steps = 0
+        self._drawn_in: dict[int, int] = {}  # seq_id -> number of the step that drew its last token
+
+    def expect(self, step: PagedStep) -> None:
+        """``step`` has been launched here; its tokens will come."""
+        if not step.draws:
+            return
+        self._num_steps += 1
+        self._drawn_in.update((entry.seq_id, self._num_steps) for entry in step.draws)
+        work, tokens = self._link.expect(len(step.draws), self._last_token_ids.device)
+        # a copy: where the slots of a decode step were sent, those of the next one will be
+        self._due.append((self._num_steps, work, tokens, step.draw_slots.clone()))
+
+    def take_for(self, plan: StepPlan, sequences: Mapping[int, SequenceState]) -> None:
+        """Put the tokens in place that rows of ``plan`` read, and all that were drawn before them."""
+        for seq_id in plan.released:
+            self._drawn_in.pop(seq_id, None)
+        unknown = [e.seq_id for e in plan.scheduled if e.start >= len(sequences[e.seq_id].row.token_ids)]
+        wanted = max((self._drawn_in.get(seq_id, 0) for seq_id in unknown), default=0)
+        while self._due and self._due[0][0] <= wanted:
+            _, work, tokens, slots = self._due.popleft()
+            work.wait()
+            self._last_token_ids.index_copy_(0, slots, tokens)
