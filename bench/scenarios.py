@@ -1,11 +1,13 @@
 """S1 to S5 for the three model shapes with dummy weights, in one command: rates, latencies, shares of the limit.
 
     python bench/scenarios.py [--models llama3-8b qwen2.5-0.5b] [--scenarios S1 S2] [--rounds 3] [-tp 2] [--json FILE]
+                              [--http]
 
 One untimed run of each scenario, then ``--rounds``; medians. Throughput counts from the first submission to the last
 token; TTFT and ITL (time between a stream's tokens) are those of each stream as its client sees them, pooled over the
 rounds. "of limit" is the share of what the card's bandwidth and FLOPs allow (bench/workloads.py), "x vLLM" the ratio to
-vLLM's recorded figure on an H200: on another card only the share of the limit means anything.
+vLLM's recorded figure on an H200: on another card only the share of the limit means anything. ``--http`` asks a server,
+``aphro run``, with a stream a request from four client processes; ITL is then the time between a stream's chunks.
 """
 
 from __future__ import annotations
@@ -14,11 +16,14 @@ import argparse
 import json
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +34,8 @@ from aphro_core.prepare import EngineOptions, prepare
 from aphro_core.reporter import SilentReporter
 from aphro_core.request import Request, SamplingParams
 from aphro_core.session import Session, open_session
+
+NUM_CLIENTS = 4  # processes of --http
 
 
 @dataclass
@@ -112,6 +119,50 @@ def percentile(values: list[float], share: int) -> float:
 
 
 @asynccontextmanager
+async def served(model: str, options: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    """A server of its own process; yields where it is."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(MODELS[model]))
+        ready = Path(folder) / "ready.json"
+        words = ["--load-format", "dummy", "--skip-tokenizer-init", "--port", "0", "--json-ready", str(ready)]
+        for name, value in options.items():
+            flag = f"--{name.replace('_', '-')}"
+            words += [flag] if value is True else [f"--no-{flag[2:]}"] if value is False else [flag, str(value)]
+        command = [sys.executable, "-m", "aphro_cli.main", "run", folder, *words]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # noqa: ASYNC220
+        try:
+            while not ready.exists():
+                assert process.poll() is None, "the server ended; start it by hand to see why"
+                await anyio.sleep(0.05)
+            host, port = json.loads(ready.read_text())["url"].removeprefix("http://").rsplit(":", 1)
+            yield {"host": host, "port": int(port), "model": Path(folder).name}
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+
+
+async def run_http_round(where: dict[str, Any], vocab_size: int, scenario: str, repeat: int) -> Round:
+    asked = requests(scenario, vocab_size, repeat)
+    clients = min(NUM_CLIENTS, len(asked))
+    start = time.monotonic() + 1.0 + len(asked) / 500
+    round_ = Round()
+
+    async def client(number: int) -> None:
+        job = json.dumps({**where, "start": start, "requests": asked[number::clients]}) + "\n"
+        command = [sys.executable, str(Path(__file__).with_name("http_client.py"))]
+        done = await anyio.run_process(command, input=job.encode(), stderr=None)
+        for times in json.loads(done.stdout):
+            round_.first.append(times[0])
+            round_.between += [after - before for before, after in pairwise(times)]
+            round_.seconds = max(round_.seconds, times[-1])
+
+    async with anyio.create_task_group() as tasks:
+        for number in range(clients):
+            tasks.start_soon(client, number)
+    return round_
+
+
+@asynccontextmanager
 async def opened(model: str, options: dict[str, Any]) -> AsyncIterator[Session]:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(MODELS[model]))
@@ -131,11 +182,16 @@ async def measure(model: str, arguments: argparse.Namespace, ceilings: tuple[flo
     }
     rows = []
     started = time.perf_counter()
-    async with opened(model, options) as session:
+    open_target = served if arguments.http else opened
+    async with open_target(model, options) as target:
         print(f"{model}: ready after {time.perf_counter() - started:.1f} s", flush=True)
         for scenario in arguments.scenarios:
-            await run_round(session, scenario, -1)
-            rounds = [await run_round(session, scenario, repeat) for repeat in range(arguments.rounds)]
+            if isinstance(target, Session):
+                run = partial(run_round, target, scenario)
+            else:
+                run = partial(run_http_round, target, MODELS[model]["vocab_size"], scenario)
+            await run(-1)
+            rounds = [await run(repeat) for repeat in range(arguments.rounds)]
             rows.append(summarise(model, scenario, rounds, ceilings, arguments.tp * arguments.pp))
             print(line(rows[-1]), flush=True)
     return rows
@@ -172,6 +228,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("-tp", type=int, default=1)
     parser.add_argument("-pp", type=int, default=1)
+    parser.add_argument("--http", action="store_true", help="over HTTP, with streaming clients")
     parser.add_argument("--options", default="{}", help="further EngineOptions as JSON")
     parser.add_argument("--json", help="file that gets the rows")
     arguments = parser.parse_args()

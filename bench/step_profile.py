@@ -13,7 +13,9 @@ of these lengths beside the rows, and have no graph.
 from __future__ import annotations
 
 import argparse
+import cProfile
 import json
+import pstats
 import statistics
 import tempfile
 import time
@@ -61,13 +63,20 @@ class Stepper:
 
     def end(self) -> None:
         self._step += 1
-        self._worker.launch(StepPlan(self._step, [], [], list(range(self._rows))))
+        self._worker.launch(StepPlan(self._step, [], [], list(range(self._rows)) + self._prompts))
 
     def _run(self, new_blocks: list[list[int]], new: list[NewSequence]) -> object:
         self._step += 1
         scheduled = [ScheduledSequence(row, self._position, 1, [], new_blocks[row], True) for row in range(self._rows)]
         self._position += 1
-        return self._worker.launch(StepPlan(self._step, scheduled, new))
+        released, self._prompts = self._prompts, []
+        for length in [] if new else self.lengths:
+            seq_id = 2**20 + self._step * 100 + len(self._prompts)
+            blocks = list(range(self._num_blocks - -(-length // BLOCK_SIZE), self._num_blocks))
+            scheduled.append(ScheduledSequence(seq_id, 0, length, [], blocks, True))
+            new = [*new, NewSequence(seq_id, [1] * length, length, SamplingParams(temperature=0.0), 0)]
+            self._prompts.append(seq_id)
+        return self._worker.launch(StepPlan(self._step, scheduled, new, released))
 
 
 def build_worker(model: str, max_rows: int, arguments: argparse.Namespace) -> tuple[Worker, int]:
@@ -107,6 +116,16 @@ def seconds(run: Callable[[], object], times: int) -> tuple[float, float]:
     return statistics.median(periods[times // 4 :]), host
 
 
+def print_host_profile(run: Callable[[], object], times: int, top: int) -> None:
+    profile = cProfile.Profile()
+    profile.enable()
+    for _ in range(times):
+        run()
+    profile.disable()
+    torch.cuda.synchronize()
+    pstats.Stats(profile).sort_stats("tottime").print_stats(top)
+
+
 def kernels(run: Callable[[], object], times: int) -> tuple[Counter[str], Counter[str]]:
     """Seconds and launches of a step by kernel name."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -138,6 +157,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--top", type=int, default=14)
     parser.add_argument("--prompts", type=int, nargs="*", default=[])
+    parser.add_argument("--host", action="store_true", help="also a profile of the thread that launches")
     parser.add_argument("--sampled", action="store_true", help="temperature 1 instead of greedy")
     arguments = parser.parse_args()
     name = torch.cuda.get_device_name()
@@ -151,6 +171,8 @@ def main() -> None:
         period, host = seconds(stepper.decode, arguments.steps)
         graph = graph_seconds(worker, rows, arguments.steps)
         spent, count = kernels(stepper.decode, 8)
+        if arguments.host:
+            print_host_profile(stepper.decode, 8, arguments.top)
         stepper.end()
         total = sum(spent.values())
         print(f"\n{rows} rows: {rows / period:,.0f} tokens/s; microseconds a step:")
