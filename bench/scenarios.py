@@ -129,10 +129,12 @@ async def served(model: str, options: dict[str, Any]) -> AsyncIterator[dict[str,
             flag = f"--{name.replace('_', '-')}"
             words += [flag] if value is True else [f"--no-{flag[2:]}"] if value is False else [flag, str(value)]
         command = [sys.executable, "-m", "aphro_cli.main", "run", folder, *words]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # noqa: ASYNC220
+        log = Path(folder) / "log"
+        with log.open("wb") as out:
+            process = subprocess.Popen(command, stdout=out, stderr=out)  # noqa: ASYNC220
         try:
             while not ready.exists():
-                assert process.poll() is None, "the server ended; start it by hand to see why"
+                assert process.poll() is None, log.read_text()[-2000:]
                 await anyio.sleep(0.05)
             host, port = json.loads(ready.read_text())["url"].removeprefix("http://").rsplit(":", 1)
             yield {"host": host, "port": int(port), "model": Path(folder).name}

@@ -17,7 +17,7 @@ complete -c aphro -n '__fish_seen_subcommand_from run serve' -l distributed-exec
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l device -x -a 'auto cuda cpu' -d 'Where the ranks compute.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l dtype -x -a 'auto float32 bfloat16 float16 float half' -d 'Data type of weights and KV cache; float and half are float32 and float16.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l max-model-len -x -a 'auto' -d 'Prompt and output together; default - the model’s own length; auto - as much of it as the memory holds.'
-complete -c aphro -n '__fish_seen_subcommand_from run serve' -l max-num-seqs -x -d 'Sequences in one step.'
+complete -c aphro -n '__fish_seen_subcommand_from run serve' -l max-num-seqs -x -d 'Sequences in one step; default - 512 on GPUs, 256 on CPUs.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l max-num-batched-tokens -x -d 'Tokens in one step in which anything decodes.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l max-num-prefill-tokens -x -d 'Tokens in one step in which nothing decodes.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l enforce-eager -d 'No CUDA graphs - slower, starts sooner.'

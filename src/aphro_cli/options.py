@@ -70,9 +70,11 @@ SkipTokenizerInit = Annotated[
 Seed = Annotated[int, typer.Option("--seed", help="Seed of dummy weights.")]
 
 # memory and batch
-MaxNumSeqs = Annotated[int, typer.Option("--max-num-seqs", min=1, help="Sequences in one step.")]
+MaxNumSeqs = Annotated[
+    int | None, typer.Option("--max-num-seqs", min=1, help="Sequences in one step; default: 512 on GPUs, 256 on CPUs.")
+]
 MaxNumBatchedTokens = Annotated[
-    int, typer.Option("--max-num-batched-tokens", min=1, help="Tokens in one step in which anything decodes.")
+    int | None, typer.Option("--max-num-batched-tokens", min=1, help="Tokens in one step in which anything decodes.")
 ]
 MaxNumPrefillTokens = Annotated[
     int | None, typer.Option("--max-num-prefill-tokens", min=1, help="Tokens in one step in which nothing decodes.")

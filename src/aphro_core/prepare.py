@@ -19,11 +19,13 @@ from aphro_core.config import (
     SchedulerConfig,
 )
 from aphro_core.errors import ModelError, PlacementError, UsageError
-from aphro_core.estimate.aphro_engine import GPU_PREFILL_TOKENS, expected_balances
+from aphro_core.estimate.aphro_engine import expected_balances
 from aphro_core.estimate.balance import RankBalance
 from aphro_core.models.registry import load_spec
 from aphro_core.models.spec import DecoderSpec
+from aphro_core.parallel.memory import weights_bytes
 from aphro_core.parallel.shard import ShardingPlan, build_plan
+from aphro_core.parallel.step_sizes import default_step_sizes
 from aphro_core.reporter import Reporter
 
 
@@ -40,8 +42,8 @@ class EngineOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: int | Literal["auto"] | None = None
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048  # of a step in which sequences decode
+    max_num_seqs: int | None = None  # None: 512 on GPUs, 256 on CPUs
+    max_num_batched_tokens: int | None = None  # of a step in which sequences decode; None: by the model's size on GPUs
     max_num_prefill_tokens: int | None = None  # of a step in which none does; None: 8192 on GPUs, the same on CPUs
     gpu_memory_utilization: float = 0.90
     cpu_memory_utilization: float = 0.50
@@ -113,11 +115,7 @@ def prepare(options: EngineOptions, reporter: Reporter) -> Prepared:
             num_blocks=options.num_blocks,
             enable_prefix_caching=options.enable_prefix_caching,
         ),
-        scheduler=SchedulerConfig(
-            max_num_seqs=options.max_num_seqs,
-            max_num_batched_tokens=options.max_num_batched_tokens,
-            max_num_prefill_tokens=_choose_prefill_tokens(options, device),
-        ),
+        scheduler=_choose_steps(options, spec, plan, device, reporter),
         device=device,
         enforce_eager=options.enforce_eager,
         start_timeout_seconds=options.start_timeout,
@@ -151,8 +149,9 @@ def _read_spec(options: EngineOptions, path: Path) -> DecoderSpec:
 
 
 def _check_sizes(options: EngineOptions) -> None:
-    at_least_one = ("tensor_parallel_size", "pipeline_parallel_size", "max_num_seqs", "max_num_batched_tokens")
-    for name in (*at_least_one, *(["max_num_prefill_tokens"] if options.max_num_prefill_tokens is not None else [])):
+    at_least_one = ("tensor_parallel_size", "pipeline_parallel_size")
+    unless_left_out = ("max_num_seqs", "max_num_batched_tokens", "max_num_prefill_tokens")
+    for name in (*at_least_one, *(name for name in unless_left_out if getattr(options, name) is not None)):
         if getattr(options, name) < 1:
             raise UsageError(f"{name} is {getattr(options, name)}, allowed: 1 and up")
     for name in ("gpu_memory_utilization", "cpu_memory_utilization"):
@@ -172,11 +171,23 @@ def _check_experts(options: EngineOptions, spec: DecoderSpec) -> None:
         )
 
 
-def _choose_prefill_tokens(options: EngineOptions, device: Device) -> int | None:
-    """Where nothing decodes no stream waits for a step, and a GPU multiplies large steps faster."""
-    if options.max_num_prefill_tokens is not None or device == "cpu":
-        return options.max_num_prefill_tokens
-    return max(GPU_PREFILL_TOKENS, options.max_num_batched_tokens)
+def _choose_steps(
+    options: EngineOptions, spec: DecoderSpec, plan: ShardingPlan, device: Device, reporter: Reporter
+) -> SchedulerConfig:
+    default = default_step_sizes(device, max(weights_bytes(spec, shard, 1) for shard in plan.ranks))
+    tokens = options.max_num_batched_tokens or default.decode_tokens
+    steps = SchedulerConfig(
+        max_num_seqs=options.max_num_seqs or default.max_num_seqs,
+        max_num_batched_tokens=tokens,
+        max_num_prefill_tokens=options.max_num_prefill_tokens
+        or (max(default.prefill_tokens, tokens) if device == "cuda" else None),
+    )
+    if device == "cuda":
+        reporter.line(
+            f"Steps of up to {steps.max_num_seqs} sequences: {tokens} tokens while any of them decodes, "
+            f"{steps.max_num_prefill_tokens} otherwise."
+        )
+    return steps
 
 
 def _served_name(model: str, path: Path) -> str:

@@ -17,9 +17,6 @@ from aphro_core.parallel import memory
 from aphro_core.parallel.shard import RankShard, ShardingPlan, build_plan, split_layers
 
 GIB: Final = 2**30
-MAX_NUM_BATCHED_TOKENS: Final = 2048
-GPU_PREFILL_TOKENS: Final = 8192  # the largest rows of the linears, measured on an H200, come from here on
-MAX_NUM_SEQS: Final = 256
 _LAW: Final = Law(memory.LOGITS_COPIES, 0, 5.0, keeps_expert_space=False)  # memory.activation_bytes in a law's terms
 
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from aphro_core.errors import UsageError
-from aphro_core.estimate import aphro_engine
 from aphro_core.estimate.balance import Sizes
 from aphro_core.estimate.cards import Card
 from aphro_core.estimate.facts import ModelFacts, QuantizationFacts
 from aphro_core.estimate.vllm_versions import Generation, Version, batch_defaults, parse_version
 from aphro_core.estimate.weights import DTYPE_BYTES, StoredTensor
 from aphro_core.models.spec import DecoderSpec
+from aphro_core.parallel.step_sizes import CPU_TOKENS, GPU_TOKENS, MAX_NUM_SEQS
 
 CACHE_DTYPES: Final[dict[str, int | None]] = {
     "auto": None,
@@ -119,7 +119,7 @@ def resolve(question: Question, tp: int, pp: int) -> Sizes:
     dtype = _dtype(question)
     limit = facts.max_position_embeddings
     length = limit if question.max_model_len in (None, "auto") else int(question.max_model_len or limit)
-    tokens, seqs = aphro_engine.MAX_NUM_BATCHED_TOKENS, aphro_engine.MAX_NUM_SEQS
+    tokens, seqs = CPU_TOKENS, MAX_NUM_SEQS[question.device.kind]
     utilization = 0.90 if question.device.kind == "cuda" else 0.50
     generation = question.generation
     if question.version is not None and generation is not None:
@@ -127,7 +127,7 @@ def resolve(question: Question, tp: int, pp: int) -> Sizes:
         utilization = generation.utilization
     tokens, seqs = question.max_num_batched_tokens or tokens, question.max_num_seqs or seqs
     if question.version is None:  # the largest of any step
-        prefill = aphro_engine.GPU_PREFILL_TOKENS if question.device.kind == "cuda" else 0
+        prefill = GPU_TOKENS[1] if question.device.kind == "cuda" else 0
         tokens = max(tokens, question.max_num_prefill_tokens or prefill)
     if question.max_num_batched_tokens is None and question.version is not None:
         tokens = min(tokens, seqs * length)

@@ -62,6 +62,9 @@ class Worker:
                 bytes_read = checkpoint.bytes_read
         self._decoder = Decoder(self._spec, self._shard, weights, self._links.tensor)
         self._weights_bytes = self._decoder.weights_bytes
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # what loading took besides the weights
+            torch.cuda.reset_peak_memory_stats()
         return self._report_loaded(bytes_read)
 
     def allocate(self, num_blocks: int) -> None:

@@ -1,0 +1,28 @@
+"""Default step sizes: fewer tokens for larger models, within bounds, and powers of two on GPUs."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aphro_core.parallel.step_sizes import GPU_TOKENS, default_step_sizes
+
+
+@pytest.mark.parametrize(
+    ("parameters", "tokens"), [(8_030_000_000, 2048), (494_000_000, 8192), (3_000_000_000, 4096), (70 * 10**9, 1024)]
+)
+def test_a_step_beside_streams_lasts_about_50_ms(parameters: int, tokens: int) -> None:
+    assert default_step_sizes("cuda", parameters).decode_tokens == tokens
+
+
+@given(st.integers(0, 10**13), st.integers(0, 10**13))
+def test_bounds_and_order(first: int, second: int) -> None:
+    less, more = (default_step_sizes("cuda", parameters) for parameters in sorted((first, second)))
+    assert GPU_TOKENS[0] <= more.decode_tokens <= less.decode_tokens <= GPU_TOKENS[1] == less.prefill_tokens
+    assert less.decode_tokens & (less.decode_tokens - 1) == 0
+
+
+def test_cpus_have_one_size() -> None:
+    sizes = default_step_sizes("cpu", 10**9)
+    assert sizes.decode_tokens == sizes.prefill_tokens == sizes.most_tokens
