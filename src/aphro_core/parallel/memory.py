@@ -15,6 +15,7 @@ from aphro_core.parallel.shard import RankShard
 # Float32 copies of the sampled rows' logits that live at once in the worst step, one with top-p and penalties: the
 # ranks' parts, gathered, with penalties, divided by the temperature, with noise, probabilities, and two while cutting.
 LOGITS_COPIES: Final = 8
+SAMPLED_ROWS: Final = 256  # that the sampler looks at at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ def activation_bytes(
     - attention: qkv, its rotated q and k, the output of attention, o_proj: T (2 q + 4 kv + q + H)
     - MLP: gate and up, their product, down_proj: T (3 I + H); with experts, of which a token takes k, besides the
       shared one's as much: T k (3 I + 2 H), its rows copied in and out
-    - head: LOGITS_COPIES float32 copies of the logits of min(max_num_seqs, T) rows, over the whole vocabulary
+    - head: LOGITS_COPIES float32 copies of the logits of min(max_num_seqs, SAMPLED_ROWS, T) rows, whole vocabulary
     plus a float32 copy of the hidden states inside a norm (T H 4) and the step's indices (T x 64 bytes).
     The terms are those of the profiled peaks of served models (forward = T e (3 I + 3 H), sampler = F S V 4). Not
     counted: the K and V that attention copies on CPUs, one layer at a time, at most the cache divided by its layers.
@@ -84,7 +85,7 @@ def activation_bytes(
     attention = tokens * (3 * query + 4 * kv + hidden) * dtype_bytes
     mlp = tokens * _mlp_width(spec, shard) * dtype_bytes
     vocab = len(shard.vocab) * shard.tp_size
-    head = LOGITS_COPIES * min(max_num_seqs, tokens) * vocab * 4 if shard.has_head else 0
+    head = LOGITS_COPIES * min(max_num_seqs, SAMPLED_ROWS, tokens) * vocab * 4 if shard.has_head else 0
     return kept + max(attention, mlp, head) + tokens * hidden * 4 + tokens * 64
 
 

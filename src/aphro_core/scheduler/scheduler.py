@@ -163,8 +163,10 @@ class Scheduler:
         return self._hand_out(draft) if draft.scheduled else None
 
     def _may_run_ahead(self, sequence: Sequence) -> bool:
+        """Also not so soon that the first stage would wait for its token from the last: the others take their turn."""
         is_open = sequence.num_in_flight <= self._run_ahead and not sequence.is_full
-        return is_open and not sequence.needs_its_tokens
+        is_its_turn = not sequence.num_unread or self._last_planned + 1 - sequence.last_planned >= self._num_stages
+        return is_open and is_its_turn and not sequence.needs_its_tokens
 
     def _schedule_decodes(self, draft: Draft, decodes: list[Sequence], prefills: list[Sequence]) -> None:
         """One row each, oldest first, an even part of them to each stage of a pipeline.
@@ -221,6 +223,8 @@ class Scheduler:
     def _hand_out(self, draft: Draft) -> StepPlan:
         self._last_planned += 1
         plan = draft.finish(self._last_planned, self._released)
+        for sequence in draft.sequences:
+            sequence.last_planned = plan.step_id
         self._released = []
         self._in_flight.append(plan, draft.sequences)
         return plan

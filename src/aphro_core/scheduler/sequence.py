@@ -23,6 +23,7 @@ class Sequence:
         "arrival",
         "block_hashes",
         "block_table",
+        "last_planned",
         "max_len",
         "needs_its_tokens",
         "num_cached",
@@ -52,6 +53,7 @@ class Sequence:
         self.num_cached: int | None = None  # prompt tokens found in the prefix cache when it first ran
         self.num_in_flight = 0  # plans that hold a row of it and are not answered
         self.num_unread = 0
+        self.last_planned = 0  # step id of the last plan with a row of it
         # penalties count tokens: nobody can draw the next one who has not read the one before
         dials = (add.sampling.repetition_penalty, add.sampling.frequency_penalty, add.sampling.presence_penalty)
         self.needs_its_tokens = dials != (1.0, 0.0, 0.0)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from aphro_core.messages.steps import SampledToken, TokenLogprobs
+from aphro_core.parallel.memory import SAMPLED_ROWS
 from aphro_core.request import SamplingParams
 from aphro_core.worker.gumbel import GumbelNoise, draw_keys
 from aphro_core.worker.logprobs import token_logprobs
@@ -54,8 +55,13 @@ class Sampler:
         if logits.shape != (len(rows), self._vocab_size) or logits.dtype != torch.float32:
             want = f"[{len(rows)}, {self._vocab_size}] float32"
             raise ValueError(f"logits are {list(logits.shape)} {logits.dtype}, must be {want}")
-        if not rows:
-            return []
+        sampled = []
+        for start in range(0, len(rows), SAMPLED_ROWS):
+            stop = start + SAMPLED_ROWS
+            sampled += self._sample(logits[start:stop], rows[start:stop])
+        return sampled
+
+    def _sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
         adjusted = self._adjust(logits, rows)
         peaks = adjusted.amax(dim=-1, keepdim=True)
         if not bool(peaks.isfinite().all()):

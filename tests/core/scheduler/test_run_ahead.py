@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from tests.core.scheduler.fake_worker import run_alone
 from tests.core.scheduler.simulation import Setup, Simulation, sequence
 from tests.core.scheduler.test_scheduler_steps import prompt, rows, started
@@ -82,3 +84,15 @@ def test_prompts_alone_may_fill_a_larger_step() -> None:
     simulation = started(setup, [12, 12, 12])
     assert rows(simulation.schedule()) == [(0, 0, 12), (1, 0, 8)]
     assert rows(simulation.schedule()) == [(0, 12, 1), (1, 8, 4), (2, 0, 3)]
+
+
+def test_stages_of_a_pipeline_take_turns() -> None:
+    """Each half of the rows is in every second plan, though both may be planned ahead."""
+    simulation = started(Setup(max_in_flight=3, run_ahead=1), [4, 4, 4, 4])
+    plans = [simulation.schedule() for _ in range(3)]
+    for _ in range(7):
+        simulation.answer()
+        plans.append(simulation.schedule())
+    members = [{seq_id for seq_id, _, _ in rows(plan)} for plan in plans]
+    for before, after in pairwise(members[4:]):
+        assert (before | after, before & after) == ({0, 1, 2, 3}, set())
