@@ -1,8 +1,7 @@
 """Times a whole decode layer as a chain of kernels in one CUDA graph, against the floor of its bytes.
 
 Variants: cuBLAS with a launch for each part; our products by the table; the same without programmatic dependent
-launch; and with the norms computed inside the products. Several layers with weights of their own follow each other, so
-that nothing stays in the L2 cache.
+launch. Several layers with weights of their own follow each other, so that nothing stays in the L2 cache.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import torch
 from aphro_kernels import language
 from aphro_kernels.decode_attention import decode_attention
 from aphro_kernels.decode_work import build_decode_work, plan_decode_
-from aphro_kernels.rms_norm import add_rms_norm_, rms_norm
+from aphro_kernels.rms_norm import add_rms_norm_
 from aphro_kernels.rotary import rotary_and_cache
 from aphro_kernels.silu_and_mul import silu_and_mul
 from aphro_kernels.skinny_linear import build_skinny_workspace, skinny_linear
@@ -28,6 +27,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from kernels import BLOCK_SIZE, SHAPES, Shape, copy_bandwidth
+
+Product = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -101,41 +102,26 @@ class Chain:
         return decode_attention(q, k_cache, v_cache, **options, work=self.work).view(self.num_rows, -1)
 
     def by_library(self) -> Tensor:
+        return self._run(linear, lambda x, weight: silu_and_mul(linear(x, weight)))
+
+    def by_table(self) -> Tensor:
+        return self._run(self._product, partial(self._product, is_gated=True))
+
+    def _product(self, x: Tensor, weight: Tensor, is_gated: bool = False) -> Tensor:
+        config = skinny_config(weight, self.num_rows, is_gated=is_gated)
+        if config is not None:
+            return skinny_linear(x, weight, config=config, workspace=self.workspace, is_gated=is_gated)
+        y = linear(x, weight)
+        return silu_and_mul(y) if is_gated else y
+
+    def _run(self, product: Product, gated: Product) -> Tensor:
         x, delta = self.start.clone(), torch.zeros_like(self.start)
         for index, layer in enumerate(self.layers):
             normed = add_rms_norm_(x, delta, layer.norm, 1e-5)
-            delta = linear(self.attend(linear(normed, layer.qkv), index), layer.out)
+            delta = product(self.attend(product(normed, layer.qkv), index), layer.out)
             normed = add_rms_norm_(x, delta, layer.post_norm, 1e-5)
-            delta = linear(silu_and_mul(linear(normed, layer.gate_up)), layer.down)
+            delta = product(gated(normed, layer.gate_up), layer.down)
         return x.add_(delta)
-
-    def by_table(self, norms_inside: bool = False) -> Tensor:
-        x = self.start.clone()
-
-        def product(
-            y: Tensor,
-            weight: Tensor,
-            *,
-            gain: Tensor | None = None,
-            gated: bool = False,
-            residual: Tensor | None = None,
-        ) -> Tensor:
-            config = skinny_config(weight, self.num_rows, is_gated=gated)
-            if gain is not None and (not norms_inside or config is None):
-                y, gain = rms_norm(y, gain, 1e-5), None
-            if config is not None:
-                norm = None if gain is None else (gain, 1e-5)
-                options = {"config": config, "workspace": self.workspace, "is_gated": gated, "norm": norm}
-                return skinny_linear(y, weight, **options, residual=residual)
-            y = silu_and_mul(linear(y, weight)) if gated else linear(y, weight)
-            return y if residual is None else residual.add_(y)
-
-        for index, layer in enumerate(self.layers):
-            attended = self.attend(product(x, layer.qkv, gain=layer.norm), index)
-            product(attended, layer.out, residual=x)
-            inner = product(x, layer.gate_up, gain=layer.post_norm, gated=True)
-            product(inner, layer.down, residual=x)
-        return x
 
     def unchained(self) -> Tensor:
         with mock.patch.object(language, "_capability", return_value=(8, 0)):
@@ -168,12 +154,12 @@ def main() -> int:
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}: {args.shape}, copy {bandwidth / 1e12:.2f} TB/s; us a layer")
-    heads = ("rows x context", "floor", "cuBLAS", "ours", "unchained", "norms in", "of floor")
+    heads = ("rows x context", "floor", "cuBLAS", "ours", "unchained", "of floor")
     print(" ".join(f"{head:>14}" for head in heads))
     for num_rows, context in ((1, 256), (1, 1024), (8, 1024), (32, 640), (64, 640)):
         chain = Chain(shape, num_rows, context, args.layers)
         floor = chain.num_bytes / bandwidth * 1e6
-        calls = (chain.by_library, chain.by_table, chain.unchained, partial(chain.by_table, norms_inside=True))
+        calls = (chain.by_library, chain.by_table, chain.unchained)
         found = [microseconds(call) for call in calls]
         for _, y in found[1:]:
             error = float((y.float() - found[0][1].float()).norm() / found[0][1].float().norm())

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from aphro_kernels.language import chain_options, jit, next_power_of_2, start_in_chain, tl
 
-PROGRAMS_PER_MULTIPROCESSOR: Final = 3
+PROGRAMS_PER_MULTIPROCESSOR: Final = 2
 _AT_ONCE: Final = 8  # programs whose stretch one program of the plan kernel finds
 
 
@@ -70,7 +70,7 @@ def build_decode_work(
 
 
 def keys_of_a_tile(head_dim: int, dtype: torch.dtype) -> int:
-    return 32 if max(next_power_of_2(head_dim), 16) * dtype.itemsize > 256 else 64
+    return 32 if max(next_power_of_2(head_dim), 16) * dtype.itemsize > 256 else 128
 
 
 def plan_decode_(work: DecodeWork, seq_lens: Tensor, num_kv_heads: int) -> None:

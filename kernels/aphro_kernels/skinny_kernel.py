@@ -12,12 +12,11 @@ from __future__ import annotations
 from aphro_kernels.language import jit, tl
 
 
-@jit(do_not_specialize=["num_rows", "ahead", "eps"])
+@jit(do_not_specialize=["num_rows", "ahead"])
 def skinny_kernel(
     x: tl.tensor,
     weight: tl.tensor,
     bias: tl.tensor,
-    gain: tl.tensor,
     out: tl.tensor,
     parts: tl.tensor,
     arrivals: tl.tensor,
@@ -26,7 +25,6 @@ def skinny_kernel(
     k: tl.tensor,
     x_stride: tl.tensor,
     ahead: tl.tensor,
-    eps: tl.tensor,
     ROWS: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -35,13 +33,10 @@ def skinny_kernel(
     STAGES: tl.constexpr,
     IS_GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    ADDS: tl.constexpr,
     CHAINED: tl.constexpr,
 ) -> None:
-    """``out`` [num_rows, n] = x W^T (+ bias) (+ out, if ADDS), for W [n, k]; with IS_GATED W has 2 n rows, gate before
-    up, and ``out`` = SiLU(gate) * up. With HAS_NORM x is normed first (RMSNorm of ``gain`` and ``eps``). There are at
-    most as many programs as tiles. IS_EVEN: tiles fill the weight."""
+    """``out`` [num_rows, n] = x W^T (+ bias), for W [n, k]; with IS_GATED W has 2 n rows, gate before up, and ``out`` =
+    SiLU(gate) * up. There are at most as many programs as tiles. IS_EVEN: tiles fill the weight."""
     chunks = tl.cdiv(k, BK)
     tiles = tl.cdiv(n, BN) * chunks
     program = tl.program_id(0)
@@ -60,17 +55,14 @@ def skinny_kernel(
         tl.extra.cuda.gdc_wait()
 
     rows = tl.arange(0, ROWS)
-    scale = tl.full([ROWS], 1.0, tl.float32)
-    if HAS_NORM:
-        scale = _norm_scale(x, rows, num_rows, x_stride, eps, k, ROWS)
     for stripe in range(start // chunks, tl.cdiv(stop, chunks)):
         begin = stripe * chunks
         low = tl.maximum(start - begin, 0)
         high = tl.minimum(stop - begin, chunks)
         columns = stripe * BN + tl.arange(0, BN)
         total, gated = _multiply(
-            x, weight, gain, columns, rows, num_rows, x_stride, low, high, n, k, up, ROWS, BN, BK, IS_EVEN, STAGES,
-            IS_GATED, HAS_NORM,
+            x, weight, columns, rows, num_rows, x_stride, low, high, n, k, up, ROWS, BN, BK, IS_EVEN, STAGES,
+            IS_GATED,
         )  # fmt: skip
         if CHAINED and not IS_EARLY:
             tl.extra.cuda.gdc_launch_dependents()
@@ -96,28 +88,22 @@ def skinny_kernel(
                     gated = _sum_parts(parts + SIZE, at, first, last, PART, BN, ROWS)
                 tl.store(arrivals + stripe, 0)
         if is_done:
-            total *= scale[None, :]
             is_column = columns < n
             if HAS_BIAS:
                 total += tl.load(bias + columns, mask=is_column, other=0.0).to(tl.float32)[:, None]
             if IS_GATED:
-                gated *= scale[None, :]
                 if HAS_BIAS:
                     gated += tl.load(bias + n + columns, mask=is_column, other=0.0).to(tl.float32)[:, None]
                 total = total / (1.0 + tl.exp(-total)) * gated
             out_at = out + rows[:, None].to(tl.int64) * n + columns[None, :]
             is_out = (rows < num_rows)[:, None] & is_column[None, :]
-            y = tl.trans(total)
-            if ADDS:
-                y += tl.load(out_at, mask=is_out, other=0.0).to(tl.float32)
-            tl.store(out_at, y.to(out.dtype.element_ty), mask=is_out)
+            tl.store(out_at, tl.trans(total).to(out.dtype.element_ty), mask=is_out)
 
 
 @jit()
 def _multiply(
     x: tl.tensor,
     weight: tl.tensor,
-    gain: tl.tensor,
     columns: tl.tensor,
     rows: tl.tensor,
     num_rows: tl.tensor,
@@ -133,7 +119,6 @@ def _multiply(
     IS_EVEN: tl.constexpr,
     STAGES: tl.constexpr,
     IS_GATED: tl.constexpr,
-    HAS_NORM: tl.constexpr,
 ) -> tl.tensor:
     """``[BN, ROWS]`` float32: tiles ``low`` to ``high`` of a stripe; the second only if IS_GATED.
 
@@ -150,17 +135,12 @@ def _multiply(
             w_up = _load_weight(at + up + inputs[None, :], columns, inputs, n, k, IS_EVEN)
         if ROWS == 1:
             row = _load_vector(x + inputs, inputs, k, IS_EVEN).to(tl.float32)
-            if HAS_NORM:
-                row *= _load_vector(gain + inputs, inputs, k, IS_EVEN).to(tl.float32)
             total += w.to(tl.float32) * row[None, :]
             if IS_GATED:
                 gated += w_up.to(tl.float32) * row[None, :]
         else:
             is_inside = (rows < num_rows)[None, :] & (inputs < k)[:, None]
             tile = tl.load(x + rows[None, :] * x_stride + inputs[:, None], mask=is_inside, other=0.0)
-            if HAS_NORM:
-                g = _load_vector(gain + inputs, inputs, k, IS_EVEN)
-                tile = (tile.to(tl.float32) * g.to(tl.float32)[:, None]).to(w.dtype)
             total = tl.dot(w, tile, total)
             if IS_GATED:
                 gated = tl.dot(w_up, tile, gated)
@@ -186,27 +166,6 @@ def _load_vector(at: tl.tensor, inputs: tl.tensor, k: tl.tensor, IS_EVEN: tl.con
         return tl.load(at)
     else:
         return tl.load(at, mask=inputs < k, other=0.0)
-
-
-@jit()
-def _norm_scale(
-    x: tl.tensor,
-    rows: tl.tensor,
-    num_rows: tl.tensor,
-    x_stride: tl.tensor,
-    eps: tl.tensor,
-    k: tl.tensor,
-    ROWS: tl.constexpr,
-) -> tl.tensor:
-    """``[ROWS]``: 1 / sqrt(mean of squares + eps) of each row."""
-    WIDTH: tl.constexpr = 4096 if ROWS == 1 else 4096 // ROWS
-    squares = tl.zeros([ROWS, WIDTH], tl.float32)
-    for chunk in range(tl.cdiv(k, WIDTH)):
-        inputs = chunk * WIDTH + tl.arange(0, WIDTH)
-        is_inside = (rows < num_rows)[:, None] & (inputs < k)[None, :]
-        tile = tl.load(x + rows[:, None] * x_stride + inputs[None, :], mask=is_inside, other=0.0).to(tl.float32)
-        squares += tile * tile
-    return tl.rsqrt(tl.sum(squares, axis=1) / k + eps)
 
 
 @jit()

@@ -1,8 +1,7 @@
 """Linear layers of 1 to 64 rows: bound by the bytes of the weight, which a kernel of our own reads faster than cuBLAS.
 
-Bias, SiLU(gate) * up, RMSNorm before and the residual add behind are part of the same launch. Which configuration a
-shape takes on a device, or that cuBLAS is faster there, says tuned.py; a device or shape that it does not know takes
-cuBLAS.
+Bias and SiLU(gate) * up are part of the same launch. Which configuration a shape takes on a device, or that cuBLAS is
+faster there, says tuned.py.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from aphro_kernels.language import chain_options, next_power_of_2
-from aphro_kernels.rms_norm import rms_norm_reference
 from aphro_kernels.skinny_kernel import skinny_kernel
 
 MAX_ROWS: Final = 64
@@ -63,16 +61,12 @@ def skinny_linear_reference(
     bias: Tensor | None = None,
     *,
     is_gated: bool = False,
-    norm: tuple[Tensor, float] | None = None,
-    residual: Tensor | None = None,
 ) -> Tensor:
-    if norm is not None:
-        x = rms_norm_reference(x, *norm)
     y = linear(x.float(), weight.float(), None if bias is None else bias.float())
     if is_gated:
         gate, up = y.chunk(2, dim=-1)
         y = silu(gate) * up
-    return y.to(x.dtype) if residual is None else residual.copy_(residual.float() + y)
+    return y.to(x.dtype)
 
 
 def skinny_linear(
@@ -83,36 +77,29 @@ def skinny_linear(
     config: SkinnyConfig,
     workspace: SkinnyWorkspace,
     is_gated: bool = False,
-    norm: tuple[Tensor, float] | None = None,
-    residual: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """``x W^T + bias`` of 1 to 64 rows: ``x`` [rows, K], ``weight`` [N, K] -> [rows, N]. For 16-bit CUDA tensors.
 
-    ``is_gated``: ``weight`` and ``bias`` hold gate, then up; SiLU(gate) * up, [rows, N / 2]. ``norm`` (gain [K], eps):
-    x is normed first. ``residual`` [rows, N]: the product is added to it in place and it is returned. Sums are float32
-    in a fixed order. Calls that share a workspace must follow each other on one stream.
+    ``is_gated``: ``weight`` and ``bias`` hold gate, then up; SiLU(gate) * up, [rows, N / 2]. Sums are float32 and in a
+    fixed order. Calls that share a workspace must follow each other on one stream.
     """
     num_rows, k = x.shape
     n = weight.shape[0] // 2 if is_gated else weight.shape[0]
     assert 0 < num_rows <= MAX_ROWS
     assert x.stride(1) == 1
     assert weight.is_contiguous()
-    if residual is not None:
-        assert residual.is_contiguous()
-        out = residual
-    elif out is None:
-        out = x.new_empty(num_rows, n)
+    out = x.new_empty(num_rows, n) if out is None else out
     tiles = -(-n // config.columns) * -(-k // config.inputs)
     assert num_rows <= config.rows
     programs = min(config.programs, tiles)
+    assert -(-n // config.columns) <= workspace.arrivals.numel()
     assert 2 * (1 + is_gated) * programs * config.columns * config.rows <= workspace.parts.numel()
     launch: Any = skinny_kernel[(programs,)]
     launch(
         x,
         weight,
         x if bias is None else bias,
-        x if norm is None else norm[0],
         out,
         workspace.parts,
         workspace.arrivals,
@@ -121,7 +108,6 @@ def skinny_linear(
         k,
         x.stride(0),
         config.ahead,
-        0.0 if norm is None else norm[1],
         ROWS=config.rows,
         BN=config.columns,
         BK=config.inputs,
@@ -130,8 +116,6 @@ def skinny_linear(
         STAGES=config.num_stages,
         IS_GATED=is_gated,
         HAS_BIAS=bias is not None,
-        HAS_NORM=norm is not None,
-        ADDS=residual is not None,
         num_warps=config.num_warps,
         **chain_options(x),
     )

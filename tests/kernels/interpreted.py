@@ -107,8 +107,8 @@ def test_skinny_linear(num_rows: int, is_gated: bool) -> None:
     rows = {1: 1, 3: 8, 16: 16}[num_rows]
     cut, whole = (SkinnyConfig(rows, 32, 64, programs, 4, 2, 2, True) for programs in (5, 99))
     compare_skinny_linear(num_rows, 90, 200, cut, F16, "cpu", is_gated=is_gated, has_bias=True)
-    compare_skinny_linear(num_rows, 96, 256, cut, F16, "cpu", is_gated=is_gated, has_norm=True)
-    compare_skinny_linear(num_rows, 64, 128, whole, F16, "cpu", is_gated=is_gated, has_residual=True)
+    compare_skinny_linear(num_rows, 96, 256, cut, F16, "cpu", is_gated=is_gated)
+    compare_skinny_linear(num_rows, 64, 128, whole, F16, "cpu", is_gated=is_gated)
 
 
 @pytest.mark.parametrize(("num_rows", "vocab_size", "dtype"), [(13, 1000, F32), (11, 8300, BF16), (1, 100, F32)])

@@ -92,10 +92,10 @@ DIALS = {
     **{"ALL_GREEDY": False},
 }
 SKINNY = {
-    **dict.fromkeys(["x", "weight", "bias", "gain", "out"], "*bf16"),
-    **{"parts": "*fp32", "arrivals": "*i32", "num_rows": "i32", "x_stride": "i32", "eps": "fp32"},
+    **dict.fromkeys(["x", "weight", "bias", "out"], "*bf16"),
+    **{"parts": "*fp32", "arrivals": "*i32", "num_rows": "i32", "x_stride": "i32"},
     **{"n": "i32", "k": "i32", "ahead": "i32", "BN": 32, "BK": 256, "IS_EVEN": False, "IS_EARLY": True, "STAGES": 3},
-    **{"HAS_BIAS": True, "HAS_NORM": True, "ADDS": True},
+    **{"HAS_BIAS": True},
 }
 KERNELS |= {f"sample_kernels.{name}_kernel": DIALS for name in ("peaks", "draw", "choose")}
 KERNELS |= {

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from aphro_kernels.skinny_linear import build_skinny_workspace
 from torch import Tensor
 
 from aphro_core.distributed import TensorParallelGroup
@@ -108,10 +109,14 @@ class _Parts:
         self._dtype, self._device = sample.dtype, sample.device
         self._plain: dict[int, int] = {}  # address -> bytes, so that tied weights count once
         self._packed_bytes = 0
+        device = next(iter(weights.values())).device
+        self._workspace = build_skinny_workspace(device) if device.type == "cuda" else None
 
     @property
     def num_bytes(self) -> int:
-        return sum(self._plain.values()) + self._packed_bytes
+        workspace = self._workspace
+        scratch = 0 if workspace is None else workspace.parts.nbytes + workspace.arrivals.nbytes
+        return sum(self._plain.values()) + self._packed_bytes + scratch
 
     def embedding(self) -> VocabEmbedding:
         return VocabEmbedding(self._keep(self._weights.pop("embed_tokens.weight")), self._shard.vocab, self._group)
@@ -222,7 +227,7 @@ class _Parts:
         return self._linear_of(self._weights.pop(f"{name}.weight"), self._weights.pop(f"{name}.bias", None))
 
     def _linear_of(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        linear = Linear(weight, None if bias is None else self._keep(bias))
+        linear = Linear(weight, None if bias is None else self._keep(bias), self._workspace)
         if linear.packed_bytes:
             self._packed_bytes += linear.packed_bytes
         else:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Final
 
 import torch
+from aphro_kernels.silu_and_mul import silu_and_mul
+from aphro_kernels.skinny_linear import SkinnyWorkspace, skinny_linear
+from aphro_kernels.tuned import skinny_config
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -16,23 +19,37 @@ class Linear:
     """A shard of a linear layer.
 
     On CPUs oneDNN orders float32 and bfloat16 weights once, which halves the time at 1 to 64 rows. Drop the plain
-    ``weight`` afterwards: nothing here keeps it then.
+    ``weight`` afterwards: nothing here keeps it then. On GPUs few rows take a kernel of our own where the tables of
+    aphro_kernels/tuned.py say that it is faster.
     """
 
-    __slots__ = ("_bias", "_is_packed", "_weight")
+    __slots__ = ("_bias", "_is_packed", "_weight", "_workspace")
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, workspace: SkinnyWorkspace | None = None) -> None:
+        """``workspace``: of the stream that the calls of this layer follow each other on; None: cuBLAS alone."""
         self._bias = bias
+        self._workspace = workspace
         self._is_packed = _can_pack(weight)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS) if self._is_packed else weight
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[rows, in_features]`` to ``[rows, out_features]``, the dtype of the weight."""
+        if self._workspace is not None and (config := skinny_config(self._weight, x.shape[0])) is not None:
+            return skinny_linear(x, self._weight, self._bias, config=config, workspace=self._workspace)
         if not self._is_packed:
             return linear(x, self._weight, self._bias)
         if x.shape[0] > 1:
             return self._multiply(x)
         return self._multiply(x.expand(_FEWEST_ROWS, -1))[:1]
+
+    def gated(self, x: Tensor) -> Tensor:
+        """SiLU(gate) * up of a weight that holds the rows of the gate, then those of up (GPU)."""
+        if self._workspace is not None:
+            config = skinny_config(self._weight, x.shape[0], is_gated=True)
+            if config is not None:
+                workspace = self._workspace
+                return skinny_linear(x, self._weight, self._bias, config=config, workspace=workspace, is_gated=True)
+        return silu_and_mul(self(x))
 
     def _multiply(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self._weight, self._bias, "none", [], "")

@@ -50,7 +50,11 @@ class GatedMLP:
         self._activation = activation
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = self._down(gated(self._gate_up(x), self._activation))
+        if x.is_cuda and self._activation == "silu":
+            inner = self._gate_up.gated(x)
+        else:
+            inner = gated(self._gate_up(x), self._activation)
+        y = self._down(inner)
         return y if self._group is None else self._group.all_reduce_(y)
 
 
