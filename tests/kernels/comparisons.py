@@ -13,6 +13,7 @@ import torch
 from aphro_kernels import (
     grouped_gemm,
     paged_attention,
+    peer_all_reduce,
     rms_norm,
     rotary,
     sample,
@@ -294,3 +295,34 @@ def compare_sample(num_rows: int, vocab_size: int, dtype: torch.dtype, device: s
     sample._launch(logits, positions, dials, workspace, 0, True, out)
     sound = ~out[1]
     assert torch.equal(out[0][sound], logits.argmax(dim=-1)[sound])
+
+
+def compare_peer_all_reduce(num_rows: int, width: int, dtype: torch.dtype, *, is_added: bool, is_normed: bool) -> None:
+    """Two ranks in one process, one after the other: the first gives up waiting, but has written to the second."""
+    device = torch.device("cpu")
+    memories = [
+        torch.zeros(peer_all_reduce.peer_bytes(2, 70, width, dtype), dtype=torch.uint8, device=device) for _ in range(2)
+    ]
+    addresses = [memory.data_ptr() for memory in memories]
+    ends = [
+        peer_all_reduce.join_peer_memory(rank, memories[rank], addresses, 70, width, dtype, None) for rank in range(2)
+    ]
+    gain = random(width, dtype=dtype, device="cpu", seed=5) if is_normed else None
+    for call in range(3):
+        first = call % 2  # the two take turns in being ahead
+        summands = [random(num_rows, width, dtype=dtype, device="cpu", seed=10 * call + rank) for rank in range(2)]
+        residual = random(num_rows, width, dtype=dtype, device="cpu", seed=call) if is_added else None
+        options = {"gain": gain, "eps": 1e-5}
+        copies = [None if residual is None else residual.clone() for _ in range(2)]
+        peer_all_reduce.peer_all_reduce(summands[first], ends[first], residual=copies[first], **options, max_polls=2)
+        assert int(ends[first].status) == 1  # it says so
+        ends[first].status.zero_()
+        out = nans(num_rows, width, dtype=dtype, device="cpu") if is_normed or not is_added else None
+        other = 1 - first
+        found = peer_all_reduce.peer_all_reduce(
+            summands[other], ends[other], residual=copies[other], **options, max_polls=2, out=out
+        )
+        assert int(ends[other].status) == 0
+        assert_close(found, peer_all_reduce.peer_all_reduce_reference(summands, residual, gain, 1e-5))
+        if residual is not None:
+            assert_close(copies[other], residual)

@@ -9,6 +9,7 @@ from aphro_kernels.skinny_linear import SkinnyConfig
 from tests.kernels.comparisons import (
     compare_attention,
     compare_grouped_linear,
+    compare_peer_all_reduce,
     compare_rms_norm,
     compare_rotary,
     compare_sample,
@@ -114,3 +115,9 @@ def test_skinny_linear(num_rows: int, is_gated: bool) -> None:
 @pytest.mark.parametrize(("num_rows", "vocab_size", "dtype"), [(13, 1000, F32), (11, 8300, BF16), (1, 100, F32)])
 def test_sample(num_rows: int, vocab_size: int, dtype: torch.dtype) -> None:
     compare_sample(num_rows, vocab_size, dtype, "cpu")
+
+
+@pytest.mark.parametrize(("num_rows", "width"), [(1, 64), (3, 100), (66, 40)])
+@pytest.mark.parametrize(("is_added", "is_normed"), [(False, False), (True, False), (True, True)])
+def test_peer_all_reduce(num_rows: int, width: int, is_added: bool, is_normed: bool) -> None:
+    compare_peer_all_reduce(num_rows, width, F32, is_added=is_added, is_normed=is_normed)

@@ -1,0 +1,90 @@
+"""Times the all-reduce by peer memory beside NCCL's on the GPUs of this host, in a CUDA graph of many calls."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from aphro_kernels.peer_all_reduce import build_peer_memory, peer_all_reduce
+from aphro_kernels.rms_norm import add_rms_norm_
+from torch import Tensor, multiprocessing
+
+CALLS = 50
+
+
+def microseconds(call: Callable[[], object]) -> float:
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            call()
+    times = []
+    for _ in range(12):
+        dist.barrier()
+        torch.cuda.synchronize()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / CALLS)
+    return statistics.median(times[2:])
+
+
+def measure(rank: int, store: str, size: int, width: int) -> None:
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", store=dist.FileStore(store, size), rank=rank, world_size=size, device_id=device)
+    memory = build_peer_memory(dist.group.WORLD, 512, width, torch.bfloat16, device)
+    gain = torch.ones(width, device=device, dtype=torch.bfloat16)
+    if rank == 0:
+        print(f"{size} x {torch.cuda.get_device_name()}, width {width}, bfloat16; us a call")
+        print(f"{'rows':>6} {'KiB':>7} {'NCCL':>8} {'peer':>8} {'NCCL, add, norm':>17} {'fused':>8}")
+    for rows in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
+        x = torch.randn(rows, width, device=device, dtype=torch.bfloat16)
+        residual, out = torch.zeros_like(x), torch.empty_like(x)
+
+        def with_nccl(x: Tensor = x, residual: Tensor = residual) -> None:
+            dist.all_reduce(x)
+            add_rms_norm_(residual, x, gain, 1e-5)
+
+        times = [
+            microseconds(lambda x=x: dist.all_reduce(x)),
+            microseconds(lambda x=x, out=out: peer_all_reduce(x, memory, out=out)),
+            microseconds(with_nccl),
+            microseconds(
+                lambda x=x, residual=residual, out=out: peer_all_reduce(
+                    x, memory, residual=residual, gain=gain, eps=1e-5, out=out
+                )
+            ),
+        ]
+        x.zero_()
+        if rank == 0:
+            cells = f"{times[0]:8.1f} {times[1]:8.1f} {times[2]:17.1f} {times[3]:8.1f}"
+            print(f"{rows:6} {rows * width // 512:7} {cells}", flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
+    args = parser.parse_args()
+    if args.gpus < 2:
+        print("bench/all_reduce.py needs two GPUs", file=sys.stderr)
+        return 1
+    with tempfile.NamedTemporaryFile() as store:
+        multiprocessing.spawn(measure, args=(store.name, args.gpus, args.width), nprocs=args.gpus)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
