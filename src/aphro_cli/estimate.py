@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -16,7 +16,7 @@ from aphro_core.errors import ExitCode, PlacementError, UsageError
 if TYPE_CHECKING:
     from aphro_core.estimate.estimate import Estimate
     from aphro_core.estimate.planner import Plan
-    from aphro_core.estimate.question import DeviceFacts, ModelSource, Question
+    from aphro_core.estimate.question import ModelSource, Question
     from aphro_core.estimate.remedies import Remedy
 
 EXAMPLES = """\b
@@ -66,12 +66,13 @@ def estimate(
     console = open_console("info", term=os.environ.get("TERM", ""))
 
     def answer() -> int:
+        from aphro_cli.estimate_devices import find_devices
         from aphro_core.estimate.quantization import parse_quantization
         from aphro_core.estimate.question import Question, parse_engine
 
         version = parse_engine(engine)
         length = opt.parse_max_model_len(max_model_len)
-        devices = _devices(gpu, gpu_memory, device, is_ours=version is None)
+        devices = find_devices(gpu, gpu_memory, device, is_ours=version is None)
 
         def ask(name: str, tp: int | None, pp: int | None) -> Question:
             return Question(
@@ -205,46 +206,3 @@ def _source(model: str, revision: str | None) -> ModelSource:
 
     headers = read_headers(model, revision=revision, on_progress=lambda text: typer.echo(text, err=True))
     return build_source(model, headers.hf_config, tensors=headers.tensors, file_bytes=headers.file_bytes)
-
-
-def _devices(
-    gpu: str | None, gpu_memory: str | None, device: Literal["auto", "cuda", "cpu"], *, is_ours: bool
-) -> DeviceFacts:
-    """The named card, or memory, or what this host has. Raises UsageError."""
-    from aphro_core import host
-    from aphro_core.estimate.cards import card_of_size, find_card
-    from aphro_core.estimate.question import DeviceFacts
-
-    if gpu is not None:
-        card = find_card(gpu)
-        total = est.parse_memory(gpu_memory) if gpu_memory else card.total_bytes
-        origin = (
-            ""
-            if gpu_memory
-            else f"{card.name}: {card.total_gib:g} GiB as servers print it (ECC, MIG, displays lower it)"
-        )
-        return DeviceFacts(kind="cuda", total_bytes=total, card=card, origin=origin)
-    if gpu_memory is not None:
-        total = est.parse_memory(gpu_memory)
-        near = card_of_size(total)
-        origin = (
-            f"a card of {total / 2**30:.2f} GiB is taken for a {near.name} (--gpu NAME says which it is)"
-            if near
-            else ""
-        )
-        return DeviceFacts(kind="cuda", total_bytes=total, card=near, origin=origin)
-    found = host.gpu_memory() if device != "cpu" else []
-    if found:
-        smallest = min(found, key=lambda each: each.total_bytes)
-        try:
-            known: Any = find_card(smallest.name)
-        except UsageError:
-            known = card_of_size(smallest.total_bytes)
-        origin = f"{len(found)} x {smallest.name} of this host, {smallest.free_bytes / 2**30:.2f} GiB free now"
-        return DeviceFacts(kind="cuda", total_bytes=smallest.total_bytes, card=known, count=len(found), origin=origin)
-    if device == "cuda" or not is_ours:
-        raise UsageError("this host shows no NVIDIA GPU, and none is named", hint="--gpu H100, or --gpu-memory 24GiB")
-    free = host.available_memory_bytes()
-    return DeviceFacts(
-        kind="cpu", total_bytes=free, count=host.num_cores(), origin=f"{free / 2**30:.2f} GiB of this host are free now"
-    )

@@ -135,7 +135,8 @@ def _expect(
     if not gpus:
         reporter.line("No estimate to compare with: nvidia-smi does not answer.")
         return None
-    return expected_balances(spec, plan, config, min(gpu.total_bytes for gpu in gpus))
+    foreign = max(gpu.total_bytes - gpu.free_bytes for gpu in gpus)
+    return expected_balances(spec, plan, config, min(gpu.total_bytes for gpu in gpus), foreign)
 
 
 def _read_spec(options: EngineOptions, path: Path) -> DecoderSpec:

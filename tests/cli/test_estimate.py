@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from aphro_cli.estimate_options import parse_memory, parse_plan
 from aphro_cli.main import app
+from aphro_core import host
 from aphro_core.errors import UsageError
 from tests.core.estimate.configs import GEMMA3_27B, GPT_OSS_20B, LLAMA_8B, QWEN_72B
 
@@ -212,3 +213,23 @@ def test_memory_of_nothing() -> None:
 )
 def test_plans_as_typed(text: str, plan: tuple[int, int] | None) -> None:
     assert parse_plan(text) == plan
+
+
+def test_this_hosts_gpus(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest card counts, and memory that other processes hold is not promised."""
+    gib = 2**30
+    cards = [host.GpuMemory("NVIDIA L4", 22 * gib, 22 * gib), host.GpuMemory("NVIDIA L4", 22 * gib, 20 * gib)]
+    monkeypatch.setattr(host, "gpu_memory", lambda: cards)
+    plans = run_json(config, "--max-model-len", 4096)[1]["plans"]
+    assert {plan["tp"] * plan["pp"] for plan in plans} == {1, 2}
+    found = run_json(config, "--max-model-len", 4096, "-tp", 1)[1]
+    assert found["settings"]["device_name"] == "L4"
+    cards[1] = cards[0]
+    free = run_json(config, "--max-model-len", 4096, "-tp", 1)[1]
+    assert free["per_rank"][0]["overhead_bytes"] == found["per_rank"][0]["overhead_bytes"] - 2 * gib
+
+
+def test_a_card_that_nobody_knows(config: Path) -> None:
+    code, found = run_json(config, "--gpu", "Voodoo2", "--gpu-memory", "33GiB", "--max-model-len", 4096)
+    assert (code, found["settings"]["device_name"]) == (0, None)
+    assert any("Voodoo2" in note for note in found["assumed"])

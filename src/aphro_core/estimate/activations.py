@@ -11,6 +11,7 @@ from aphro_core.estimate.facts import MlpFacts, ModelFacts
 from aphro_core.estimate.weights import DTYPE_BYTES
 
 GIB: Final = 2**30
+_LORA_HIDDEN: Final = 1.1  # [T, H] more with adapters: the wrapped layers keep what they were given
 _EXPERT_CHUNK: Final = 32_768  # tokens that fused experts take at once
 _TOWER_HIDDEN: Final = 7  # an encoder block's q, k, v, their rotated q and k, residual and norm
 _PATCHES_PER_TOKEN: Final = 4
@@ -44,11 +45,22 @@ class Run:
     pp: int
     dtype: str
     scheme: str | None = None  # of the quantisation
+    has_lora: bool = False
+    unpacks_weights: bool = False  # a 4-bit matrix is written out in 16 bit before it is multiplied
 
     @classmethod
-    def of(cls, sizes: Sizes, scheme: str | None) -> Run:
-        tokens, seqs, length = sizes.max_num_batched_tokens, sizes.max_num_seqs, sizes.max_model_len
-        return cls(tokens, seqs, length, sizes.tp, sizes.pp, sizes.dtype, scheme)
+    def of(cls, sizes: Sizes, scheme: str | None, *, unpacks_weights: bool = False) -> Run:
+        return cls(
+            sizes.max_num_batched_tokens,
+            sizes.max_num_seqs,
+            sizes.max_model_len,
+            sizes.tp,
+            sizes.pp,
+            sizes.dtype,
+            scheme,
+            has_lora=sizes.max_loras > 0,
+            unpacks_weights=unpacks_weights,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +103,12 @@ def _forward(mlp: MlpFacts, hidden: int, run: Run, law: Law, element: int) -> fl
     """T e (3 I / tp + n H); dynamic 8-bit schemes hold the MLP's product once more, in 8 bit."""
     tokens = run.max_num_batched_tokens
     width = mlp.num_matrices * ceil(mlp.intermediate_size / run.tp)
-    quantised = ceil(mlp.intermediate_size / run.tp) if run.scheme in ("int8", "fp8", "fp8-block") else 0
+    columns = ceil(mlp.intermediate_size / run.tp)
+    quantised = columns if run.scheme in ("int8", "fp8", "fp8-block") else 0
+    copies = law.hidden_copies + (_LORA_HIDDEN if run.has_lora else 0.0)
     if not mlp.num_experts:
-        return tokens * (element * (width + law.hidden_copies * hidden) + quantised)
+        unpacked = hidden * columns * element if run.unpacks_weights else 0
+        return tokens * (element * (width + copies * hidden) + quantised) + unpacked
     shared = 3 * ceil(mlp.shared_size / run.tp)
     if law.keeps_expert_space and run.scheme != "mxfp4":
         return tokens * element * (shared + law.hidden_copies * hidden)

@@ -23,11 +23,12 @@ _LAW: Final = Law(memory.LOGITS_COPIES, 0, 5.0, keeps_expert_space=False)  # mem
 @dataclass(frozen=True)
 class AphroEngine:
     """``spec`` None: a model that aphro does not run. ``device_bytes`` of one rank's device; on CPUs this rank's share
-    of the host's free memory, of which ``overhead`` takes nothing."""
+    of the host's free memory. ``foreign_bytes``: what other processes hold of a GPU."""
 
     spec: DecoderSpec | None
     device_bytes: int
     is_gpu: bool
+    foreign_bytes: int = 0
 
     def balances(self, facts: ModelFacts, sizes: Sizes, quantization: QuantizationFacts | None) -> list[RankBalance]:
         """In rank order. Raises PlacementError for sizes that the model's shapes forbid."""
@@ -52,7 +53,7 @@ class AphroEngine:
         """Inside the budget, on GPUs: the CUDA context, with several ranks communicators too."""
         if not self.is_gpu:
             return 0
-        return round((0.5 if sizes.tp * sizes.pp == 1 else 1.5) * GIB)
+        return self.foreign_bytes + round((0.5 if sizes.tp * sizes.pp == 1 else 1.5) * GIB)
 
     def _balance(self, shard: RankShard, sizes: Sizes) -> RankBalance:
         spec, element = self.spec, DTYPE_BYTES[sizes.dtype]
@@ -115,11 +116,12 @@ class AphroEngine:
 
 
 def expected_balances(
-    spec: DecoderSpec, plan: ShardingPlan, config: EngineConfig, device_bytes: int
+    spec: DecoderSpec, plan: ShardingPlan, config: EngineConfig, device_bytes: int, foreign_bytes: int = 0
 ) -> tuple[RankBalance, ...]:
     """What ``aphro estimate`` says of a start with this config, for ``run`` to print beside what was measured.
 
-    ``device_bytes``: the total of the smallest GPU, or the host's free memory.
+    ``device_bytes``: the total of the smallest GPU, or the host's free memory. ``foreign_bytes``: what other processes
+    hold of the fullest GPU.
     """
     parallel, cache, is_gpu = config.parallel, config.cache, config.device == "cuda"
     sizes = Sizes(
@@ -135,7 +137,7 @@ def expected_balances(
         utilization=cache.gpu_memory_utilization if is_gpu else cache.cpu_memory_utilization,
         enforce_eager=False,
     )
-    engine = AphroEngine(spec, device_bytes, is_gpu)
+    engine = AphroEngine(spec, device_bytes, is_gpu, foreign_bytes)
     return tuple(engine.balances_of(plan, sizes))
 
 

@@ -110,7 +110,7 @@ def _estimate(question: Question, sizes: Sizes) -> Estimate:
         spec = None if question.quantization else source.spec  # weights that the engine would not load so
         if spec is None:
             check_general(source.facts, sizes.tp, sizes.pp, question.scheme)
-        engine = AphroEngine(spec, device.total_bytes, device.kind == "cuda")
+        engine = AphroEngine(spec, device.total_bytes, device.kind == "cuda", device.foreign_bytes)
         return Estimate(question, sizes, tuple(engine.balances(source.facts, sizes, question.scheme)))
     is_own = question.quantization is None or question.quantization == source.facts.quantization
     check_vllm(source.facts, sizes.tp, sizes.pp, question.scheme if is_own else None)

@@ -36,6 +36,7 @@ class DeviceFacts:
     kind: Literal["cuda", "cpu"]
     total_bytes: int
     card: Card | None = None
+    foreign_bytes: int = 0  # that other processes hold now
     count: int | None = None
     origin: str = "named"  # where the figures come from, for the reader
 

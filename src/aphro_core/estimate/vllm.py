@@ -69,7 +69,7 @@ class VllmServer:
     def _balance(self, part: RankSlice, stage: int) -> RankBalance:
         facts, sizes, generation = self.facts, self.sizes, self.generation
         samples = part.has_head and (generation.is_v1 or part.tp_rank == 0)
-        run = Run.of(sizes, self._scheme)
+        run = Run.of(sizes, self._scheme, unpacks_weights=self._unpacks_weights)
         peak = activation_peak(facts, run, generation.law, samples=samples)
         heads, kv_heads = rank_heads(facts.num_heads, facts.num_kv_heads, sizes.tp, part.tp_rank)
         graphs = graph_bytes(generation, facts, sizes, len(part.layers), self._scheme)
@@ -92,6 +92,13 @@ class VllmServer:
     @property
     def _scheme(self) -> str | None:
         return self.quantization.scheme if self.quantization else None
+
+    @property
+    def _unpacks_weights(self) -> bool:
+        """bitsandbytes always; AWQ and GPTQ on cards that the Marlin kernels do not run on."""
+        scheme = self._scheme or ""
+        is_old = self.card is not None and self.card.capability < 8.0
+        return scheme.startswith("bnb") or (is_old and scheme.startswith(("awq", "gptq", "w4a16")))
 
     def _layout(self, part: RankSlice) -> KvLayout:
         sizes, generation = self.sizes, self.generation

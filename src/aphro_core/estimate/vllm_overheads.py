@@ -31,7 +31,8 @@ def kernel_bytes(card: Card | None) -> int:
 def non_torch_bytes(generation: Generation, card: Card | None, facts: ModelFacts, sizes: Sizes) -> int:
     """What grows outside torch while the worker runs: kernels, communicators, fused all-reduce's work space."""
     if generation.counts_context:
-        return round((0.4 if sizes.tp == 1 else 0.65) * GIB)
+        context = 0.65 if card is not None and card.capability in (8.0, 9.0) else 0.35
+        return round((context if sizes.tp == 1 else context + 0.2) * GIB)
     if not generation.counts_non_torch:
         return 0
     if sizes.tp == 1:

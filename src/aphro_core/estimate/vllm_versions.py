@@ -16,7 +16,8 @@ _MIB: Final = 2**20
 # Copies of float32 logits that a sampler holds: sorting (values, int64 indices, sort buffers, softmax, cumsum), or the
 # Triton top-k/top-p kernel with its small buffers. Hidden copies: inputs, residual, norm, attention's output and
 # (without a compiled graph) the tensors that Python still names. Read off the printed peaks of estimate_cases.
-_SORTING_V0: Final = Law(9.6, 0, 5.3, keeps_expert_space=False)
+_OLDEST: Final = Law(9.6, 0, 5.0, keeps_expert_space=False)
+_SORTING_V0: Final = Law(9.6, 0, 4.0, keeps_expert_space=False)
 _SORTING_V1: Final = Law(9.6, 0, 4.25, keeps_expert_space=False, samples_beside_tower=False)
 _TRITON: Final = Law(3.61, 50 * _MIB, 4.25, keeps_expert_space=True)
 
@@ -48,10 +49,8 @@ class Generation:
 
 
 GENERATIONS: Final[tuple[Generation, ...]] = (
-    Generation((0, 0, 0), False, _SORTING_V0, counts_non_torch=False, has_graphs=False),
-    Generation(
-        (0, 2, 5), False, _SORTING_V0, slack=1.2, counts_context=True, group_non_torch=0, graph_gib_per_layer=0.006
-    ),
+    Generation((0, 0, 0), False, _OLDEST, counts_non_torch=False, has_graphs=False),
+    Generation((0, 2, 5), False, _OLDEST, slack=1.2, counts_context=True, group_non_torch=0, graph_gib_per_layer=0.006),
     Generation((0, 6, 4), False, _SORTING_V0, graph_gib_per_layer=0.006),
     Generation((0, 8, 0), True, _SORTING_V1, group_non_torch=round(0.545 * GIB)),
     Generation((0, 9, 1), True, _SORTING_V1, group_non_torch=round(0.545 * GIB), has_kv_groups=True),
