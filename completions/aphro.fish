@@ -27,6 +27,7 @@ complete -c aphro -n '__fish_seen_subcommand_from run serve' -l block-size -x -a
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l num-gpu-blocks-override -x -d 'KV blocks, instead of sizing by memory.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l enable-prefix-caching -l no-enable-prefix-caching -d 'Requests that begin alike share KV blocks.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l load-format -x -a 'auto dummy' -d 'dummy - random weights, nothing is read but config.'
+complete -c aphro -n '__fish_seen_subcommand_from run serve' -l quantization -s q -x -d 'fp8, int8 or int4 - quantise while loading; or the checkpoint’s format; none expands GGUF.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l revision -x -d 'Branch, tag or commit of a Hugging Face id.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l served-model-name -x -d 'The model’s name in the API; default - from MODEL.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l chat-template -r -F -d 'Jinja template instead of the model’s own.'

@@ -57,6 +57,15 @@ MaxModelLen = Annotated[
 LoadFormat = Annotated[
     Literal["auto", "dummy"], typer.Option("--load-format", help="dummy: random weights, nothing is read but config.")
 ]
+Quantization = Annotated[
+    str | None,
+    typer.Option(
+        "--quantization",
+        "-q",
+        metavar="METHOD",
+        help="fp8, int8 or int4: quantise while loading; or the checkpoint's format; none expands GGUF.",
+    ),
+]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hugging Face id.")]
 ServedModelName = Annotated[
     str | None, typer.Option("--served-model-name", help="The model's name in the API; default: from MODEL.")

@@ -20,6 +20,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int  # tokens, prompt and output together
     fit_max_model_len: bool = False  # shorten max_model_len to what the memory holds, instead of refusing
     load_format: Literal["auto", "dummy"] = "auto"
+    quantization: str | None = None  # as asked with -q; None = as the checkpoint is
     seed: int = 0  # of dummy weights
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -52,6 +52,7 @@ class EngineOptions:
     num_blocks: int | None = None
     enable_prefix_caching: bool = True
     load_format: Literal["auto", "dummy"] = "auto"
+    quantization: str | None = None
     served_model_name: str | None = None
     chat_template: str | None = None  # a file
     skip_tokenizer_init: bool = False
@@ -81,6 +82,10 @@ def prepare(options: EngineOptions, reporter: Reporter) -> Prepared:
     _check_sizes(options)
     path = resolve_model(options.model, revision=options.revision)
     spec = _read_spec(options, path)
+    device = _choose_device(options, reporter)
+    dtype = _choose_dtype(options, spec, device, reporter)
+    quantization = _choose_quantization(options, spec, device, dtype, reporter)
+    spec = spec if quantization != "none" else replace(spec, quantization=None)
     _check_experts(options, spec)
     plan = build_plan(
         spec,
@@ -89,16 +94,16 @@ def prepare(options: EngineOptions, reporter: Reporter) -> Prepared:
         options.pp_layers,
         expert_parallel=options.enable_expert_parallel,
     )
-    device = _choose_device(options, reporter)
     _check_kernels(spec, device)
     config = EngineConfig(
         model=ModelConfig(
             path=str(path),
             served_name=options.served_model_name or _served_name(options.model, path),
-            dtype=_choose_dtype(options, spec, device, reporter),
+            dtype=dtype,
             max_model_len=_choose_length(options, spec),
             fit_max_model_len=options.max_model_len == "auto",
             load_format=options.load_format,
+            quantization=quantization,
             seed=options.seed,
         ),
         parallel=ParallelConfig(
@@ -142,9 +147,9 @@ def _expect(
 def _read_spec(options: EngineOptions, path: Path) -> DecoderSpec:
     """What the config says, and for real weights whether the checkpoint holds it."""
     if options.load_format == "dummy":
-        return load_spec(read_hf_config(path))
+        return load_spec(read_hf_config(path), options.quantization)
     with open_checkpoint(path) as checkpoint:
-        spec = load_spec(checkpoint.hf_config)
+        spec = load_spec(checkpoint.hf_config, options.quantization)
         checkpoint.verify(spec)
     return spec
 
@@ -249,6 +254,21 @@ def _choose_dtype(options: EngineOptions, spec: DecoderSpec, device: Device, rep
     why = "this CPU multiplies bfloat16" if dtype == "bfloat16" else "this CPU has no bfloat16 instructions"
     reporter.line(f"Data type {dtype}: {why} (--dtype float32 for exact comparisons).")
     return dtype
+
+
+def _choose_quantization(
+    options: EngineOptions, spec: DecoderSpec, device: Device, dtype: DType, reporter: Reporter
+) -> str | None:
+    """What was asked for; else GGUF weights are expanded for float32, which is there to be exact, and on GPUs."""
+    found = spec.quantization
+    if found is None:
+        return options.quantization
+    if options.quantization is None and found.layout == "gguf" and (dtype == "float32" or device == "cuda"):
+        reporter.line(f"Weights: GGUF blocks are expanded to {dtype} (-q gguf keeps them packed).")
+        return "none"
+    how = f"quantised to {found.kind} while loading" if found.layout == "online" else f"{found.layout}, kept packed"
+    reporter.line(f"Weights: {how}.")
+    return options.quantization
 
 
 def _choose_backend(options: EngineOptions, device: Device, reporter: Reporter) -> Backend:

@@ -6,10 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from aphro_core.checkpoint.open import read_hf_config
 from aphro_core.llm import LLM
+from aphro_core.models.packed import column_group
+from aphro_core.models.registry import load_spec
+from aphro_core.models.spec import DecoderSpec
+from aphro_core.models.tensors import Axis
+from aphro_core.quantization.online import quantise
 from aphro_core.request import RequestOutput, SamplingParams
+from tests.formats import TINY_FORMATS, write_tiny_format
 from tests.reference import Reference, load_reference
 from tests.tiny import FAMILIES, write_tiny_checkpoint
 
@@ -110,6 +117,83 @@ def test_expert_parallel(name: str, tp: int, pp: int, tmp_path: Path) -> None:
     ) as llm:
         outputs = llm.generate(reference.prompts, reference.greedy)
     check(outputs, reference)
+
+
+@pytest.mark.parametrize("name", TINY_FORMATS)
+def test_every_format(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Tokens of the dequantised weights in transformers, even and uneven."""
+    reference = Reference(write_tiny_format(tmp_path, name), prompt_lengths=(1, 17, 40), new=NEW_TOKENS)
+    shapes = [(tp, pp) for tp in (1, 2, 3, 4) for pp in (1, 2)]
+    for tp, pp in shapes if request.config.getoption("full_matrix") else [(3, 1)]:
+        with LLM(
+            str(tmp_path),
+            tensor_parallel_size=tp,
+            pipeline_parallel_size=pp,
+            device="cpu",
+            dtype="float32",
+            max_num_batched_tokens=24,
+            num_blocks=64,
+            max_model_len=128,
+            skip_tokenizer_init=True,
+        ) as llm:
+            outputs = llm.generate(reference.prompts, reference.greedy)
+        check(outputs, reference)
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize("family", ["llama", "qwen2_moe"])
+def test_quantised_while_loading(name: str, family: str, tmp_path: Path) -> None:
+    """Tokens of the dequantised weights in transformers: every tp x pp has the same codes."""
+    model = write_tiny_checkpoint(tmp_path, family)
+    dequantise(model, load_spec(read_hf_config(tmp_path), name))
+    reference = Reference(model, prompt_lengths=(1, 17, 40), new=NEW_TOKENS)
+    for tp, pp, expert_parallel in ((1, 1, False), (3, 1, False), (2, 2, family != "llama")):
+        with LLM(
+            str(tmp_path),
+            tensor_parallel_size=tp,
+            pipeline_parallel_size=pp,
+            enable_expert_parallel=expert_parallel,
+            quantization=name,
+            device="cpu",
+            dtype="float32",
+            num_blocks=64,
+            max_model_len=128,
+            skip_tokenizer_init=True,
+        ) as llm:
+            outputs = llm.generate(reference.prompts, reference.greedy)
+        check(outputs, reference)
+
+
+@torch.no_grad()
+def dequantise(model: PreTrainedModel, spec: DecoderSpec) -> None:
+    """What quantising while loading makes of every linear weight of the blocks, put back as numbers."""
+    assert spec.quantization is not None
+    for name, parameter in model.named_parameters():
+        if "_proj" not in name or name.endswith("bias"):
+            continue
+        axis: Axis = "hidden"
+        if "o_proj" in name:
+            axis = "heads"
+        elif "down_proj" in name:
+            axis = "shared_mlp" if "shared" in name else "expert_mlp" if "experts" in name else "mlp"
+        matrix = parameter.reshape(-1, parameter.shape[-1])
+        packed = quantise(matrix, spec.quantization.kind, column_group(spec, axis), torch.float32)
+        parameter.copy_(packed.dequantise(torch.float32).view_as(parameter))
+
+
+def test_packed_gguf_is_its_dequantised_twin(smollm2_gguf: Path, smollm2_reference: Reference) -> None:
+    with LLM(
+        str(smollm2_gguf),
+        tensor_parallel_size=3,
+        quantization="gguf",
+        device="cpu",
+        dtype="float32",
+        num_blocks=64,
+        max_model_len=256,
+        skip_tokenizer_init=True,
+    ) as llm:
+        outputs = llm.generate(smollm2_reference.prompts, smollm2_reference.greedy)
+    check(outputs, smollm2_reference)
 
 
 @pytest.fixture(scope="module")

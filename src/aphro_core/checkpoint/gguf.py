@@ -55,6 +55,7 @@ class GGUFCheckpoint(Checkpoint):
         try:
             self.hf_config = config = hf_config(self._header, path)
             self._tensors = {hf_name(info.name): info for info in self._header.tensors.values()}
+            config["quantization_config"] = self._block_formats()
             if _ROPE_FREQS in self._tensors:
                 config["rope_parameters"] = self._llama3_rope(self._tensors.pop(_ROPE_FREQS))
         except BaseException:
@@ -82,7 +83,7 @@ class GGUFCheckpoint(Checkpoint):
     def shape(self, name: str) -> tuple[int, ...]:
         return self._info(name).shape
 
-    def check_readable(self, name: str) -> None:
+    def check_readable(self, name: str, *, is_packed: bool = False) -> None:
         info = self._info(name)
         if info.format is None:
             raise ModelError(
@@ -118,6 +119,22 @@ class GGUFCheckpoint(Checkpoint):
             values = values.view(-1, unit // 2, 2, values.shape[-1]).transpose(1, 2).reshape(values.shape)
         out.copy_(values[rows.start - wide.start : rows.stop - wide.start].view(out.shape))
 
+    def read_blocks(self, name: str, rows: range, columns: range) -> tuple[torch.Tensor, int]:
+        """Whole blocks as they are stored: ([rows, blocks, bytes] uint8, the first one's column)."""
+        import torch
+
+        info, unit = self._info(name), self.row_unit(name)
+        assert info.format is not None, "check_readable comes first"
+        block, size = info.format.elements, info.format.num_bytes
+        first, last = columns.start // block, -(-columns.stop // block)
+        wide = range(rows.start // unit * unit, -(-rows.stop // unit) * unit)
+        raw = np.empty((len(wide), (last - first) * size), dtype=np.uint8)
+        self._file.read_rows(raw, info.offset + wide.start * info.row_bytes + first * size, info.row_bytes)
+        blocks = torch.from_numpy(raw).view(len(wide), last - first, size)
+        if unit > 1:  # as in read_chunk
+            blocks = blocks.view(-1, unit // 2, 2, *blocks.shape[1:]).transpose(1, 2).reshape(blocks.shape)
+        return blocks[rows.start - wide.start : rows.stop - wide.start], first * block
+
     def close(self) -> None:
         self._header.close()
         self._file.close()
@@ -142,6 +159,14 @@ class GGUFCheckpoint(Checkpoint):
         # One long row: the package works in groups of 16 rows, which for a small model are too short to be quick.
         values = quants.dequantize(raw.reshape(1, -1), GGMLQuantizationType(info.type_id)).reshape(len(rows), -1)
         return torch.from_numpy(values)[:, columns.start - first * block : columns.stop - first * block]
+
+    def _block_formats(self) -> dict[str, Any] | None:
+        """Of matrices in block formats, in the shape of a ``quantization_config``; None when there are none."""
+        formats = {
+            name: info.format.name for name, info in self._tensors.items() if info.format and len(info.shape) == 2
+        }
+        packed = {name: kind for name, kind in formats.items() if kind not in _PLAIN}
+        return {"quant_method": "gguf", "block_formats": packed} if packed else None
 
     def _interleaved_heads(self) -> dict[str, int]:
         """Tensors whose rows llama.cpp's converter interleaves within each head -> number of heads (q and k of

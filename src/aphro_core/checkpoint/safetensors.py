@@ -24,15 +24,16 @@ _DTYPES: Final[dict[str, tuple[str | None, int]]] = {
     "F16": ("float16", 2),
     "BF16": ("bfloat16", 2),
     "F64": (None, 8),
-    "I64": (None, 8),
-    "I32": (None, 4),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
     "I16": (None, 2),
-    "I8": (None, 1),
-    "U8": (None, 1),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
     "BOOL": (None, 1),
-    "F8_E4M3": (None, 1),
+    "F8_E4M3": ("float8_e4m3fn", 1),
     "F8_E5M2": (None, 1),
 }
+_PLAIN: Final = ("F32", "F16", "BF16")  # what weights that are not quantised may be
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +78,19 @@ class SafetensorsCheckpoint(Checkpoint):
         """The name of the file that has the tensor."""
         return self._entry(name).file.path.name
 
-    def check_readable(self, name: str) -> None:
+    def check_readable(self, name: str, *, is_packed: bool = False) -> None:
         entry = self._entry(name)
-        if _DTYPES.get(entry.dtype, (None, 0))[0] is None:
-            readable = ", ".join(name for name, (dtype, _) in _DTYPES.items() if dtype)
+        readable = [name for name, (dtype, _) in _DTYPES.items() if dtype and (is_packed or name in _PLAIN)]
+        if entry.dtype not in readable:
             raise ModelError(
-                f"{name} in {entry.file.path} is of type {entry.dtype}, allowed: {readable}",
+                f"{name} in {entry.file.path} is of type {entry.dtype}, allowed: {', '.join(readable)}",
                 hint="use an unquantised checkpoint, or a GGUF file",
             )
 
     def stored_dtype(self, name: str) -> torch.dtype:
         import torch
 
-        self.check_readable(name)
+        self.check_readable(name, is_packed=True)
         dtype: torch.dtype = getattr(torch, str(_DTYPES[self._entry(name).dtype][0]))
         return dtype
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from aphro_core.distributed import TensorParallelGroup
 from aphro_core.layers.batch import GatheredRows, PagedRows
 from aphro_core.layers.gathered_attention import GatheredAttention
-from aphro_core.layers.linear import Linear
+from aphro_core.layers.linear import AnyLinear
 from aphro_core.layers.norm import RMSNorm
 from aphro_core.layers.rotary import Rotation
 
@@ -23,8 +23,8 @@ class Attention:
 
     def __init__(
         self,
-        qkv: Linear,
-        out: Linear,
+        qkv: AnyLinear,
+        out: AnyLinear,
         group: TensorParallelGroup,
         *,
         num_heads: int,

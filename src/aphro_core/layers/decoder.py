@@ -13,13 +13,15 @@ from aphro_core.distributed import TensorParallelGroup
 from aphro_core.layers.attention import Attention
 from aphro_core.layers.batch import Batch, GatheredRows, PagedRows
 from aphro_core.layers.embedding import PositionEmbedding, VocabEmbedding, VocabHead
-from aphro_core.layers.linear import Linear
+from aphro_core.layers.linear import AnyLinear, Linear
 from aphro_core.layers.mlp import GatedMLP, PlainMLP
-from aphro_core.layers.moe import Experts, GroupedExperts, LoopedExperts, SparseMoe
+from aphro_core.layers.moe import DenseStack, Experts, GroupedExperts, LoopedExperts, PackedStack, SparseMoe, Stack
 from aphro_core.layers.norm import LayerNorm, Norm, RMSNorm
 from aphro_core.layers.rotary import RotaryEmbedding, Rotation
 from aphro_core.models.spec import DecoderSpec, RopeSpec
 from aphro_core.parallel.shard import RankShard
+from aphro_core.quantization.linear import QuantizedLinear
+from aphro_core.quantization.matrix import PackedMatrix, Weights
 
 
 class Block:
@@ -56,11 +58,9 @@ class Block:
 class Decoder:
     """What one rank computes. ``weights_bytes`` is what its parameters take in memory, as they are kept."""
 
-    def __init__(
-        self, spec: DecoderSpec, shard: RankShard, weights: dict[str, Tensor], group: TensorParallelGroup
-    ) -> None:
+    def __init__(self, spec: DecoderSpec, shard: RankShard, weights: Weights, group: TensorParallelGroup) -> None:
         """Empties ``weights`` (ARCHITECTURE.md, "Weights of a rank"): a reordered one must not stay in memory twice."""
-        sample = next(iter(weights.values()))
+        sample = next(weight for weight in weights.values() if isinstance(weight, Tensor))
         parts = _Parts(spec, shard, weights, group)
         ropes = [spec.rope_of(layer) for layer in shard.layers]
         self._rotaries = [RotaryEmbedding(rope, sample.dtype, sample.device) for rope in _distinct(ropes)]
@@ -101,16 +101,13 @@ class Decoder:
 class _Parts:
     """Builds the parts of a decoder from a rank's parameters, which it takes out of ``weights``."""
 
-    def __init__(
-        self, spec: DecoderSpec, shard: RankShard, weights: dict[str, Tensor], group: TensorParallelGroup
-    ) -> None:
+    def __init__(self, spec: DecoderSpec, shard: RankShard, weights: Weights, group: TensorParallelGroup) -> None:
         self._spec, self._shard, self._weights, self._group = spec, shard, weights, group
-        sample = next(iter(weights.values()))
+        sample = next(weight for weight in weights.values() if isinstance(weight, Tensor))  # norms are everywhere
         self._dtype, self._device = sample.dtype, sample.device
         self._plain: dict[int, int] = {}  # address -> bytes, so that tied weights count once
         self._packed_bytes = 0
-        device = next(iter(weights.values())).device
-        self._workspace = build_skinny_workspace(device) if device.type == "cuda" else None
+        self._workspace = build_skinny_workspace(self._device) if self._device.type == "cuda" else None
 
     @property
     def num_bytes(self) -> int:
@@ -119,12 +116,12 @@ class _Parts:
         return sum(self._plain.values()) + self._packed_bytes + scratch
 
     def embedding(self) -> VocabEmbedding:
-        return VocabEmbedding(self._keep(self._weights.pop("embed_tokens.weight")), self._shard.vocab, self._group)
+        return VocabEmbedding(self._keep(self._dense("embed_tokens.weight")), self._shard.vocab, self._group)
 
     def positions(self) -> PositionEmbedding:
         offset = self._spec.position_offset
         assert offset is not None
-        return PositionEmbedding(self._keep(self._weights.pop("embed_positions.weight")), offset)
+        return PositionEmbedding(self._keep(self._dense("embed_positions.weight")), offset)
 
     def head(self) -> VocabHead:
         spec = self._spec
@@ -192,42 +189,52 @@ class _Parts:
         spec, here, activation = self._spec, self._shard.experts, self._spec.activation
         assert spec.moe is not None
         gate_up, down = (self._weights.pop(f"{name}.{part}.weight") for part in ("gate_up_proj", "down_proj"))
-        if gate_up.is_cuda and here:
-            self._keep(gate_up), self._keep(down)
-            return GroupedExperts(
-                gate_up.view(len(here), -1, spec.hidden_size),
-                down.view(len(here), spec.hidden_size, -1),
-                here.start,
-                num_experts=spec.moe.num_experts,
-                activation=activation,
-            )
-        num_parts = len(here) or 1  # more ranks than experts: this one may have none of them
+        if self._device.type == "cuda" and here:
+            stacks = [self._stack(weight, len(here)) for weight in (gate_up, down)]
+            return GroupedExperts(*stacks, first=here.start, num_experts=spec.moe.num_experts, activation=activation)
         gate_ups, downs = (
-            [self._linear_of(part, None) for part in weight.chunk(num_parts)] if here else []
-            for weight in (gate_up, down)
+            [self._linear_of(part, None) for part in _cut(weight, len(here))] for weight in (gate_up, down)
         )
         return LoopedExperts(gate_ups, downs, here.start, activation)
+
+    def _stack(self, weight: Tensor | list[PackedMatrix], num_experts: int) -> Stack:
+        if isinstance(weight, Tensor):
+            return DenseStack(self._keep(weight).view(num_experts, -1, weight.shape[1]))
+        (matrix,) = weight
+        self._packed_bytes += matrix.nbytes
+        return PackedStack(matrix, num_experts)
 
     def norm(self, name: str) -> Norm:
         if self._spec.norm == "rms":
             return self._rms_norm(name)
-        bias = self._weights.pop(f"{name}.bias", None)
-        return LayerNorm(self._gain(name), None if bias is None else self._keep(bias), self._spec.norm_eps)
+        bias = self._keep(self._dense(f"{name}.bias")) if self._spec.norm_bias else None
+        return LayerNorm(self._gain(name), bias, self._spec.norm_eps)
 
     def _rms_norm(self, name: str) -> RMSNorm:
         return RMSNorm(self._gain(name), self._spec.norm_eps)
 
     def _gain(self, name: str) -> Tensor:
         """A norm's weight. One that is stored less 1 is kept in float32: the sum has more digits than its parts."""
-        weight = self._weights.pop(f"{name}.weight")
+        weight = self._dense(f"{name}.weight")
         offset = self._spec.norm_offset
         return self._keep(weight if offset == 0.0 else weight.float() + offset)
 
-    def linear(self, name: str) -> Linear:
-        return self._linear_of(self._weights.pop(f"{name}.weight"), self._weights.pop(f"{name}.bias", None))
+    def _dense(self, name: str) -> Tensor:
+        weight = self._weights.pop(name)
+        assert isinstance(weight, Tensor), f"{name} is never quantised"
+        return weight
 
-    def _linear_of(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        linear = Linear(weight, None if bias is None else self._keep(bias), self._workspace)
+    def linear(self, name: str) -> AnyLinear:
+        bias = self._dense(f"{name}.bias") if f"{name}.bias" in self._weights else None
+        return self._linear_of(self._weights.pop(f"{name}.weight"), bias)
+
+    def _linear_of(self, weight: Tensor | list[PackedMatrix], bias: Tensor | None) -> AnyLinear:
+        bias = None if bias is None else self._keep(bias)
+        if not isinstance(weight, Tensor):
+            packed = QuantizedLinear(weight, bias, self._dtype)
+            self._packed_bytes += packed.packed_bytes
+            return packed
+        linear = Linear(weight, bias, self._workspace)
         if linear.packed_bytes:
             self._packed_bytes += linear.packed_bytes
         else:
@@ -245,3 +252,14 @@ def _scale_(x: Tensor, scale: float) -> Tensor:
 
 def _distinct(ropes: Sequence[RopeSpec]) -> list[RopeSpec]:
     return [rope for at, rope in enumerate(ropes) if rope not in ropes[:at]]
+
+
+def _cut(weight: Tensor | list[PackedMatrix], num_parts: int) -> list[Tensor | list[PackedMatrix]]:
+    """The experts' matrices, which stand below each other; none on a rank without experts."""
+    if not num_parts:
+        return []
+    if isinstance(weight, Tensor):
+        return list(weight.chunk(num_parts))
+    (matrix,) = weight
+    each = matrix.shape[0] // num_parts
+    return [[matrix.rows(part * each, (part + 1) * each)] for part in range(num_parts)]

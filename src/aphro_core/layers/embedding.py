@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from aphro_core.distributed import TensorParallelGroup
-from aphro_core.layers.linear import Linear
+from aphro_core.layers.linear import AnyLinear
 
 
 class VocabEmbedding:
@@ -30,7 +30,7 @@ class VocabHead:
 
     def __init__(
         self,
-        linear: Linear,
+        linear: AnyLinear,
         vocab_size: int,
         group: TensorParallelGroup,
         *,

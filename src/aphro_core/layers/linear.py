@@ -11,6 +11,8 @@ from aphro_kernels.tuned import skinny_config
 from torch import Tensor
 from torch.nn.functional import linear
 
+from aphro_core.quantization.linear import QuantizedLinear
+
 _ROWS: Final = 16  # for which oneDNN chooses the order; one order serves every number of rows as fast as its own
 _FEWEST_ROWS: Final = 4  # oneDNN reads a weight more slowly for one row than for four
 
@@ -66,3 +68,6 @@ def _can_pack(weight: Tensor) -> bool:
         return False
     is_bf16 = weight.dtype == torch.bfloat16
     return weight.dtype == torch.float32 or (is_bf16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+AnyLinear = Linear | QuantizedLinear

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from aphro_core.distributed import TensorParallelGroup
-from aphro_core.layers.linear import Linear
+from aphro_core.layers.linear import AnyLinear
 from aphro_core.models.spec import Activation
 
 
@@ -42,7 +42,7 @@ class GatedMLP:
     __slots__ = ("_activation", "_down", "_gate_up", "_group")
 
     def __init__(
-        self, gate_up: Linear, down: Linear, group: TensorParallelGroup | None, activation: Activation = "silu"
+        self, gate_up: AnyLinear, down: AnyLinear, group: TensorParallelGroup | None, activation: Activation = "silu"
     ) -> None:
         self._gate_up = gate_up
         self._down = down
@@ -63,7 +63,7 @@ class PlainMLP:
 
     __slots__ = ("_act", "_down", "_group", "_up")
 
-    def __init__(self, up: Linear, down: Linear, group: TensorParallelGroup, activation: Activation) -> None:
+    def __init__(self, up: AnyLinear, down: AnyLinear, group: TensorParallelGroup, activation: Activation) -> None:
         self._up = up
         self._down = down
         self._group = group

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from aphro_kernels.grouped_gemm import grouped_linear, plan_tiles
+from aphro_kernels.grouped_gemm import RowTiles, grouped_linear, plan_tiles
 from torch import Tensor
 
 from aphro_core.distributed import TensorParallelGroup
-from aphro_core.layers.linear import Linear
+from aphro_core.layers.linear import AnyLinear
 from aphro_core.layers.mlp import GatedMLP, gated
 from aphro_core.models.spec import Activation, MoeSpec
+from aphro_core.quantization.matrix import PackedMatrix
 
 
 class Experts(Protocol):
@@ -30,11 +31,11 @@ class SparseMoe:
     def __init__(
         self,
         spec: MoeSpec,
-        router: Linear,
+        router: AnyLinear,
         experts: Experts,
         group: TensorParallelGroup,
         shared: GatedMLP | None = None,
-        shared_gate: Linear | None = None,
+        shared_gate: AnyLinear | None = None,
     ) -> None:
         self._top, self._renormalize = spec.experts_per_token, spec.renormalize
         self._router, self._experts, self._group = router, experts, group
@@ -60,7 +61,9 @@ class SparseMoe:
 class LoopedExperts:
     """One expert after the other, each over the rows that chose it (CPU)."""
 
-    def __init__(self, gate_up: Sequence[Linear], down: Sequence[Linear], first: int, activation: Activation) -> None:
+    def __init__(
+        self, gate_up: Sequence[AnyLinear], down: Sequence[AnyLinear], first: int, activation: Activation
+    ) -> None:
         """Linears of the local experts, whose numbers count from ``first``."""
         self._gate_up, self._down, self._first = gate_up, down, first
         self._activation = activation
@@ -82,19 +85,50 @@ class LoopedExperts:
         return out
 
 
+class Stack(Protocol):
+    """The matrices of a rank's experts, [experts, out, in]."""
+
+    num_experts: int
+
+    def times(self, x: Tensor, tiles: RowTiles, slots_per_row: int, *, has_foreign: bool) -> Tensor:
+        """As ``grouped_linear``."""
+        ...
+
+
+class DenseStack:
+    def __init__(self, weight: Tensor) -> None:
+        self.num_experts = len(weight)
+        self._weight = weight
+
+    def times(self, x: Tensor, tiles: RowTiles, slots_per_row: int, *, has_foreign: bool) -> Tensor:
+        return grouped_linear(x, self._weight, tiles, slots_per_row, has_foreign=has_foreign)
+
+
+class PackedStack:
+    """Quantised matrices below each other, dequantised for each step."""
+
+    def __init__(self, matrix: PackedMatrix, num_experts: int) -> None:
+        self.num_experts = num_experts
+        self._matrix = matrix
+
+    def times(self, x: Tensor, tiles: RowTiles, slots_per_row: int, *, has_foreign: bool) -> Tensor:
+        weight = self._matrix.dequantise(x.dtype).view(self.num_experts, -1, self._matrix.shape[1])
+        return grouped_linear(x, weight, tiles, slots_per_row, has_foreign=has_foreign)
+
+
 class GroupedExperts:
     """All experts in two products over tiles of rows (GPU). No step visits the host: a CUDA graph may hold it."""
 
-    def __init__(self, gate_up: Tensor, down: Tensor, first: int, num_experts: int, activation: Activation) -> None:
+    def __init__(self, gate_up: Stack, down: Stack, *, first: int, num_experts: int, activation: Activation) -> None:
         """``gate_up`` [local experts, 2 * columns, hidden_size], ``down`` [local experts, hidden_size, columns], of
         the ``num_experts`` of the model those from ``first`` on."""
         self._gate_up, self._down, self._first = gate_up, down, first
-        self._has_foreign = len(down) < num_experts
+        self._has_foreign = down.num_experts < num_experts
         self._activation = activation
 
     def __call__(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         num_tokens, top = chosen.shape
-        tiles = plan_tiles(chosen, self._first, len(self._down))
-        gate_up = grouped_linear(x, self._gate_up, tiles, top)
-        y = grouped_linear(gated(gate_up, self._activation), self._down, tiles, 1, has_foreign=self._has_foreign)
+        tiles = plan_tiles(chosen, self._first, self._down.num_experts)
+        gate_up = self._gate_up.times(x, tiles, top, has_foreign=False)
+        y = self._down.times(gated(gate_up, self._activation), tiles, 1, has_foreign=self._has_foreign)
         return torch.bmm(shares.to(x.dtype)[:, None], y.view(num_tokens, top, -1))[:, 0]

@@ -55,6 +55,23 @@ class HfConfig:
             raise self.refuse(key, ", ".join(allowed))
         return allowed[value]
 
+    def choice_of(self, key: str, allowed: Sequence[int]) -> int:
+        """One of these numbers."""
+        value = self._read(key, None)
+        if type(value) is not int or value not in allowed:
+            raise self.refuse(key, ", ".join(map(str, allowed)))
+        return value
+
+    def text(self, key: str) -> str:
+        value = self._read(key, None)
+        if not isinstance(value, str):
+            raise self.refuse(key, "a string")
+        return value
+
+    @property
+    def keys(self) -> list[str]:
+        return list(self._values)
+
     def names(self, key: str) -> list[str]:
         """A list of strings; empty when the key is missing."""
         value = self._read(key, ())
@@ -70,12 +87,12 @@ class HfConfig:
             raise self.refuse(key, "a list of numbers above 0")
         return tuple(map(float, value))
 
-    def layers(self, key: str) -> tuple[int, ...]:
-        """A list of layer numbers; empty when the key is missing."""
+    def integers(self, key: str) -> tuple[int, ...]:
+        """A list of integers from 0 up; empty when the key is missing."""
         value = self._read(key, ())
         is_list = isinstance(value, Sequence) and not isinstance(value, str)
         if not is_list or not all(type(x) is int and 0 <= x < MAX_SIZE for x in value):
-            raise self.refuse(key, "a list of layer numbers")
+            raise self.refuse(key, "a list of integers from 0 up")
         return tuple(value)
 
     def token_ids(self, key: str) -> tuple[int, ...]:

@@ -48,7 +48,7 @@ def moe_spec(
     config = HfConfig(hf)
     count = config.integer("num_experts", config.integer("num_local_experts", num_experts), maximum=4096)
     step = config.integer("decoder_sparse_step", 1)
-    dense = config.layers("mlp_only_layers")
+    dense = config.integers("mlp_only_layers")
     layers = tuple(i not in dense and (i + 1) % step == 0 for i in range(base.num_layers))
     return MoeSpec(
         num_experts=count,

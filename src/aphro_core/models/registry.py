@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final, Protocol
 
 from aphro_core.errors import ModelError
@@ -25,6 +26,7 @@ from aphro_core.models import (
     qwen3_moe,
 )
 from aphro_core.models.hf_config import HfConfig
+from aphro_core.models.quant_config import quant_spec, with_request
 from aphro_core.models.spec import DecoderSpec
 from aphro_core.models.tensors import TensorRule
 
@@ -57,11 +59,13 @@ FAMILIES: Final[dict[str, Family]] = {
 }
 
 
-def load_spec(hf_config: Mapping[str, Any]) -> DecoderSpec:
-    """The spec of a checkpoint. ``hf_config`` is untrusted: every key is checked.
+def load_spec(hf_config: Mapping[str, Any], quantization: str | None = None) -> DecoderSpec:
+    """The spec of a checkpoint. ``hf_config`` is untrusted: every key is checked. ``quantization`` is what was asked
+    for with ``-q``.
 
-    Raises ModelError for an unknown architecture (naming the nearest), a quantised checkpoint, or a key that is
-    missing, of the wrong type, out of range or inconsistent with another.
+    Raises ModelError for an unknown architecture (naming the nearest), an unsupported quantisation, or a key that is
+    missing, of the wrong type, out of range or inconsistent with another; UsageError when ``quantization`` contradicts
+    the checkpoint.
     """
     config = HfConfig(hf_config)
     architectures = config.names("architectures")
@@ -69,9 +73,6 @@ def load_spec(hf_config: Mapping[str, Any]) -> DecoderSpec:
         raise ModelError(
             "the model's config lacks architectures", hint=f"add one of {', '.join(FAMILIES)} to config.json"
         )
-    if config.has("quantization_config"):
-        method = config.section("quantization_config")
-        raise method.refuse("quant_method", "none (unquantised safetensors, or a GGUF file)")
     architecture = architectures[0]
     family = FAMILIES.get(architecture)
     if family is None:
@@ -80,7 +81,9 @@ def load_spec(hf_config: Mapping[str, Any]) -> DecoderSpec:
             f"architecture {architecture[:80]!r} is not supported, supported: {', '.join(FAMILIES)}",
             hint=f"the nearest is {near[0]}" if near else "use a model of a supported architecture",
         )
-    return family.spec(hf_config)
+    spec = family.spec(hf_config)
+    found = quant_spec(config.section("quantization_config")) if config.has("quantization_config") else None
+    return replace(spec, quantization=with_request(found, quantization))
 
 
 def family_of(spec: DecoderSpec) -> Family:

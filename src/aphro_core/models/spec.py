@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from aphro_core.models.quantization import QuantSpec
+
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu", "relu2"]
 
 
@@ -80,6 +82,7 @@ class DecoderSpec:
     residual_scale: float = 1.0  # of what attention and MLP add
     logits_scale: float = 1.0
     moe: MoeSpec | None = None
+    quantization: QuantSpec | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the checkpoint
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

@@ -92,12 +92,20 @@ class TensorPiece:
         """Of the slice."""
         return tuple(len(self.index) if dim == self.dim else size for dim, size in enumerate(self.full_shape))
 
+    @property
+    def ranges(self) -> tuple[range, range]:
+        """(rows, columns) within the checkpoint tensor; a vector is one row."""
+        whole = [range(size) for size in self.full_shape]
+        if self.dim is not None:
+            whole[self.dim] = self.index
+        return (range(1), whole[0]) if len(whole) == 1 else (whole[0], whole[1])
+
 
 def rank_pieces(rules: Sequence[TensorRule], spec: DecoderSpec, shard: Shard) -> list[TensorPiece]:
     """All that a rank reads, parameter by parameter. Rows that no piece fills (vocabulary padding) are zero."""
-    sizes, ranges = _axis_sizes(spec), _axis_ranges(spec, shard)
+    sizes, ranges = axis_sizes(spec), _axis_ranges(spec, shard)
     pieces = []
-    for rule in _rules_of_rank(rules, spec, shard):
+    for rule in rules_of_rank(rules, spec, shard):
         offset = 0
         for source in rule.sources:
             full_shape = _shape(sizes, source, rule.columns)
@@ -116,9 +124,9 @@ def rank_pieces(rules: Sequence[TensorRule], spec: DecoderSpec, shard: Shard) ->
 
 def parameter_shapes(rules: Sequence[TensorRule], spec: DecoderSpec, shard: Shard) -> dict[str, tuple[int, ...]]:
     """Shape of each parameter of a rank, padding included. A head that is the embedding does not count twice."""
-    local = _axis_sizes(spec) | {axis: len(extent) for axis, extent in _axis_ranges(spec, shard).items()}
+    local = local_sizes(spec, shard)
     shapes: dict[str, tuple[int, ...]] = {}
-    for rule in _rules_of_rank(rules, spec, shard):
+    for rule in rules_of_rank(rules, spec, shard):
         rows = sum(local[source.rows] for source in rule.sources)
         shapes[rule.parameter] = (rows,) if rule.columns is None else (rows, local[rule.columns])
     return shapes
@@ -133,18 +141,19 @@ def tied_parameters(rules: Sequence[TensorRule], spec: DecoderSpec, shard: Shard
 
 def source_shapes(rules: Sequence[TensorRule], spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
     """Every tensor that the checkpoint must have, with its shape."""
-    sizes = _axis_sizes(spec)
-    experts = range(spec.moe.num_experts if spec.moe else 0)
-    used = [
-        each
-        for rule in rules
-        if _is_used(rule, spec) and not (spec.tie_word_embeddings and rule.tied_to)
-        for each in _expanded(rule, spec, range(spec.num_layers), experts)
-    ]
+    sizes = axis_sizes(spec)
+    used = [rule for rule in rules_of_rank(rules, spec, None) if not (spec.tie_word_embeddings and rule.tied_to)]
     return {source.name: _shape(sizes, source, rule.columns) for rule in used for source in rule.sources}
 
 
-def _rules_of_rank(rules: Sequence[TensorRule], spec: DecoderSpec, shard: Shard) -> Iterator[TensorRule]:
+def rules_of_rank(rules: Sequence[TensorRule], spec: DecoderSpec, shard: Shard | None) -> Iterator[TensorRule]:
+    """The rules of a rank for each of its layers and experts; None: those of the whole model."""
+    if shard is None:
+        experts = range(spec.moe.num_experts if spec.moe else 0)
+        for rule in rules:
+            if _is_used(rule, spec):
+                yield from _expanded(rule, spec, range(spec.num_layers), experts)
+        return
     by_name = {rule.parameter: rule for rule in rules}
     is_here = {"embedding": shard.has_embedding, "layer": True, "head": shard.has_head}
     tied = tied_parameters(rules, spec, shard)
@@ -213,7 +222,13 @@ def _alternating_rows(source: Source, spec: DecoderSpec, shard: Shard) -> list[r
     return found
 
 
-def _axis_sizes(spec: DecoderSpec) -> dict[Axis, int]:
+def local_sizes(spec: DecoderSpec, shard: Shard) -> dict[Axis, int]:
+    """Elements of each axis on a rank."""
+    return axis_sizes(spec) | {axis: len(extent) for axis, extent in _axis_ranges(spec, shard).items()}
+
+
+def axis_sizes(spec: DecoderSpec) -> dict[Axis, int]:
+    """Elements of each axis of the model."""
     moe = spec.moe
     return {
         "hidden": spec.hidden_size,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import prod
 from typing import Final
 
+from aphro_core.models.packed import parameter_bytes
 from aphro_core.models.registry import family_of
 from aphro_core.models.spec import DecoderSpec
-from aphro_core.models.tensors import parameter_shapes
 from aphro_core.parallel.shard import RankShard
 
 # Float32 copies of the sampled rows' logits that live at once in the worst step, one with top-p and penalties: the
@@ -44,10 +43,7 @@ def limiting_rank(ranks: Iterable[RankMemory]) -> RankMemory:
 
 def weights_bytes(spec: DecoderSpec, shard: RankShard, dtype_bytes: int) -> int:
     """Bytes of the parameters on a rank, vocabulary padding included: the sum over the loader's own shapes."""
-    shapes = parameter_shapes(family_of(spec).tensors, spec, shard)
-    gains = sum(prod(shape) for name, shape in shapes.items() if name.endswith("norm.weight"))
-    finer = (4 - dtype_bytes) * gains if spec.norm_offset else 0  # kept in float32, see layers/decoder.py
-    return dtype_bytes * sum(prod(shape) for shape in shapes.values()) + finer
+    return parameter_bytes(family_of(spec).tensors, spec, shard, dtype_bytes)
 
 
 def tied_head_bytes(spec: DecoderSpec, shard: RankShard, dtype_bytes: int) -> int:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import gcd
 from typing import Final
 
 from aphro_core.errors import PlacementError
-from aphro_core.models.spec import DecoderSpec, MoeSpec
+from aphro_core.models.packed import cut_unit
+from aphro_core.models.registry import family_of
+from aphro_core.models.spec import DecoderSpec
+from aphro_core.models.tensors import Axis, axis_sizes
 from aphro_core.parallel.partition import partition
 
 MLP_UNIT: Final = 32  # columns: the block of the small GGUF formats, and a tile that every kernel likes
@@ -60,9 +64,9 @@ def build_plan(
     """
     _check_tensor_parallel(spec, tp)
     stages = split_layers(spec.num_layers, pp, pp_layers)
-    heads = split_heads(spec.num_heads, spec.num_kv_heads, tp)
-    mlp = _split_columns(spec.intermediate_size, tp)
-    experts, expert_mlp, shared_mlp = _split_experts(spec.moe, tp, expert_parallel)
+    heads = _split_heads(spec, tp)
+    mlp = _split_columns(spec, "mlp", tp)
+    experts, expert_mlp, shared_mlp = _split_experts(spec, tp, expert_parallel)
     rows = -(-spec.vocab_size // (tp * VOCAB_UNIT)) * VOCAB_UNIT
     ranks = tuple(
         RankShard(
@@ -88,9 +92,11 @@ def build_plan(
     return ShardingPlan(ranks, tp_size=tp, pp_size=pp, padded_vocab_size=tp * rows)
 
 
-def legal_tensor_parallel_sizes(spec: DecoderSpec) -> range:
-    """Every size from 1 to the number of query heads (or of MLP columns, if a model has fewer)."""
-    return range(1, min(spec.num_heads, _fewest_columns(spec)) + 1)
+def legal_tensor_parallel_sizes(spec: DecoderSpec) -> Sequence[int]:
+    """From 1 to the number of query heads (or of MLP columns, if a model has fewer): all sizes, or of quantised
+    weights those that cut between their groups."""
+    sizes = range(1, min(spec.num_heads, _fewest_columns(spec)) + 1)
+    return sizes if spec.quantization is None else [tp for tp in sizes if _split_in_groups(spec, tp) is None]
 
 
 def _fewest_columns(spec: DecoderSpec) -> int:
@@ -104,54 +110,106 @@ def _check_tensor_parallel(spec: DecoderSpec, tp: int) -> None:
     legal = legal_tensor_parallel_sizes(spec)
     if tp in legal:
         return
+    if spec.quantization is not None and 1 <= tp <= min(spec.num_heads, _fewest_columns(spec)):
+        raise _between_groups(spec, tp, legal)
     nearest = legal[-1] if tp > legal[-1] else 1
     what = "query heads" if spec.num_heads <= _fewest_columns(spec) else "MLP columns"
     raise PlacementError(
         f"tensor_parallel_size is {tp}, but {spec.architecture} here has {legal[-1]} {what} and each rank needs one, "
-        f"allowed: 1 to {legal[-1]}",
+        f"allowed: {_listed(legal)}",
         hint=f"-tp {nearest}, and -pp for more devices" if tp > nearest else f"-tp {nearest}",
     )
 
 
-def split_heads(num_heads: int, num_kv_heads: int, tp: int) -> list[tuple[range, range]]:
+def _split_in_groups(spec: DecoderSpec, tp: int) -> Axis | None:
+    """The first axis that does not split ``tp`` ways between whole groups of its quantised matrix, None if all do."""
+    moe = spec.moe
+    attempts: dict[Axis, Callable[[], object]] = {
+        "heads": lambda: _split_heads(spec, tp),
+        "mlp": lambda: _split_columns(spec, "mlp", tp),
+    }
+    if moe is not None:
+        attempts["expert_mlp"] = lambda: _split_columns(spec, "expert_mlp", tp)
+        if moe.shared_intermediate_size:
+            attempts["shared_mlp"] = lambda: _split_columns(spec, "shared_mlp", tp)
+    for axis, attempt in attempts.items():
+        try:
+            attempt()
+        except PlacementError:
+            return axis
+    return None
+
+
+def _between_groups(spec: DecoderSpec, tp: int, legal: Sequence[int]) -> PlacementError:
+    axis = _split_in_groups(spec, tp)
+    assert axis is not None
+    rule = next(rule for rule in family_of(spec).tensors if rule.columns == axis)
+    name = rule.sources[0].name.replace("{i}", "0").replace("{e}", "0")
+    width, group = axis_sizes(spec)[axis], cut_unit(spec, axis)
+    heads = f" ({spec.num_heads} heads of {spec.head_dim})" if axis == "heads" else ""
+    nearest = min(legal, key=lambda size: (abs(size - tp), size))
+    return PlacementError(
+        f"tensor_parallel_size is {tp}, but {name} is quantised in groups of {group} along "
+        f"dimension 1, {width}{heads}, and a rank needs whole groups, allowed: {_listed(legal)}",
+        hint=f"-tp {nearest}" + (", and -pp for more devices" if nearest < tp else ""),
+    )
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    is_run = len(sizes) == sizes[-1] - sizes[0] + 1
+    return f"{sizes[0]} to {sizes[-1]}" if is_run and len(sizes) > 1 else ", ".join(map(str, sizes))
+
+
+def _split_heads(spec: DecoderSpec, tp: int) -> list[tuple[range, range]]:
+    """Between quantised groups of the output projection's inputs."""
+    cut = cut_unit(spec, "heads")
+    return split_heads(spec.num_heads, spec.num_kv_heads, tp, unit=cut // gcd(cut, spec.head_dim))
+
+
+def split_heads(num_heads: int, num_kv_heads: int, tp: int, *, unit: int = 1) -> list[tuple[range, range]]:
     """(query heads, KV heads) of each tp rank.
 
     Up to ``num_kv_heads`` ranks: whole groups (one KV head and its query heads). Beyond: one KV head a rank, copied
-    to as many ranks as share its query heads.
+    to as many ranks as share its query heads. ``unit`` query heads stay together.
     """
     group = num_heads // num_kv_heads
+    kv_unit = unit // gcd(unit, group)
     if tp <= num_kv_heads:
-        kv_heads = partition(num_kv_heads, [1] * tp)
+        kv_heads = partition(num_kv_heads, [1] * tp, unit=kv_unit)
         return [(range(kv.start * group, kv.stop * group), kv) for kv in kv_heads]
+    if kv_unit > 1:
+        raise PlacementError(f"{unit} query heads that stay together reach over {kv_unit} KV heads")
     sharers = [len(ranks) for ranks in partition(tp, [1] * num_kv_heads)]
     return [
         (range(kv * group + part.start, kv * group + part.stop), range(kv, kv + 1))
         for kv, num_ranks in enumerate(sharers)
-        for part in partition(group, [1] * num_ranks)
+        for part in partition(group, [1] * num_ranks, unit=unit)
     ]
 
 
-def _split_columns(width: int, tp: int) -> list[range]:
-    return partition(width, [1] * tp, unit=_mlp_unit(width, tp))
+def _split_columns(spec: DecoderSpec, axis: Axis, tp: int) -> list[range]:
+    width = axis_sizes(spec)[axis]
+    return partition(width, [1] * tp, unit=_mlp_unit(width, tp, cut_unit(spec, axis)))
 
 
-def _split_experts(moe: MoeSpec | None, tp: int, expert_parallel: bool) -> tuple[list[range], list[range], list[range]]:
+def _split_experts(spec: DecoderSpec, tp: int, expert_parallel: bool) -> tuple[list[range], list[range], list[range]]:
     """(experts, columns of each, columns of the shared expert) of each tp rank; empty ranges without experts."""
-    nothing = [range(0)] * tp
+    moe, nothing = spec.moe, [range(0)] * tp
     if moe is None:
         return nothing, nothing, nothing
-    shared = _split_columns(moe.shared_intermediate_size, tp) if moe.shared_intermediate_size else nothing
+    shared = _split_columns(spec, "shared_mlp", tp) if moe.shared_intermediate_size else nothing
     if not expert_parallel:
-        return [range(moe.num_experts)] * tp, _split_columns(moe.intermediate_size, tp), shared
+        return [range(moe.num_experts)] * tp, _split_columns(spec, "expert_mlp", tp), shared
     each, rest = divmod(moe.num_experts, tp)
     starts = [rank * each + min(rank, rest) for rank in range(tp + 1)]
     return [range(*cut) for cut in pairwise(starts)], [range(moe.intermediate_size)] * tp, shared
 
 
-def _mlp_unit(intermediate_size: int, tp: int) -> int:
-    """The largest power of two up to MLP_UNIT that divides the columns and leaves every rank at least one unit."""
-    unit = MLP_UNIT
-    while intermediate_size % unit or intermediate_size // unit < tp:
+def _mlp_unit(width: int, tp: int, least: int) -> int:
+    """The largest power of two up to MLP_UNIT that divides the columns and leaves every rank at least one unit; not
+    less than ``least``, and a multiple of it."""
+    unit = MLP_UNIT if MLP_UNIT % least == 0 else least
+    while unit > least and (width % unit or width // unit < tp):
         unit //= 2
     return unit
 

@@ -6,16 +6,22 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from aphro_core.checkpoint.checkpoint import Checkpoint
+from aphro_core.models.packed import column_group, is_packed, module_of, parameter_bytes, source_group
 from aphro_core.models.registry import family_of
 from aphro_core.models.spec import DecoderSpec
-from aphro_core.models.tensors import TensorPiece, parameter_shapes, rank_pieces, tied_parameters
+from aphro_core.models.tensors import Axis, TensorPiece, parameter_shapes, rank_pieces, rules_of_rank, tied_parameters
 from aphro_core.parallel.shard import RankShard
+from aphro_core.quantization.matrix import PackedMatrix, Weights, below_each_other
+from aphro_core.quantization.online import quantise
+from aphro_core.quantization.registry import READERS
+from aphro_core.quantization.source import QuantSource
 
 DUMMY_RANGE: Final = 1e-3  # dummy weights are uniform in plus or minus this
 _DEVICE_THREADS: Final = 4  # that read for a GPU, where torch itself is given one
@@ -31,7 +37,7 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Tensor]:
+) -> Weights:
     """This rank's parameters by their local names (ARCHITECTURE.md, "Weights of a rank"); only its slices are read.
 
     ``progress(done, total)`` counts bytes of finished parameters. Raises ModelError when a tensor is missing, of
@@ -42,13 +48,27 @@ def load_weights(
         dim, index = (piece.dim, piece.index) if piece.dim is not None else (None, range(0))
         checkpoint.read_into(target, piece.source, dim, index.start, index.stop if dim is not None else None)
 
+    def read_packed(piece: TensorPiece, group: int | None) -> PackedMatrix:
+        assert spec.quantization is not None
+        rows, columns = piece.ranges
+        source = QuantSource(
+            checkpoint=checkpoint,
+            spec=spec.quantization,
+            module=module_of(piece.source),
+            shape=(piece.full_shape[0], piece.full_shape[1]),
+            rows=rows,
+            columns=columns,
+            group=group,
+            scale_dtype=dtype,
+            device=device,
+        )
+        return READERS[spec.quantization.layout](source)
+
     checkpoint.verify(spec)
-    return _fill(spec, shard, dtype, device, read, progress)
+    return _fill(spec, shard, dtype, device, Filling(read, read_packed), progress)
 
 
-def dummy_weights(
-    spec: DecoderSpec, shard: RankShard, dtype: torch.dtype, device: torch.device, seed: int
-) -> dict[str, Tensor]:
+def dummy_weights(spec: DecoderSpec, shard: RankShard, dtype: torch.dtype, device: torch.device, seed: int) -> Weights:
     """Parameters without a checkpoint, uniform in +-DUMMY_RANGE: the same model for every tp and pp.
 
     An element depends on the seed, its checkpoint tensor's name and its place there. Row i of a tensor is a window of
@@ -59,13 +79,27 @@ def dummy_weights(
     pool = torch.rand(_DUMMY_STARTS + widest, generator=generator).sub_(0.5).mul_(2 * DUMMY_RANGE).to(device, dtype)
 
     def draw(target: Tensor, piece: TensorPiece) -> None:
-        rows, columns = _as_matrix(piece)
+        rows, columns = piece.ranges
         starts = torch.arange(rows.start, rows.stop, device=device).mul_(_DUMMY_STRIDE)
         starts.add_(zlib.crc32(piece.source.encode())).remainder_(_DUMMY_STARTS)
         windows = pool.as_strided((_DUMMY_STARTS, len(columns)), (1, 1), storage_offset=columns.start)
         torch.index_select(windows, 0, starts, out=target.view(len(rows), len(columns)))
 
-    return _fill(spec, shard, dtype, device, draw, None)
+    def draw_packed(piece: TensorPiece, group: int | None) -> PackedMatrix:
+        assert spec.quantization is not None
+        dense = torch.empty(piece.shape, dtype=dtype, device=device)
+        draw(dense, piece)
+        return quantise(dense, spec.quantization.kind_of(module_of(piece.source)), group, dtype)
+
+    return _fill(spec, shard, dtype, device, Filling(draw, draw_packed), None)
+
+
+@dataclass(frozen=True)
+class Filling:
+    """How a piece comes by its values: into a part of a parameter, or as a quantised matrix with groups of a size."""
+
+    dense: Callable[[Tensor, TensorPiece], None]
+    packed: Callable[[TensorPiece, int | None], PackedMatrix]
 
 
 def _fill(
@@ -73,32 +107,50 @@ def _fill(
     shard: RankShard,
     dtype: torch.dtype,
     device: torch.device,
-    fill: Callable[[Tensor, TensorPiece], None],
+    filling: Filling,
     progress: Callable[[int, int], None] | None,
-) -> dict[str, Tensor]:
-    """Allocate every parameter and ``fill`` it piece by piece; rows that no piece covers are zero."""
+) -> Weights:
+    """Allocate every parameter and fill it piece by piece; rows that no piece covers are zero."""
     rules = family_of(spec).tensors
     pieces: dict[str, list[TensorPiece]] = {}
     for piece in rank_pieces(rules, spec, shard):
         pieces.setdefault(piece.parameter, []).append(piece)
+    axes = {rule.parameter: rule.columns for rule in rules_of_rank(rules, spec, shard) if is_packed(rule, spec)}
     shapes = parameter_shapes(rules, spec, shard)
-    weights = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+    weights: Weights = {
+        name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items() if name not in axes
+    }
 
-    def fill_parameter(name: str) -> int:
-        weight, filled = weights[name], 0
+    def fill_dense(name: str, weight: Tensor) -> int:
+        filled = 0
         for piece in pieces.get(name, ()):
             rows = piece.shape[0]
-            fill(weight.narrow(0, piece.offset, rows), piece)
+            filling.dense(weight.narrow(0, piece.offset, rows), piece)
             filled += rows
         weight[filled:].zero_()
         return weight.nbytes
 
-    done, total = 0, sum(weight.nbytes for weight in weights.values())
+    def fill_packed(name: str, axis: Axis) -> int:
+        group = column_group(spec, axis)
+        parts = [
+            filling.packed(piece, source_group(spec, module_of(piece.source), group)).to(device)
+            for piece in pieces.get(name, ())
+        ]
+        matrices = weights[name] = below_each_other(parts)
+        return sum(matrix.nbytes for matrix in matrices)
+
+    done, total = 0, parameter_bytes(rules, spec, shard, dtype.itemsize)
     with _filling_threads(device) as threads:
-        for job in as_completed([threads.submit(fill_parameter, name) for name in weights]):
+        jobs = [
+            threads.submit(fill_dense, name, weight)
+            for name, weight in list(weights.items())
+            if isinstance(weight, Tensor)
+        ]
+        jobs += [threads.submit(fill_packed, name, axis) for name, axis in axes.items() if axis is not None]
+        for job in as_completed(jobs):
             done += job.result()
             if progress is not None:
-                progress(done, total)
+                progress(min(done, total), total)
     return weights | {name: weights[other] for name, other in tied_parameters(rules, spec, shard).items()}
 
 
@@ -117,11 +169,3 @@ def _filling_threads(device: torch.device) -> Iterator[ThreadPoolExecutor]:
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(num_threads)
-
-
-def _as_matrix(piece: TensorPiece) -> tuple[range, range]:
-    """(rows, columns) of a piece within its checkpoint tensor; a vector is one row."""
-    whole = [range(size) for size in piece.full_shape]
-    if piece.dim is not None:
-        whole[piece.dim] = piece.index
-    return (range(1), whole[0]) if len(whole) == 1 else (whole[0], whole[1])

@@ -154,9 +154,9 @@ class Worker:
     def _read_spec(self) -> DecoderSpec:
         path = Path(self._config.model.path)
         if self._config.model.load_format == "dummy":
-            return load_spec(read_hf_config(path))
+            return load_spec(read_hf_config(path), self._config.model.quantization)
         with open_checkpoint(path) as checkpoint:
-            return load_spec(checkpoint.hf_config)
+            return load_spec(checkpoint.hf_config, self._config.model.quantization)
 
     def _weights_progress(self, done: int, total: int) -> None:
         self._progress("weights", done, total)

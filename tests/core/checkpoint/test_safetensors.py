@@ -99,7 +99,7 @@ def test_a_type_that_is_not_served_is_named(folder: Path) -> None:
         open_checkpoint(folder) as checkpoint,
         pytest.raises(ModelError, match=r"d in .* is of type I64, allowed: F32, F16, BF16"),
     ):
-        checkpoint.read("d")
+        checkpoint.check_readable("d")
 
 
 def test_a_tensor_that_is_not_there_is_named(folder: Path) -> None:

@@ -9,7 +9,7 @@ from torch.nn.functional import linear, silu
 
 from aphro_core.distributed import TensorParallelGroup
 from aphro_core.layers.linear import Linear
-from aphro_core.layers.moe import GroupedExperts, LoopedExperts, SparseMoe
+from aphro_core.layers.moe import DenseStack, GroupedExperts, LoopedExperts, SparseMoe
 from aphro_core.models.spec import MoeSpec
 
 ALONE = TensorParallelGroup(0, 1)
@@ -42,8 +42,10 @@ def test_tokens_go_through_the_experts_of_their_choice(num_tokens: int, top: int
     for here in (range(3), range(3, 5), range(0)):
         experts = LoopedExperts([Linear(gate_up[e]) for e in here], [Linear(down[e]) for e in here], here.start, "silu")
         by_experts += SparseMoe(spec, Linear(router), experts, ALONE)(x)
-        stacked = gate_up[here.start : here.stop], down[here.start : here.stop]
-        grouped = GroupedExperts(*stacked, here.start, NUM_EXPERTS, "silu") if here else experts
+        stacked = [DenseStack(each[here.start : here.stop]) for each in (gate_up, down)]
+        grouped = (
+            GroupedExperts(*stacked, first=here.start, num_experts=NUM_EXPERTS, activation="silu") if here else experts
+        )
         in_groups += SparseMoe(spec, Linear(router), grouped, ALONE)(x)
     by_columns = torch.zeros_like(x)
     for columns in (slice(0, 6), slice(6, 16)):

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aphro_core.errors import ExitCode, PlacementError
+from aphro_core.models.quantization import QuantSpec
 from aphro_core.models.spec import DecoderSpec, MoeSpec, RopeSpec
 from aphro_core.parallel.shard import build_plan, legal_tensor_parallel_sizes
 
@@ -216,3 +217,37 @@ def test_more_ranks_than_experts_leave_some_without() -> None:
 
 def test_a_dense_model_has_no_experts() -> None:
     assert {len(rank.experts) for rank in build_plan(spec_of(), 2, 1, expert_parallel=True).ranks} == {0}
+
+
+def gptq_of(group: int, **changes: int) -> DecoderSpec:
+    return replace(spec_of(**changes), quantization=QuantSpec(layout="gptq", kind="int4", bits=4, group_size=group))
+
+
+def test_quantised_columns_are_cut_between_groups() -> None:
+    spec = gptq_of(128, num_heads=32, num_kv_heads=8, head_dim=128, intermediate_size=11008)
+    assert list(legal_tensor_parallel_sizes(spec)) == list(range(1, 33))
+    for tp in (3, 5, 6, 7, 12):
+        ranks = build_plan(spec, tp, 1).ranks
+        assert elements([rank.mlp for rank in ranks]) == list(range(11008))
+        assert all(len(rank.mlp) % 128 == 0 for rank in ranks)
+
+
+def test_a_group_of_two_heads_keeps_them_together() -> None:
+    spec = gptq_of(128, num_heads=12, num_kv_heads=12, head_dim=64, intermediate_size=1536)
+    assert [len(rank.heads) for rank in build_plan(spec, 5, 1).ranks] == [4, 2, 2, 2, 2]
+    assert list(legal_tensor_parallel_sizes(spec)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_size_between_groups_names_tensor_dimension_group_and_the_nearest() -> None:
+    spec = gptq_of(128, num_heads=16, num_kv_heads=4, head_dim=32, intermediate_size=1536)
+    with pytest.raises(PlacementError) as error:
+        build_plan(spec, 8, 1)
+    assert error.value.message == (
+        "tensor_parallel_size is 8, but model.layers.0.self_attn.o_proj.weight is quantised in groups of 128 along "
+        "dimension 1, 512 (16 heads of 32), and a rank needs whole groups, allowed: 1 to 4"
+    )
+    assert error.value.hint == "-tp 4, and -pp for more devices"
+    with pytest.raises(
+        PlacementError, match=r"down_proj\.weight is quantised in groups of 128 .* 384, .* allowed: 1 to 3"
+    ):
+        build_plan(gptq_of(128, num_heads=16, num_kv_heads=4, head_dim=128, intermediate_size=384), 4, 1)

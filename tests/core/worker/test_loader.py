@@ -138,7 +138,7 @@ def test_gguf_ranks_hold_the_dequantised_slices(gguf_file: tuple[Path, dict[str,
     path, state = gguf_file
     for rank in range(tp):
         with open_checkpoint(path) as checkpoint:
-            spec = load_spec(checkpoint.hf_config)
+            spec = load_spec(checkpoint.hf_config, "none")
             shard = build_plan(spec, tp, 1).ranks[rank]
             weights = load_weights(checkpoint, spec, shard, torch.bfloat16, CPU)
         expected = {name: tensor.bfloat16() for name, tensor in expected_weights(state, spec, shard).items()}
@@ -149,7 +149,7 @@ def test_a_rank_reads_its_share_of_a_gguf_file(smollm2_gguf: Path) -> None:
     read = []
     for rank in range(3):
         with open_checkpoint(smollm2_gguf) as checkpoint:
-            spec = load_spec(checkpoint.hf_config)
+            spec = load_spec(checkpoint.hf_config, "none")
             load_weights(checkpoint, spec, build_plan(spec, 3, 1).ranks[rank], torch.bfloat16, CPU)
             read.append(checkpoint.bytes_read)
     size = smollm2_gguf.stat().st_size
@@ -242,7 +242,7 @@ def hf_state(whole: dict[str, Tensor], spec: DecoderSpec) -> dict[str, Tensor]:
 def test_dummy_weights_are_uniform_small_and_follow_the_seed(tmp_path: Path) -> None:
     tiny.write_tiny_gguf(tmp_path / "x.gguf")
     with open_checkpoint(tmp_path / "x.gguf") as checkpoint:
-        spec = load_spec(checkpoint.hf_config)
+        spec = load_spec(checkpoint.hf_config, "none")
     shard = build_plan(spec, 1, 1).ranks[0]
     first, again, other = (dummy_weights(spec, shard, torch.float32, CPU, seed=seed) for seed in (0, 0, 1))
     gate_up = first["layers.0.mlp.gate_up_proj.weight"]

@@ -1,0 +1,184 @@
+"""QuantSpec from a checkpoint's ``quantization_config``, or from what was asked for with ``-q``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final
+
+from aphro_core.errors import ModelError, UsageError
+from aphro_core.models.hf_config import HfConfig
+from aphro_core.models.quantization import Kind, QuantSpec
+
+# asked for by name -> what it makes of unquantised weights
+ONLINE: Final[dict[str, QuantSpec]] = {
+    "fp8": QuantSpec(layout="online", kind="fp8"),
+    "int8": QuantSpec(layout="online", kind="int8"),
+    "int4": QuantSpec(layout="online", kind="int4", bits=4),
+}
+# What other servers know by these names; said by name instead of "unknown".
+RECOGNISED: Final = (
+    "aqlm", "bitnet", "bitsandbytes", "deepspeedfp", "eetq", "exl2", "exl3", "experts_int8", "fbgemm_fp8", "fp_quant",
+    "higgs", "hqq", "marlin", "modelopt", "mxfp4", "qqq", "quant_llm", "quark", "quip", "quip_sharp", "squeezellm",
+    "torchao", "vptq",
+)  # fmt: skip
+
+
+def quant_spec(section: HfConfig) -> QuantSpec:
+    """Of ``quantization_config``. Raises ModelError for a method or setting that is not supported, naming it."""
+    method = section.choice("quant_method", {name: name for name in (*METHODS, *RECOGNISED)})
+    if method not in METHODS:
+        raise ModelError(
+            f"the model is quantised by {method}, which is recognised but not supported; supported: "
+            f"{', '.join(METHODS)}",
+            hint="aphro quants lists them; or quantise the unquantised model while loading, with -q int4",
+        )
+    return METHODS[method](section)
+
+
+def with_request(found: QuantSpec | None, asked: str | None) -> QuantSpec | None:
+    """The checkpoint's scheme and what was asked for with ``-q``, together. None for ``none`` and unquantised ones.
+
+    Raises UsageError when the two contradict each other, naming both.
+    """
+    if asked is None or (found is not None and asked == found.layout):
+        return found
+    is_gguf = found is not None and found.layout == "gguf"
+    if asked == "none" and (found is None or is_gguf):
+        return None
+    if found is not None and not is_gguf:
+        raise UsageError(
+            f"-q {asked}, but the checkpoint is quantised already, by {found.layout}",
+            hint=f"leave -q out, or -q {found.layout}",
+        )
+    if asked in ONLINE:
+        return ONLINE[asked]
+    if asked in METHODS:
+        raise UsageError(
+            f"-q {asked} names a checkpoint format, but the checkpoint is not of it",
+            hint=f"a checkpoint in that format, or -q {', -q '.join(ONLINE)} to quantise while loading",
+        )
+    recognised = " is recognised but not supported" if asked in RECOGNISED else " is unknown"
+    raise UsageError(f"-q {asked}{recognised}, allowed: {', '.join((*ONLINE, *METHODS, 'none'))}", hint="aphro quants")
+
+
+def _fp8(section: HfConfig) -> QuantSpec:
+    """Native FP8 checkpoints: a scale a tensor, or DeepSeek's and Qwen's scales of 128 x 128 blocks."""
+    section.choice("fmt", {"e4m3": True}, "e4m3")
+    scheme = section.choice("activation_scheme", {"static": True, "dynamic": False}, "dynamic")
+    ignored = _ignored(section, "modules_to_not_convert", "ignored_layers")
+    base = QuantSpec(layout="fp8", kind="fp8", has_input_scales=scheme, ignored=ignored)
+    if not section.has("weight_block_size"):
+        return replace(base, is_per_tensor=True)
+    block = section.integers("weight_block_size")
+    if len(block) != 2 or min(block) < 1:
+        raise section.refuse("weight_block_size", "two sizes, such as [128, 128]")
+    return replace(base, block_rows=block[0], group_size=block[1])
+
+
+def _gptq(section: HfConfig) -> QuantSpec:
+    if section.section("dynamic").keys:
+        raise section.refuse("dynamic", "null (one scheme for all layers)")
+    bits = section.choice_of("bits", (4, 8))
+    version = section.choice("checkpoint_format", {"gptq": True, "gptq_v2": False}, "gptq")
+    return QuantSpec(
+        layout="gptq",
+        kind=_kind(bits),
+        bits=bits,
+        group_size=_group(section),
+        is_symmetric=section.flag("sym", True),
+        has_act_order=section.flag("desc_act", False),
+        zeros_less_one=version,
+        ignored=_ignored(section, "modules_in_block_to_not_convert"),
+    )
+
+
+def _awq(section: HfConfig) -> QuantSpec:
+    section.choice("version", {"gemm": True}, "gemm")
+    section.choice_of("bits", (4,))
+    return QuantSpec(
+        layout="awq",
+        kind="int4",
+        bits=4,
+        group_size=_group(section),
+        is_symmetric=not section.flag("zero_point", True),
+        ignored=_ignored(section, "modules_to_not_convert"),
+    )
+
+
+def _compressed_tensors(section: HfConfig) -> QuantSpec:
+    """One group for all linear layers: FP8 and INT8, static or dynamic, and W4A16 or W8A16 packed in words."""
+    formats = {
+        "float-quantized": False,
+        "int-quantized": False,
+        "naive-quantized": False,
+        "pack-quantized": True,
+    }
+    has_words = section.choice("format", formats)
+    groups = section.section("config_groups")
+    if len(groups.keys) != 1:
+        raise section.refuse("config_groups", "one group with targets Linear")
+    group = groups.section(groups.keys[0])
+    if group.names("targets") != ["Linear"]:
+        raise group.refuse("targets", "['Linear']")
+    weights = group.section("weights")
+    is_float = weights.choice("type", {"float": True, "int": False})
+    bits = weights.choice_of("num_bits", (8,) if is_float or not has_words else (4, 8))
+    strategy = weights.choice("strategy", {name: name for name in ("tensor", "channel", "group", "block")})
+    block = weights.integers("block_structure") if strategy == "block" else (1, 0)
+    if len(block) != 2 or (strategy == "block" and min(block) < 1):
+        raise weights.refuse("block_structure", "two sizes, such as [128, 128]")
+    order = weights.choice("actorder", {"null": None, "static": None, "weight": None, "group": "group"}, "null")
+    return QuantSpec(
+        layout="compressed-tensors",
+        kind="fp8" if is_float else _kind(bits),
+        bits=bits,
+        group_size=block[1] if strategy == "block" else _group(weights) if strategy == "group" else None,
+        block_rows=block[0],
+        is_per_tensor=strategy == "tensor",
+        is_symmetric=weights.flag("symmetric", True),
+        has_act_order=order == "group",
+        has_words=has_words,
+        has_input_scales=group.section("input_activations").has("dynamic"),
+        ignored=_ignored(section, "ignore"),
+    )
+
+
+def _gguf(section: HfConfig) -> QuantSpec:
+    """A GGUF file, whose every tensor has a format of its own (checkpoint/gguf.py writes this section)."""
+    formats = section.section("block_formats")
+    return QuantSpec(
+        layout="gguf", kind="int4", bits=4, block_formats={name: formats.text(name) for name in formats.keys}
+    )
+
+
+METHODS: Final[dict[str, Callable[[HfConfig], QuantSpec]]] = {
+    "fp8": _fp8,
+    "gptq": _gptq,
+    "awq": _awq,
+    "compressed-tensors": _compressed_tensors,
+    "gguf": _gguf,
+}
+
+
+def _kind(bits: int) -> Kind:
+    return "int4" if bits == 4 else "int8"
+
+
+def _group(section: HfConfig) -> int | None:
+    """-1 means the whole row."""
+    group = section.integer("group_size", -1, minimum=-1)
+    if group == 0 or (group > 0 and group % 2):
+        raise section.refuse("group_size", "an even number, or -1 for whole rows")
+    return None if group == -1 else group
+
+
+def _ignored(section: HfConfig, *keys: str) -> tuple[str, ...]:
+    found = tuple(name for key in keys for name in section.names(key))
+    for pattern in found:
+        try:
+            re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
+        except re.error as error:
+            raise section.refuse(keys[0], f"names, or re: and a regular expression ({pattern!r}: {error})") from error
+    return found

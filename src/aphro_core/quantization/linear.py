@@ -1,0 +1,113 @@
+"""``y = x W^T + b`` over quantised weights, by the operation that the device has for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+import torch
+from aphro_kernels.silu_and_mul import silu_and_mul
+from torch import Tensor
+from torch.nn.functional import linear
+
+from aphro_core.quantization.matrix import PackedMatrix
+from aphro_core.quantization.packing import unpack_nibbles
+
+_TILE: Final = 2**20  # weights that are dequantised at once on a CPU: what is multiplied next is still in its cache
+_INT4_GROUPS: Final = (32, 64, 128, 256)  # that torch's int4 product takes
+_INT4_ROWS: Final = 32  # up to here it beats dequantising; above, dequantising is shared by more rows
+_INT8_ROWS: Final = 8
+
+
+class Product(Protocol):
+    nbytes: int
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class QuantizedLinear:
+    """A shard of a linear layer, called as ``layers.linear.Linear``. ``matrices`` are below each other."""
+
+    def __init__(self, matrices: Sequence[PackedMatrix], bias: Tensor | None, dtype: torch.dtype) -> None:
+        self._products = [build_product(matrix, dtype) for matrix in matrices]
+        self._bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``[rows, in_features]`` to ``[rows, out_features]``, the dtype of ``x``."""
+        parts = [product(x) for product in self._products]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return y if self._bias is None else y.add_(self._bias)
+
+    def gated(self, x: Tensor) -> Tensor:
+        """SiLU(gate) * up of weights that hold the rows of the gate, then those of up."""
+        return silu_and_mul(self(x))
+
+    @property
+    def packed_bytes(self) -> int:
+        return sum(product.nbytes for product in self._products)
+
+
+def build_product(matrix: PackedMatrix, dtype: torch.dtype) -> Product:
+    if matrix.codes.device.type == "cpu" and dtype == torch.bfloat16 and matrix.group_index is None:
+        if matrix.kind == "int4" and matrix.group_size in _INT4_GROUPS and matrix.shape[0] % 16 == 0:
+            return Int4Product(matrix)
+        if matrix.kind == "int8" and matrix.scales.shape[1] == 1:
+            return Int8Product(matrix)
+    return DequantisedProduct(matrix)
+
+
+class DequantisedProduct:
+    """Dequantises a tile of rows at a time into 16 or 32 bits and multiplies: any kind, any device."""
+
+    def __init__(self, matrix: PackedMatrix) -> None:
+        self._matrix = matrix
+        self.nbytes = matrix.nbytes
+        num_rows, num_columns = matrix.shape
+        is_cpu = matrix.codes.device.type == "cpu"
+        self._step = max(_TILE // num_columns, 1) if is_cpu else num_rows
+
+    def __call__(self, x: Tensor) -> Tensor:
+        num_rows = self._matrix.shape[0]
+        if self._step >= num_rows:
+            return linear(x, self._matrix.dequantise(x.dtype))
+        y = x.new_empty(x.shape[0], num_rows)
+        for start in range(0, num_rows, self._step):
+            tile = self._matrix.rows(start, min(start + self._step, num_rows))
+            y[:, start : start + self._step] = linear(x, tile.dequantise(x.dtype))
+        return y
+
+
+class Int4Product:
+    """torch's int4 product for CPUs, for few rows; it wants weight = (code - 8) * scale + zero, in bfloat16."""
+
+    def __init__(self, matrix: PackedMatrix) -> None:
+        assert matrix.offsets is not None
+        self._group = matrix.group_size
+        codes = unpack_nibbles(matrix.codes).to(torch.int32)
+        self._codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
+        zeros = matrix.offsets.float() + 8.0 * matrix.scales.float()
+        pairs = torch.stack((matrix.scales.float(), zeros), dim=-1)
+        self._scales = pairs.transpose(0, 1).to(torch.bfloat16).contiguous()  # [groups, rows, 2]
+        self._many = DequantisedProduct(matrix)
+        self.nbytes = self._codes.nbytes + self._scales.nbytes + self._many.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.shape[0] > _INT4_ROWS:
+            return self._many(x)
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), self._codes, self._group, self._scales)
+        return y
+
+
+class Int8Product:
+    """torch's product of bfloat16 with int8 rows, for few rows."""
+
+    def __init__(self, matrix: PackedMatrix) -> None:
+        self._codes, self._scales = matrix.codes, matrix.scales[:, 0].to(torch.bfloat16)
+        self._many = DequantisedProduct(matrix)
+        self.nbytes = self._many.nbytes + self._scales.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.shape[0] > _INT8_ROWS:
+            return self._many(x)
+        y: Tensor = torch.ops.aten._weight_int8pack_mm(x.contiguous(), self._codes, self._scales)
+        return y

@@ -1,0 +1,120 @@
+"""A quantised matrix as it is kept in memory: codes, and a scale (and offset) for each group of a row's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from aphro_core.models.quantization import Kind
+from aphro_core.quantization.packing import unpack_nibbles
+
+FP8 = torch.float8_e4m3fn
+
+
+@dataclass(slots=True)
+class PackedMatrix:
+    """[rows, columns]: weight = code * scale (+ offset), with as many groups of equal size as ``scales`` has columns.
+
+    ``codes``: two a byte for int4 [rows, columns / 2] uint8, else [rows, columns] int8 or float8_e4m3fn. ``scales`` and
+    ``offsets`` (int4) [rows, groups]. With ``group_index`` [columns] int32 column j is of group ``group_index[j]``
+    instead (act-order, cut between ranks).
+    """
+
+    kind: Kind
+    codes: Tensor
+    scales: Tensor
+    offsets: Tensor | None = None
+    group_index: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1] * (2 if self.kind == "int4" else 1)
+
+    @property
+    def group_size(self) -> int:
+        """Columns of a group; with ``group_index`` groups are not of one size."""
+        return self.shape[1] // self.scales.shape[1]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        found = (self.codes, self.scales, self.offsets, self.group_index)
+        return [tensor for tensor in found if tensor is not None]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def rows(self, start: int, stop: int) -> PackedMatrix:
+        """Some rows, as views."""
+        offsets = None if self.offsets is None else self.offsets[start:stop]
+        return replace(self, codes=self.codes[start:stop], scales=self.scales[start:stop], offsets=offsets)
+
+    def to(self, device: torch.device) -> PackedMatrix:
+        moved = [None if x is None else x.to(device) for x in (self.codes, self.scales, self.offsets, self.group_index)]
+        codes, scales, offsets, group_index = moved
+        assert codes is not None
+        assert scales is not None
+        return PackedMatrix(self.kind, codes, scales, offsets, group_index)
+
+    def dequantise(self, dtype: torch.dtype) -> Tensor:
+        """``[rows, columns]`` in ``dtype``; products in the dtype of the scales or float32, whichever is finer."""
+        num_rows, num_columns = self.shape
+        codes = unpack_nibbles(self.codes) if self.kind == "int4" else self.codes
+        wide = _widened(codes, dtype if self.scales.dtype == dtype else torch.float32)
+        if self.group_index is not None:
+            index = self.group_index.long()
+            values = wide * self.scales[:, index]
+            return (values if self.offsets is None else values + self.offsets[:, index]).to(dtype)
+        grouped = wide.view(num_rows, self.scales.shape[1], -1)
+        values = grouped.mul_(self.scales[..., None])
+        if self.offsets is not None:
+            values = values.add_(self.offsets[..., None])
+        return values.view(num_rows, num_columns).to(dtype)
+
+
+Weights = dict[str, Tensor | list[PackedMatrix]]  # of a rank; matrices stand below each other
+
+
+def below_each_other(parts: Sequence[PackedMatrix]) -> list[PackedMatrix]:
+    """Matrices with the same columns as few as possible: neighbours of one kind and grouping become one."""
+    merged: list[list[PackedMatrix]] = []
+    for part in parts:
+        if merged and _are_alike(merged[-1][0], part):
+            merged[-1].append(part)
+        else:
+            merged.append([part])
+    return [_joined(run) for run in merged]
+
+
+def _are_alike(a: PackedMatrix, b: PackedMatrix) -> bool:
+    alike = a.kind == b.kind and a.scales.shape[1] == b.scales.shape[1] and a.scales.dtype == b.scales.dtype
+    if a.group_index is None or b.group_index is None:
+        return alike and a.group_index is b.group_index
+    return alike and torch.equal(a.group_index, b.group_index)
+
+
+def _joined(run: Sequence[PackedMatrix]) -> PackedMatrix:
+    if len(run) == 1:
+        return run[0]
+    offsets = [part.offsets for part in run if part.offsets is not None]
+    return replace(
+        run[0],
+        codes=torch.cat([part.codes for part in run]),
+        scales=torch.cat([part.scales for part in run]),
+        offsets=torch.cat(offsets) if offsets else None,
+    )
+
+
+def _widened(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes as numbers. On CPUs torch converts float8 one by one: shifting its bits into those of a wider float, whose
+    exponent counts from 127 instead of 7, is fifty times as fast."""
+    is_shiftable = codes.dtype == FP8 and codes.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+    if not is_shiftable:
+        return codes.to(dtype)
+    integer, shift = (torch.int32, 20) if dtype == torch.float32 else (torch.int16, 4)
+    signed = codes.view(torch.int8).to(integer)  # the sign is extended: one of its copies arrives at the top
+    bits = (signed << shift) & (0x87F00000 - 2**32 if dtype == torch.float32 else 0x87F0 - 2**16)
+    return bits.view(dtype).mul_(2.0**120)

@@ -1,0 +1,92 @@
+"""Matrices in memory: what they stand for, quantising while loading, and products against the dequantised reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from aphro_core.models.quantization import Kind
+from aphro_core.quantization.linear import Int4Product, Int8Product, QuantizedLinear, build_product
+from aphro_core.quantization.matrix import FP8, PackedMatrix, below_each_other
+from aphro_core.quantization.online import quantise
+from aphro_core.quantization.packing import pack_nibbles, unpack_nibbles, unpack_words
+
+KINDS: tuple[tuple[Kind, int | None], ...] = (("int4", 32), ("int4", 6), ("int8", None), ("int8", 32), ("fp8", None))
+
+
+def weights(rows: int = 48, columns: int = 192, seed: int = 0) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("kind", "group"), KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantising_errs_by_half_a_step_at_most(kind: Kind, group: int | None, dtype: torch.dtype) -> None:
+    weight = weights()
+    matrix = quantise(weight, kind, group, torch.float32)
+    grouped = weight.view(len(weight), -1, group or weight.shape[1])
+    largest = grouped.abs().amax(dim=-1, keepdim=True)
+    span = grouped.amax(dim=-1, keepdim=True) - grouped.amin(dim=-1, keepdim=True)
+    step = {"int4": span / 15 / 2, "int8": largest / 127 / 2, "fp8": grouped.abs() / 16 + largest / 448 / 512}[kind]
+    rounding = 0.0 if dtype == torch.float32 else 2.0**-7
+    error = (matrix.dequantise(dtype).float().view_as(grouped) - grouped).abs()
+    assert bool((error <= step * 1.001 + largest * (rounding + 1e-6)).all())
+
+
+def test_equal_weights_of_a_group_are_exact() -> None:
+    weight = torch.full((2, 64), 0.7)
+    weight[1, :32] = 0.0
+    for kind in ("int4", "int8"):
+        assert torch.allclose(quantise(weight, kind, 32, torch.float32).dequantise(torch.float32), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_float8_is_widened_exactly(dtype: torch.dtype) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(1, 256)
+    finite = ~codes.view(FP8).float().isnan()
+    matrix = PackedMatrix("fp8", codes.view(FP8), torch.ones(1, 1, dtype=dtype))
+    assert torch.equal(matrix.dequantise(dtype)[finite], codes.view(FP8).to(dtype)[finite])
+
+
+def test_nibbles_and_words_come_back() -> None:
+    codes = torch.randint(0, 16, (5, 24), dtype=torch.uint8)
+    assert torch.equal(unpack_nibbles(pack_nibbles(codes)), codes)
+    word = torch.tensor([[-(2**31) + 0x07654321]], dtype=torch.int32)
+    assert unpack_words(word, 4, 1).tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]]
+    assert unpack_words(word, 8, 0)[:, 0].tolist() == [0x21, 0x43, 0x65, 0x87]
+
+
+@pytest.mark.parametrize(("kind", "group"), KINDS)
+@pytest.mark.parametrize("num_rows", [1, 3, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_is_that_of_the_dequantised_matrix(
+    kind: Kind, group: int | None, num_rows: int, dtype: torch.dtype
+) -> None:
+    matrices = [quantise(weights(seed=seed), kind, group, dtype) for seed in range(2)]
+    matrices.append(quantise(weights(40, seed=3), "int8", 16, dtype))
+    bias = torch.randn(136).to(dtype)
+    x = torch.randn(num_rows, 192).to(dtype)
+    layer = QuantizedLinear(below_each_other(matrices), bias, dtype)
+    whole = torch.cat([matrix.dequantise(torch.float32) for matrix in matrices])
+    expected = linear(x.float(), whole, bias.float())
+    tolerance = 1e-4 if dtype == torch.float32 else 0.3  # of sums of 192 products of size 1
+    torch.testing.assert_close(layer(x).float(), expected, atol=tolerance, rtol=2e-2)
+
+
+def test_the_operation_goes_by_kind_and_dtype() -> None:
+    int4, int8 = quantise(weights(), "int4", 32, torch.bfloat16), quantise(weights(), "int8", None, torch.bfloat16)
+    assert isinstance(build_product(int4, torch.bfloat16), Int4Product)
+    assert isinstance(build_product(int8, torch.bfloat16), Int8Product)
+    assert not isinstance(build_product(int4, torch.float32), Int4Product)
+    ungrouped = PackedMatrix("int4", int4.codes, int4.scales, int4.offsets, torch.zeros(192, dtype=torch.int32))
+    assert not isinstance(build_product(ungrouped, torch.bfloat16), Int4Product)
+
+
+def test_neighbours_of_one_kind_become_one_matrix() -> None:
+    alike = [quantise(weights(seed=seed), "int4", 32, torch.float32) for seed in (0, 1)]
+    other = quantise(weights(seed=2), "int8", 16, torch.float32)
+    found = below_each_other([*alike, other])
+    assert [(matrix.kind, matrix.shape) for matrix in found] == [("int4", (96, 192)), ("int8", (48, 192))]
+    whole = torch.cat([matrix.dequantise(torch.float32) for matrix in alike])
+    assert torch.equal(found[0].dequantise(torch.float32), whole)
