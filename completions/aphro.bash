@@ -7,7 +7,7 @@ _aphro() {
     [[ "$previous" == "=" ]] && previous="${COMP_WORDS[COMP_CWORD-2]}"
     COMPREPLY=()
     if [[ "$COMP_CWORD" -eq 1 ]]; then
-        COMPREPLY=($(compgen -W "run serve doctor estimate chat version --help --version" -- "$current"))
+        COMPREPLY=($(compgen -W "run serve doctor estimate chat bench version --help --version" -- "$current"))
         return
     fi
     case "${COMP_WORDS[1]}" in
@@ -62,6 +62,18 @@ _aphro() {
         esac
         if [[ "$current" == -* ]]; then
             COMPREPLY=($(compgen -W "--prompt -p --model --system --temperature --top-p --max-tokens --seed --api-key --timeout --json --help -h" -- "$current"))
+        else
+            compopt -o default
+        fi
+        ;;
+    bench)
+        case "$previous" in
+        --endpoint) COMPREPLY=($(compgen -W "completions chat" -- "$current")); return ;;
+        --save) compopt -o default; return ;;
+        --requests|-n|--concurrency|-c|--rate|--input-length|--output-length|--temperature|--warm-up|--seed|--model|--api-key|--timeout) return ;;
+        esac
+        if [[ "$current" == -* ]]; then
+            COMPREPLY=($(compgen -W "--requests -n --concurrency -c --rate --input-length --output-length --endpoint --ignore-eos --no-ignore-eos --temperature --warm-up --seed --save --model --api-key --timeout --json --help -h" -- "$current"))
         else
             compopt -o default
         fi

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import typer
 
+from aphro_cli.bench import bench
 from aphro_cli.chat import chat
 from aphro_cli.main import app
 from aphro_cli.options import ENVIRONMENT
@@ -32,7 +33,7 @@ def options_of(command: str) -> dict[str, str]:
 
 
 PARAMETERS = options_of("run")
-CLIENTS: dict[str, Any] = {"chat": chat}
+CLIENTS: dict[str, Any] = {"bench": bench, "chat": chat}
 
 
 def rows_of(document: str) -> list[list[str]]:

@@ -24,7 +24,7 @@ def parse_base_url(text: str) -> str:
         port = parts.port
     except ValueError as error:
         raise _no_address(text, str(error)) from error
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if parts.scheme not in ("http", "https") or not parts.hostname or len(url.split()) != 1:
         raise _no_address(text, "allowed: http:// or https://, a host, and perhaps a port and a path")
     if parts.username or parts.query or parts.fragment:
         raise _no_address(text, "it may not have a user, a query or a fragment")
