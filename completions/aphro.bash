@@ -7,7 +7,7 @@ _aphro() {
     [[ "$previous" == "=" ]] && previous="${COMP_WORDS[COMP_CWORD-2]}"
     COMPREPLY=()
     if [[ "$COMP_CWORD" -eq 1 ]]; then
-        COMPREPLY=($(compgen -W "run serve doctor estimate chat bench version --help --version" -- "$current"))
+        COMPREPLY=($(compgen -W "run serve doctor estimate chat bench top version --help --version" -- "$current"))
         return
     fi
     case "${COMP_WORDS[1]}" in
@@ -74,6 +74,16 @@ _aphro() {
         esac
         if [[ "$current" == -* ]]; then
             COMPREPLY=($(compgen -W "--requests -n --concurrency -c --rate --input-length --output-length --endpoint --ignore-eos --no-ignore-eos --temperature --warm-up --seed --save --model --api-key --timeout --json --help -h" -- "$current"))
+        else
+            compopt -o default
+        fi
+        ;;
+    top)
+        case "$previous" in
+        --interval|-i|--count|--api-key|--timeout) return ;;
+        esac
+        if [[ "$current" == -* ]]; then
+            COMPREPLY=($(compgen -W "--interval -i --count --api-key --timeout --json --help -h" -- "$current"))
         else
             compopt -o default
         fi

@@ -203,7 +203,9 @@ def run_reported(
 def render_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns as wide as their widest cell; figures end where their column ends."""
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    is_figure = [all(cell[:1].isdigit() for cell in column) and bool(rows) for column in zip(*rows, strict=True)]
+    is_figure = [
+        all(cell[:1].isdigit() or cell == "-" for cell in column) and bool(rows) for column in zip(*rows, strict=True)
+    ]
     is_figure = is_figure or [False] * len(columns)
 
     def render_row(cells: Sequence[str]) -> str:

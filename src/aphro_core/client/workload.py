@@ -15,9 +15,9 @@ from aphro_core.errors import UsageError
 WORDS: Final = tuple(
     """the of and to in is that for it as was with be by on not he his but at are this have from or had an they which
     one you were all her she there would their we him been has when who will no more if out so up said what its about
-    than into them can only other time new some could these two may first then do any like my now over such our man me even
-    most made after also well many must before back through years much where your way down should because long each
-    """.split()  # noqa: SIM905
+    than into them can only other time new some could these two may first then do any like my now over such our man
+    me even most made after also well many must before back through years much where your way down should because long
+    each""".split()  # noqa: SIM905
 )
 
 

@@ -145,7 +145,7 @@ class Frontend:
     def on_engine_ready(self, ready: EngineReady) -> None:
         """An engine is there; it takes requests once :meth:`resume` has told it of the open ones."""
         self._failure = None
-        self.metrics.num_blocks = ready.num_blocks
+        self.metrics.take_engine(ready)
         self._limits = replace(self._limits, max_model_len=ready.max_model_len)
 
     async def resume(self, engine: EngineLink, *, after_failed_step: bool = False) -> None:

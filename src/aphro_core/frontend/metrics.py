@@ -13,7 +13,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from aphro_core.messages.requests import EngineStats
+from aphro_core.messages.requests import EngineReady, EngineStats
+from aphro_core.messages.steps import WorkerLoaded
 from aphro_core.request import FinishReason
 
 
@@ -73,6 +74,7 @@ class Metrics(Collector):
         self._registry.register(self)
         self.stats: EngineStats | None = None
         self.num_blocks = 0
+        self._ranks: Sequence[WorkerLoaded] = ()
         self._earlier = EngineStats(0, 0, 0, 0, 0, 0, 0)  # the sums of what came before the last death
         self._last_step_at: float | None = None
         self._num_open = 0  # choices
@@ -89,6 +91,11 @@ class Metrics(Collector):
     @property
     def seconds_since_step(self) -> float | None:
         return None if self._last_step_at is None else self._clock() - self._last_step_at
+
+    def take_engine(self, ready: EngineReady) -> None:
+        """An engine is there, the first one or another."""
+        self.num_blocks = ready.num_blocks
+        self._ranks = ready.ranks
 
     def take_request(self, num_choices: int) -> None:
         self._num_open += num_choices
@@ -147,6 +154,7 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         yield from self._gauges()
+        yield from self._rank_gauges()
         yield from self._counters()
         for name, text, histogram in (
             ("time_to_first_token_seconds", "From the request taken to its first token.", self._first_token),
@@ -173,6 +181,18 @@ class Metrics(Collector):
                 family = GaugeMetricFamily(f"aphro:{name}", text, labels=["model_name"])
                 family.add_metric([self._model_name], value)
                 yield family
+
+    def _rank_gauges(self) -> Iterator[Metric]:
+        """What each rank holds; the labels say where it is."""
+        sizes: tuple[tuple[str, str, Callable[[WorkerLoaded], int]], ...] = (
+            ("rank_weights_bytes", "Weights on a rank.", lambda loaded: loaded.weights_bytes),
+            ("rank_kv_cache_bytes", "KV cache on a rank.", lambda loaded: self.num_blocks * loaded.block_bytes),
+        )
+        for name, text, size in sizes if self._ranks else ():
+            family = GaugeMetricFamily(f"aphro:{name}", text, labels=["model_name", "rank", "host", "device"])
+            for loaded in self._ranks:
+                family.add_metric([self._model_name, str(loaded.rank), loaded.host, loaded.device], size(loaded))
+            yield family
 
     def _counters(self) -> Iterator[Metric]:
         stats, earlier = self.stats or EngineStats(0, 0, 0, 0, 0, 0, 0), self._earlier

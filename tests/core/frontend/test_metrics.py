@@ -6,7 +6,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from aphro_core.frontend.metrics import Histogram, Metrics
-from aphro_core.messages.requests import EngineStats
+from aphro_core.messages.requests import EngineReady, EngineStats
+from aphro_core.messages.steps import WorkerLoaded
 
 
 class Clock:
@@ -96,3 +97,13 @@ def test_histogram_bounds_are_inclusive_and_cumulative() -> None:
         if "le" in sample.labels
     ]
     assert buckets == [("1.0", 2), ("2.0", 5), ("+Inf", 6)]
+
+
+def test_ranks_say_where_they_are_and_what_they_hold() -> None:
+    metrics = Metrics("m")
+    ranks = [WorkerLoaded(rank, 1, "vm", f"cuda:{rank}", 700 + rank, 0, 0, 10, 99, 0) for rank in (0, 1)]
+    metrics.take_engine(EngineReady(8, 64, ranks))
+    samples = read(metrics)
+    assert samples["aphro:kv_cache_num_blocks"] == 8
+    assert samples["aphro:rank_weights_bytes{cuda:1}{vm}{1}"] == 701
+    assert samples["aphro:rank_kv_cache_bytes{cuda:0}{vm}{0}"] == 80
