@@ -24,11 +24,17 @@ _TELLING: Final = re.compile(
     rb"|mote rails|memory segment|Watchdog c"
 )
 _TORN: Final = re.compile(r":\d+:\d+ \[\d+\](?: |$)|NCCL ?(?:I|W|T|IN|INF|WA|WAR)?$| via \S*$")
+_PROCESS: Final = re.compile(rb"([A-Za-z0-9][\w.-]*):(\d+):\d+")
 _MAX_LINE_BYTES: Final = 1 << 20  # what has no line break for so long is no log
 _MAX_SHAPES: Final = 1 << 16
 _MAX_SHAPE_BYTES: Final = 1024
 _MAX_ALIKE: Final = 4096  # lines of one shape that are read; more of them would say the same
 _MAX_CHANNELS: Final = 1 << 16
+
+
+def _plain_record(process: re.Match[bytes], hop: bytes) -> Record:
+    """Of a line that holds nothing but a known prefix and a Channel record, without looking for other records."""
+    return Record(hop.decode("utf-8", "replace").rstrip(), "INFO", process[1].decode(), process[2].decode())
 
 
 class Scan:
@@ -100,16 +106,16 @@ class Scan:
     def _read_channel(self, number: int, line: bytes) -> None:
         """A line of a channel's shape: its hop is parsed once for each process that says it, and then counted."""
         hop = line[line.rfind(b" : ") :]
-        process = b" ".join(
-            line[: -len(hop)].rsplit(None, 6)[-6:-5]
-        )  # host:pid:tid of ``... [0] NCCL INFO Channel 00/0``
+        words = line[: -len(hop)].rsplit(None, 6)  # ... host:pid:tid [0] NCCL INFO Channel 00/0
+        process = words[-6] if len(words) > 5 else b""
         pair = self._said.get((process, hop))
         if pair is not None:
             pair.count += 1
             self._facts.num_records += 1
         else:
             text = line.decode("utf-8", "replace")
-            records = read_records(text)
+            plain = _PROCESS.fullmatch(process) if b"[rep" not in hop else None
+            records = [_plain_record(plain, hop)] if plain else read_records(text)
             pairs = [self._read_record(record, number, text)[1] for record in records]
             pair = pairs[0] if len(pairs) == 1 and not records[0].num_folded else None
         if pair is not None and process:

@@ -56,33 +56,40 @@ IN_HOST: Final = _kind("log.net-in-host", "(?:COLL)?NET/", None, Quality.ACCEPTA
 MIXED: Final = _kind("log.gdr-mixed", "NET/", None, Quality.ACCEPTABLE, _WARN, _WARN, "GPUDirect RDMA on some channels")
 
 
-def kind_of(pair: Pair, facts: LogFacts) -> Kind:
+class Placement:
+    """Which pairs share a host, as far as the log tells. Built once all facts are in."""
+
+    def __init__(self, facts: LogFacts) -> None:
+        num_nodes = {int(note.value.split()[0]) for note in facts.all_notes("nodes")}
+        hosts = {host for hosts in facts.rank_hosts.values() for host in hosts}
+        self._is_one_node = num_nodes == {1}
+        self._is_masked = len(hosts) == 1 and max(num_nodes, default=1) > 1  # one name for all, by whoever posted it
+        self._facts = facts
+
+    def is_in_host(self, pair: Pair) -> bool:
+        """Both ends are known to be on one host. Names that several hosts bear prove nothing."""
+        if self._is_one_node:
+            return True
+        sources = pair.src_hosts or self._facts.rank_hosts.get(pair.src, set())
+        targets = pair.dst_hosts or self._facts.rank_hosts.get(pair.dst, set())
+        if len(sources) != 1 or sources != targets or pair.dst < 0 or self._is_masked:
+            return False
+        return len(self._facts.addresses.get(next(iter(sources)), set())) < 2
+
+
+def kind_of(pair: Pair, placement: Placement) -> Kind:
     """The row of the table that the pair is; the network inside a host is one of its own."""
-    kind = next(kind for kind in KINDS if kind.via.match(pair.via) and kind.gdr in (None, pair.gdr))
-    if pair.gdr is not None and is_in_host(pair, facts):
+    if pair.gdr is not None and placement.is_in_host(pair):
         return IN_HOST
-    return kind
-
-
-def is_in_host(pair: Pair, facts: LogFacts) -> bool:
-    """Both ends are known to be on one host. Names that several hosts bear prove nothing."""
-    sources = pair.src_hosts or facts.rank_hosts.get(pair.src, set())
-    targets = pair.dst_hosts or facts.rank_hosts.get(pair.dst, set())
-    num_nodes = {int(note.value.split()[0]) for note in facts.all_notes("nodes")}
-    if num_nodes == {1}:
-        return True
-    hosts = {host for hosts in facts.rank_hosts.values() for host in hosts}
-    is_one_name_of_many = len(hosts) == 1 and max(num_nodes, default=1) > 1  # masked by whoever posted it
-    if len(sources) != 1 or sources != targets or pair.dst < 0 or is_one_name_of_many:
-        return False
-    return len(facts.addresses.get(next(iter(sources)), set())) < 2
+    return next(kind for kind in KINDS if kind.via.match(pair.via) and kind.gdr in (None, pair.gdr))
 
 
 def judge_pairs(facts: LogFacts, *, ib: bool) -> list[Finding]:
     """One finding a kind of transport that the log shows."""
+    placement = Placement(facts)
     groups: dict[str, tuple[Kind, list[Pair]]] = {}
     for pair in facts.pairs.values():
-        kind = kind_of(pair, facts)
+        kind = kind_of(pair, placement)
         groups.setdefault(kind.id, (kind, []))[1].append(pair)
     without = groups.get("log.rdma-no-gdr")
     if without and "log.gdrdma" in groups:

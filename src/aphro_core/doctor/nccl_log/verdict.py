@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from aphro_core.doctor.finding import Finding, Status
 from aphro_core.doctor.nccl_log.context import judge_context
-from aphro_core.doctor.nccl_log.error_table import ERRORS, Tier
-from aphro_core.doctor.nccl_log.facts import LogFacts, Note, Pair
+from aphro_core.doctor.nccl_log.facts import LogFacts
+from aphro_core.doctor.nccl_log.failures import explain_by_circumstance, judge_errors
 from aphro_core.doctor.nccl_log.remedies import remedy_for
-from aphro_core.doctor.nccl_log.transports import Quality, devices_of, fabric_of, judge_pairs, kind_of
+from aphro_core.doctor.nccl_log.transports import Placement, Quality, devices_of, fabric_of, judge_pairs, kind_of
 
 Verdict = Literal["pass", "warn", "fail", "inconclusive"]
 
 EXIT_CODES: Final[dict[Verdict, int]] = {"pass": 0, "inconclusive": 0, "warn": 1, "fail": 2}
-_TIERS: Final = {rule.id: rule.tier for rule in ERRORS} | {"log.warn": Tier.SUSPECT, "trail": Tier.TRAIL}
-# a circumstance that leads to these errors is their cause
-_EXPLAINS: Final = {
-    "log.loopback": {"log.refused", "log.tcp-timeout", "log.no-route"},
-    "log.docker-bridge": {"log.refused", "log.tcp-timeout", "log.no-route"},
-    "log.same-name": {"log.wrong-peer"},
-}
 # of warnings, what costs or tells most comes first
 _WEIGHTY: Final = (
     "log.loopback", "log.docker-bridge", "log.no-plugin-start", "log.interfaces", "log.sockets", "log.net-in-host",
     "log.gdr-mixed", "log.rdma-no-gdr", "log.gdr-off", "log.same-name", "log.shm", "log.p2p-pcie", "log.no-rdma-device",
     "log.version", "log.env", "log.ofi-warn", "log.ib-warn", "log.warn", "log.numa",
 )  # fmt: skip
+# errors that a process reports of what it uses
 _BREAKS: Final = {
-    "P2P/": {"log.p2p-denied", "log.p2p-nvlink", "log.peer-map"},
-    "SHM": {"log.shm-small", "log.shm-gone"},
-}
+    "P2P/": ("log.p2p-denied", "log.p2p-nvlink", "log.peer-map"),
+    "SHM": ("log.shm-small", "log.shm-gone"),
+    "NET/": ("log.ib-timeout", "log.ib-protection", "log.ib-completion", "log.ib-nomem", "log.ib-register",
+             "log.ofi-peer", "log.ofi-error", "log.wrong-peer"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +71,8 @@ class LogReport:
 
 def judge(facts: LogFacts, *, ib: bool = False) -> LogReport:
     """The verdict on everything scanned so far; ``ib``: sockets between nodes are a failure."""
-    findings = [*_judge_errors(facts), *judge_pairs(facts, ib=ib), *judge_context(facts, ib=ib)]
-    findings = _explain_by_circumstance(findings)
-    findings = _drop_answered(findings, facts)
-    findings = _order(findings)
+    findings = [*judge_errors(facts), *judge_pairs(facts, ib=ib), *judge_context(facts, ib=ib)]
+    findings = _order(explain_by_circumstance(findings))
     statuses = {finding.status for finding in findings}
     if not statuses & {Status.PASS, Status.WARN, Status.FAIL}:
         title = f"the log shows no transport{_chosen(facts)}" if facts.num_records else "the log holds no NCCL record"
@@ -88,7 +82,7 @@ def judge(facts: LogFacts, *, ib: bool = False) -> LogReport:
     return LogReport(
         verdict=verdict_of(statuses),
         nccl_version=_version_of(facts),
-        paths=tuple(_path(pair, facts) for pair in sorted(facts.pairs.values(), key=lambda p: (p.src, p.dst, p.via))),
+        paths=tuple(_paths(facts)),
         findings=tuple(findings),
         networks=_values(facts, "network"),
         interfaces=tuple(dict.fromkeys((*_values(facts, "bootstrap"), *_values(facts, "interfaces")))),
@@ -148,87 +142,20 @@ def verdict_of(statuses: Iterable[Status]) -> Verdict:
     return "inconclusive"
 
 
-def _judge_errors(facts: LogFacts) -> list[Finding]:
-    """Every kind of error that was seen, the root cause marked.
-
-    Causes go before symptoms, symptoms before consequences; then by time where all say it, else by place in the logs.
-    """
-    seen = {id: facts.all_notes(id) for id in _TIERS if facts.notes.get(id)}
-    firsts = {id: min((note.first for note in notes), key=lambda first: first.order) for id, notes in seen.items()}
-    has_failed = any(_TIERS[id] not in (Tier.SUSPECT, Tier.NOTE) for id in seen)
-    candidates = [id for id in seen if has_failed and _TIERS[id] is not Tier.NOTE]
-    is_timed = all(firsts[id].record.time for id in candidates)
-    root = min(
-        candidates,
-        key=lambda id: (_TIERS[id], firsts[id].record.time if is_timed else "", firsts[id].order),
-        default=None,
-    )
-    findings = []
-    for id, notes in seen.items():
-        is_failure = id == root or _TIERS[id] not in (Tier.SUSPECT, Tier.NOTE)
-        finding = _finding(id, notes, facts, Status.FAIL if is_failure else Status.WARN)
-        findings.append(replace(finding, root_cause=id == root))
-    return findings
-
-
-def _finding(id: str, notes: list[Note], facts: LogFacts, status: Status) -> Finding:
-    id = "log.trail" if id == "trail" else id
-    first = min(notes, key=lambda note: note.first.order)
-    count = sum(note.count for note in notes)
-    title = (
-        f"an error passed through NCCL (class {first.value}); its cause is not in this log"
-        if id == "log.trail"
-        else first.value
-    )
-    title += describe_hang(facts) if id == "log.watchdog" else ""
-    host = first.first.record.host
-    title += f" (on {host})" if host else ""
-    title += f", {count} times" if count > 1 else ""
-    evidence = tuple(note.first.evidence for note in sorted(notes, key=lambda note: note.first.order)[:3])
-    return Finding(id, status, title, evidence=evidence, remedy=remedy_for(id, facts), host=host)
-
-
-def describe_hang(facts: LogFacts) -> str:
-    """Which ranks waited in which collective: the same for all of them, or not."""
-    waits = [note.value.split() for note in facts.all_notes("watchdog")]
-    calls = {(sequence, operation) for _, sequence, operation in waits}
-    if not waits:
-        return ""
-    ranks = ",".join(str(rank) for rank in sorted({int(rank) for rank, *_ in waits})[:16])
-    if len(calls) == 1:
-        return f"; ranks {ranks} waited in the same one: another rank is missing or slow"
-    return f"; ranks {ranks} waited in {len(calls)} different ones: their programs diverge, or some finished several"
-
-
-def _explain_by_circumstance(findings: list[Finding]) -> list[Finding]:
-    """A loopback address explains refused connections: then it is the root cause, and not they."""
-    root = next((finding for finding in findings if finding.root_cause), None)
-    for cause, errors in _EXPLAINS.items():
-        explains = root is not None and root.id in errors and any(finding.id == cause for finding in findings)
-        if explains:
-            return [
-                replace(finding, status=Status.FAIL, root_cause=True) if finding.id == cause
-                else replace(finding, root_cause=False)
-                for finding in findings
-            ]  # fmt: skip
-    return findings
-
-
-def _drop_answered(findings: list[Finding], facts: LogFacts) -> list[Finding]:
-    """Retries that ended well and a trail whose cause is known need no row of their own."""
-    has_cause = any(finding.root_cause and finding.id != "log.trail" for finding in findings)
-    return [finding for finding in findings if not (finding.id == "log.trail" and has_cause)]
-
-
-def _path(pair: Pair, facts: LogFacts) -> Path:
-    kind = kind_of(pair, facts)
-    broken = {id for prefix, ids in _BREAKS.items() if pair.via.startswith(prefix) for id in ids}
-    is_broken = any(note.processes & pair.processes for id in broken for note in facts.all_notes(id))
-    return Path(
-        pair.src, pair.dst, pair.via, pair.gdr, tuple(sorted(pair.devs)), pair.count,
-        Quality.BROKEN if is_broken else kind.quality, tuple(sorted(pair.sides)), min(pair.proxies, default=None),
-        tuple(sorted(pair.src_hosts)), tuple(sorted(pair.dst_hosts)),
-    )  # fmt: skip
+def _paths(facts: LogFacts) -> Iterator[Path]:
+    placement = Placement(facts)
+    blamed = {prefix: {process for id in ids for note in facts.all_notes(id) for process in note.processes}
+              for prefix, ids in _BREAKS.items()}  # fmt: skip
+    for pair in sorted(facts.pairs.values(), key=lambda pair: (pair.src, pair.dst, pair.via, pair.gdr is False)):
+        is_broken = any(
+            pair.via.startswith(prefix) and processes & pair.processes for prefix, processes in blamed.items()
+        )
+        yield Path(
+            pair.src, pair.dst, pair.via, pair.gdr, tuple(sorted(pair.devs)), pair.count,
+            Quality.BROKEN if is_broken else kind_of(pair, placement).quality,
+            tuple(sorted(pair.sides)), min(pair.proxies, default=None),
+            tuple(sorted(pair.src_hosts)), tuple(sorted(pair.dst_hosts)),
+        )  # fmt: skip
 
 
 def _version_of(facts: LogFacts) -> str | None:
