@@ -34,7 +34,7 @@ async def check(cluster: Cluster) -> list[Finding]:
     log = read_live_logs(report, ib=cluster.ib)
     if log is not None:
         findings = [replace(finding, evidence=(*finding.evidence, *transports(log))) for finding in findings]
-        findings += troubles(log)
+        findings += troubles(log, has_failed=bool(report.problems))
     return findings + await _try_without_p2p(cluster, report)
 
 

@@ -32,6 +32,10 @@ def transports(log: LogReport) -> tuple[Evidence, ...]:
     )
 
 
-def troubles(log: LogReport) -> list[Finding]:
-    """What the log holds against a run: its warnings and failures, the first cause first."""
-    return [finding for finding in log.findings if finding.status in (Status.FAIL, Status.WARN)]
+def troubles(log: LogReport, *, has_failed: bool = False) -> list[Finding]:
+    """What the log holds against a run, the first cause first; beside a failure only what failed.
+
+    A run that broke off shows how far it came, not which transports it would have used.
+    """
+    wanted = (Status.FAIL,) if has_failed else (Status.FAIL, Status.WARN)
+    return [finding for finding in log.findings if finding.status in wanted]

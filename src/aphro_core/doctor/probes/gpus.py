@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Callable
 from typing import Any, Final
@@ -15,6 +16,7 @@ _LEVELS: Final = {0: "SELF", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "S
 # nvmlClocksEventReasons: those that mean the hardware holds the GPU back
 _THROTTLE: Final = {0x8: "hardware slowdown", 0x20: "software thermal slowdown", 0x40: "hardware thermal slowdown",
                     0x80: "power brake"}  # fmt: skip
+_P2P: Final = {"read": 0, "write": 1, "nvlink": 2}  # NVML_P2P_CAPS_INDEX_*: in some bindings READ is a tuple
 _POWER_CAP: Final = 0x4
 
 
@@ -22,7 +24,7 @@ def ask(function: Callable[..., Any], *arguments: Any) -> Any:
     """What a function of NVML answers, None where this GPU or driver does not support the question."""
     try:
         return function(*arguments)
-    except pynvml.NVMLError:
+    except (pynvml.NVMLError, AttributeError, ctypes.ArgumentError):  # the latter: a binding of another age
         return None
 
 
@@ -92,11 +94,7 @@ def describe(index: int, gpu: Any) -> dict[str, Any]:
 
 def relate(first: Any, second: Any) -> dict[str, Any]:
     """How two GPUs are joined: PCIe level, direct NVLinks, and whether the driver allows peer reads and writes."""
-    p2p = {
-        name: ask(pynvml.nvmlDeviceGetP2PStatus, first, second, caps)
-        for name, caps in (("read", pynvml.NVML_P2P_CAPS_INDEX_READ), ("write", pynvml.NVML_P2P_CAPS_INDEX_WRITE),
-                           ("nvlink", pynvml.NVML_P2P_CAPS_INDEX_NVLINK))
-    }  # fmt: skip
+    p2p = {name: ask(pynvml.nvmlDeviceGetP2PStatus, first, second, index) for name, index in _P2P.items()}
     level = ask(pynvml.nvmlDeviceGetTopologyCommonAncestor, first, second)
     links = num_links(first, text(pynvml.nvmlDeviceGetPciInfo(second).busId))
     return {"level": _LEVELS.get(level, "unknown"), "num_nvlinks": links,
