@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import typer
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from aphro_core.estimate.planner import Plan
     from aphro_core.estimate.question import ModelSource, Question
     from aphro_core.estimate.remedies import Remedy
+
+_MOST_DEVICES: Final = 16  # of a host that plans use unless --max-gpus says more: cores count as devices
 
 EXAMPLES = """\b
 Examples:
@@ -82,7 +84,7 @@ def estimate(
                 tp=tp,
                 pp=pp,
                 pp_layers=opt.parse_pp_layers(pp_layers),
-                max_devices=max_gpus or devices.count or gpus_per_node,
+                max_devices=max_gpus or min(devices.count or gpus_per_node, _MOST_DEVICES),
                 devices_per_host=gpus_per_node,
                 dtype=_dtype(dtype, devices.kind),
                 kv_cache_dtype=kv_cache_dtype.replace("-", "_"),

@@ -22,7 +22,7 @@ _PARTS: Final = (("weights", "#", "█"), ("activations", "+", "▓"), ("other",
 
 def render_estimate(found: Estimate, plans: Sequence[Plan], ways_out: Sequence[Remedy]) -> list[str]:
     """All lines, none wider than the terminal (80 to 120 columns) unless the output is piped."""
-    lines = [*_head(found), "", *_ranks(found), *_bars(found), "", *_capacity(found)]
+    lines = [*_wrapped(_head(found)), "", *_ranks(found), *_bars(found), "", *_capacity(found)]
     if not found.fits:
         lines += ["", *_not_fitting(found, ways_out)]
     if len(plans) > 1:
@@ -146,8 +146,9 @@ def _capacity(found: Estimate) -> list[str]:
 
 
 def _not_fitting(found: Estimate, ways_out: Sequence[Remedy]) -> list[str]:
-    lines = [shortage(found)]
-    lines += [f"try: {way.flags:32} {way.cost}: {way.tokens:,} tokens" for way in ways_out]
+    lines = _wrapped([shortage(found)])
+    for way in ways_out:  # a line that can be pasted is never broken
+        lines += [f"try: {way.flags}", f"     {way.cost}: {way.tokens:,} tokens"]
     if not ways_out:
         lines.append("try: a smaller model, or devices with more memory; no single change of the settings is enough")
     return lines

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from aphro_cli import estimate_view
 from aphro_cli.estimate_options import parse_memory, parse_plan
 from aphro_cli.main import app
 from aphro_core import host
@@ -233,3 +234,18 @@ def test_a_card_that_nobody_knows(config: Path) -> None:
     code, found = run_json(config, "--gpu", "Voodoo2", "--gpu-memory", "33GiB", "--max-model-len", 4096)
     assert (code, found["settings"]["device_name"]) == (0, None)
     assert any("Voodoo2" in note for note in found["assumed"])
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+@pytest.mark.parametrize(
+    "values", [LLAMA_8B, QWEN_72B, GEMMA3_27B, GPT_OSS_20B], ids=lambda values: values["model_type"]
+)
+def test_lines_fit_the_terminal(
+    columns: int, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate_view, "_columns", lambda: min(columns, 120))
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, values)
+    for words in (["--gpu", "4090"], ["--gpu", "H100", "--engine", "vllm:0.19.0", "-gmu", 0.95, "--max-gpus", 4]):
+        _, out, _ = run("config.json", *words)
+        assert [line for line in out.splitlines() if len(line) > columns and not line.startswith("try:")] == []

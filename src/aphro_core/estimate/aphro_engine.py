@@ -35,15 +35,28 @@ class AphroEngine:
         if self.spec is not None:
             plan = build_plan(self.spec, sizes.tp, sizes.pp, sizes.pp_layers)
             return self.balances_of(plan, sizes)
-        return [
-            self._general(facts, sizes, quantization, stage, layers, tp_rank)
-            for stage, layers in enumerate(split_layers(facts.num_layers, sizes.pp, sizes.pp_layers))
-            for tp_rank in range(sizes.tp)
-        ]
+        known: dict[tuple[object, ...], RankBalance] = {}
+        balances = []
+        for stage, layers in enumerate(split_layers(facts.num_layers, sizes.pp, sizes.pp_layers)):
+            for tp_rank in range(sizes.tp):
+                part = RankSlice(layers, tp_rank, sizes.tp, stage == 0, stage == sizes.pp - 1)
+                heads = rank_heads(facts.num_heads, facts.num_kv_heads, sizes.tp, tp_rank)
+                kind = (len(layers) if facts.is_uniform else layers, part.has_embedding, part.has_head, heads)
+                known[kind] = known.get(kind) or self._general(facts, sizes, quantization, part)
+                rank = stage * sizes.tp + tp_rank
+                balances.append(known[kind].at(rank=rank, stage=stage, tp_rank=tp_rank, layers=layers))
+        return balances
 
     def balances_of(self, plan: ShardingPlan, sizes: Sizes) -> list[RankBalance]:
         """Each rank's balance by the engine's own memory model (parallel/memory.py)."""
-        return [self._balance(shard, sizes) for shard in plan.ranks]
+        known: dict[tuple[object, ...], RankBalance] = {}
+        balances = []
+        for shard in plan.ranks:
+            kind = _kind(self.spec, shard)
+            known[kind] = known.get(kind) or self._balance(shard, sizes)
+            place = known[kind].at
+            balances.append(place(rank=shard.rank, stage=shard.pp_rank, tp_rank=shard.tp_rank, layers=shard.layers))
+        return balances
 
     def budget_bytes(self, sizes: Sizes) -> int:
         ranks = 1 if self.is_gpu else sizes.tp * sizes.pp  # ranks on CPUs share what is free
@@ -80,34 +93,27 @@ class AphroEngine:
         )
 
     def _general(
-        self,
-        facts: ModelFacts,
-        sizes: Sizes,
-        quantization: QuantizationFacts | None,
-        stage: int,
-        layers: range,
-        tp_rank: int,
+        self, facts: ModelFacts, sizes: Sizes, quantization: QuantizationFacts | None, part: RankSlice
     ) -> RankBalance:
-        is_last = stage == sizes.pp - 1
-        part = RankSlice(layers, tp_rank, sizes.tp, stage == 0, is_last)
+        """Of a model that the engine does not run: by the general laws, as the first rank and stage."""
         run = Run.of(sizes, quantization.scheme if quantization else None)
-        heads, kv_heads = rank_heads(facts.num_heads, facts.num_kv_heads, sizes.tp, tp_rank)
+        heads, kv_heads = rank_heads(facts.num_heads, facts.num_kv_heads, sizes.tp, part.tp_rank)
         return RankBalance(
-            rank=stage * sizes.tp + tp_rank,
-            stage=stage,
-            tp_rank=tp_rank,
-            layers=layers,
+            rank=0,
+            stage=0,
+            tp_rank=part.tp_rank,
+            layers=part.layers,
             num_heads=heads,
             num_kv_heads=kv_heads,
             budget_bytes=self.budget_bytes(sizes),
             weights_bytes=weight_bytes(facts, part, sizes.dtype, quantization) + rotary_bytes(facts, sizes.dtype),
-            activation_bytes=activation_peak(facts, run, _LAW, samples=is_last).total,
+            activation_bytes=activation_peak(facts, run, _LAW, samples=part.has_head).total,
             overhead_bytes=self.overhead_bytes(sizes),
             layout=build_layout(
                 facts,
-                layers,
+                part.layers,
                 tp=sizes.tp,
-                tp_rank=tp_rank,
+                tp_rank=part.tp_rank,
                 block_size=sizes.block_size,
                 cache_bytes=sizes.cache_bytes,
                 dtype_bytes=DTYPE_BYTES[sizes.dtype],
@@ -139,6 +145,14 @@ def expected_balances(
     )
     engine = AphroEngine(spec, device_bytes, is_gpu, foreign_bytes)
     return tuple(engine.balances_of(plan, sizes))
+
+
+def _kind(spec: DecoderSpec | None, shard: RankShard) -> tuple[object, ...]:
+    """What a rank's balance depends on."""
+    is_uniform = spec is not None and (spec.moe is None or spec.moe.layers is None)
+    cuts = (shard.heads, shard.kv_heads, shard.mlp, shard.experts, shard.expert_mlp, shard.shared_mlp, shard.vocab)
+    ends = (shard.has_embedding, shard.has_head, shard.tp_rank == 0)
+    return (len(shard.layers) if is_uniform else shard.layers, *map(len, cuts), *ends)
 
 
 def _weights_bytes(spec: DecoderSpec, shard: RankShard, element: int) -> int:

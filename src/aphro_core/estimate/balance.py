@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from aphro_core.estimate.kv_layout import KvLayout
 
@@ -23,6 +23,10 @@ class RankBalance:
     overhead_bytes: int
     layout: KvLayout
     after_sizing_bytes: int = 0
+
+    def at(self, *, rank: int, stage: int, tp_rank: int, layers: range) -> RankBalance:
+        """The same balance of another rank: in a large group few differ."""
+        return replace(self, rank=rank, stage=stage, tp_rank=tp_rank, layers=layers)
 
     @property
     def left_bytes(self) -> int:

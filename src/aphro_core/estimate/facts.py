@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 AttentionKind = Literal["full", "sliding", "chunked", "linear", "none"]
@@ -113,16 +114,16 @@ class ModelFacts:
     quantization: QuantizationFacts | None = None
     assumed: tuple[str, ...] = ()  # what the config does not say and a reader should know
 
-    @property
+    @cached_property
     def num_layers(self) -> int:
         return len(self.layers)
 
-    @property
+    @cached_property
     def num_heads(self) -> int:
         """Query heads of the layers that have any."""
         return max((layer.attention.num_heads for layer in self.layers if layer.attention.kind != "linear"), default=1)
 
-    @property
+    @cached_property
     def num_kv_heads(self) -> int:
         """KV heads of the layers with the most."""
         kinds = [
@@ -130,14 +131,19 @@ class ModelFacts:
         ]
         return max(kinds, default=1)
 
-    @property
+    @cached_property
+    def is_uniform(self) -> bool:
+        """Whether all layers are alike, so that their number says what a stage holds."""
+        return len(set(self.layers)) == 1
+
+    @cached_property
     def is_moe(self) -> bool:
         return any(layer.mlp.num_experts for layer in self.layers)
 
-    @property
+    @cached_property
     def has_state(self) -> bool:
         return any(layer.attention.state for layer in self.layers)
 
-    @property
+    @cached_property
     def has_latent(self) -> bool:
         return any(layer.attention.latent for layer in self.layers)

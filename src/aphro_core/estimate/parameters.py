@@ -141,6 +141,17 @@ def _mlp(facts: ModelFacts, mlp: MlpFacts, tp: int) -> list[Matrix]:
     ]
 
 
+def absorbed_elements(facts: ModelFacts, part: RankSlice) -> int:
+    """Of the copies of kv_b that servers of latent attention make: in no file, but in memory."""
+    total = 0
+    for layer in facts.layers[part.layers.start : part.layers.stop]:
+        latent = layer.attention.latent
+        if latent is not None:
+            heads = ceil(layer.attention.num_heads / part.tp)
+            total += latent.kv_rank * heads * (latent.nope_dim + latent.v_dim)
+    return total
+
+
 def lora_elements(facts: ModelFacts, part: RankSlice) -> int:
     """Sum of (inputs + outputs) over the matrices that LoRA wraps on a rank, the head included: times rank and
     adapters it is the size of the buffers. Of a matrix cut by columns the inputs are whole, by rows the outputs."""

@@ -47,11 +47,17 @@ class VllmServer:
     def balances(self) -> list[RankBalance]:
         """In rank order: rank = stage x tp + tp rank. Raises PlacementError for layers that do not fill the stages."""
         sizes = self.sizes
-        return [
-            self._balance(RankSlice(layers, tp_rank, sizes.tp, stage == 0, stage == sizes.pp - 1), stage)
-            for stage, layers in enumerate(split_layers(self.facts.num_layers, sizes.pp, sizes.pp_layers))
-            for tp_rank in range(sizes.tp)
-        ]
+        known: dict[tuple[object, ...], RankBalance] = {}
+        balances = []
+        for stage, layers in enumerate(split_layers(self.facts.num_layers, sizes.pp, sizes.pp_layers)):
+            for tp_rank in range(sizes.tp):
+                part = RankSlice(layers, tp_rank, sizes.tp, stage == 0, stage == sizes.pp - 1)
+                held = len(layers) if self.facts.is_uniform else layers
+                kind = (held, part.has_embedding, part.has_head, tp_rank == 0)  # all tp ranks but V0's first are alike
+                known[kind] = known.get(kind) or self._balance(part, stage)
+                rank = stage * sizes.tp + tp_rank
+                balances.append(known[kind].at(rank=rank, stage=stage, tp_rank=tp_rank, layers=layers))
+        return balances
 
     def after_sizing(self, balance: RankBalance) -> AfterSizing:
         """Whether the start dies after the cache is sized: graphs and the sampler's first call come on top.
@@ -121,10 +127,10 @@ class VllmServer:
     def _weights_bytes(self, part: RankSlice) -> int:
         """With what servers print as weights besides: the allocator's rounding, the rotary table, LoRA's buffers."""
         facts, sizes, quantization = self.facts, self.sizes, self.quantization
+        padding = self.generation.mxfp4_padding
         if self.tensors is not None:
-            weights = stored_weight_bytes(facts, part, self.tensors, sizes.dtype)
+            weights = stored_weight_bytes(facts, part, self.tensors, sizes.dtype, mxfp4_padding=padding)
         else:
-            padding = self.generation.mxfp4_padding
             counted = weight_bytes(facts, part, sizes.dtype, quantization, mxfp4_padding=padding)
             weights = round(counted * self.stated_share)
         lora = sizes.max_loras * sizes.max_lora_rank * lora_elements(facts, part) * 2

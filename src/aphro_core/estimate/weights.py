@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from aphro_core.estimate.facts import ModelFacts, QuantizationFacts
-from aphro_core.estimate.parameters import Precision, RankSlice, padded_vocab, rank_matrices
+from aphro_core.estimate.parameters import Precision, RankSlice, absorbed_elements, padded_vocab, rank_matrices
 from aphro_core.estimate.quantization import SCHEMES
 
 DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -22,6 +22,7 @@ _POSITIONS: Final = re.compile(r"embed_positions|wpe|position_embd")
 _HEAD: Final = re.compile(r"lm_head|embed_out|output\.weight|output_layer")
 _COPIED: Final = re.compile(r"norm|ln_|router|mlp\.gate\.|ffn_gate_inp|q_a_proj|kv_a_proj|kv_a_layernorm|rotary|bias$")
 _KEY_VALUE: Final = re.compile(r"[._](k_proj|v_proj|attn_k|attn_v)[._]")
+_MXFP4: Final = re.compile(r"experts\.\w+_(blocks|scales)$")  # as gpt-oss stores them
 _DRAFT: Final = re.compile(r"\bmtp\.|eagle|nextn")
 
 
@@ -84,10 +85,13 @@ def rotary_bytes(facts: ModelFacts, dtype: str) -> int:
     return facts.rotary_rows * facts.rotary_dim * DTYPE_BYTES[dtype]
 
 
-def stored_weight_bytes(facts: ModelFacts, part: RankSlice, tensors: Sequence[StoredTensor], dtype: str) -> int:
+def stored_weight_bytes(
+    facts: ModelFacts, part: RankSlice, tensors: Sequence[StoredTensor], dtype: str, *, mxfp4_padding: float = 1.0
+) -> int:
     """Bytes on a rank of what the files hold: by layer to a stage, cut by tp where servers cut, else copied.
 
-    The vocabulary is padded; KV projections are copied beyond one head a rank; drafts' layers stay on disk.
+    The vocabulary is padded; KV projections are copied beyond one head a rank; drafts' layers stay on disk; servers add
+    the absorbed projections of latent attention, and pad experts in MXFP4.
     """
     total, head_rows = 0.0, 0.0
     padding = padded_vocab(facts, part.tp) / facts.vocab_size
@@ -100,7 +104,8 @@ def stored_weight_bytes(facts: ModelFacts, part: RankSlice, tensors: Sequence[St
             total += size / part.tp * part.has_embedding
         elif found:
             if int(found[1]) in part.layers:
-                total += size * _share(facts, tensor.name, part.tp)
+                is_packed = _MXFP4.search(tensor.name) is not None
+                total += size * _share(facts, tensor.name, part.tp) * (mxfp4_padding if is_packed else 1.0)
         elif _POSITIONS.search(tensor.name):
             total += size * part.has_embedding
         elif _EMBEDDING.search(tensor.name):
@@ -112,7 +117,7 @@ def stored_weight_bytes(facts: ModelFacts, part: RankSlice, tensors: Sequence[St
             total += size
     if part.has_head and not part.has_embedding:
         total += head_rows
-    return round(total)
+    return round(total) + absorbed_elements(facts, part) * DTYPE_BYTES[dtype]
 
 
 def _share(facts: ModelFacts, name: str, tp: int) -> float:
