@@ -24,7 +24,7 @@ from aphro_kernels.language import chain_options, jit, next_power_of_2, start_in
 from aphro_kernels.rms_norm import rms_norm_reference
 
 _PROGRAMS: Final = 64
-_MAX_POLLS: Final = 20_000_000  # of a flag: some ten seconds
+_MAX_POLLS: Final = 60_000_000  # of a flag: about a minute and a half
 _FLAG_BYTES: Final = 128 * _PROGRAMS  # a line for each program: up to 32 ranks
 
 
@@ -101,17 +101,19 @@ def peer_all_reduce(
     gain: Tensor | None = None,
     eps: float = 0.0,
     max_polls: int = _MAX_POLLS,
+    is_fatal: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """The sum of every rank's ``x`` [rows, width], up to ``memory.max_rows`` rows, rounded to its dtype.
 
     ``residual`` [rows, width]: the sum is added to it in place; then ``gain`` [width] gives the RMSNorm of that, as
-    rms_norm.py has it. Returns the last of these.
+    rms_norm.py has it. Returns the last of these. ``out`` may be ``x``.
     """
     num_rows, width = x.shape
     assert num_rows <= memory.max_rows
     assert (width, x.dtype) == (memory.width, memory.dtype)
     assert x.stride(1) == 1
+    assert out is None or out.is_contiguous()
     assert residual is None or residual.is_contiguous()
     assert residual is not None or gain is None
     if out is None:
@@ -138,6 +140,7 @@ def peer_all_reduce(
             FLAG_BYTES=_FLAG_BYTES,
             HAS_RESIDUAL=residual is not None,
             HAS_NORM=gain is not None,
+            IS_FATAL=is_fatal,
             BLOCK=block,
             num_warps=min(max(block // 512, 1), 16),
             **chain_options(x),
@@ -166,6 +169,7 @@ def _one_shot_kernel(
     FLAG_BYTES: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    IS_FATAL: tl.constexpr,
     BLOCK: tl.constexpr,
     CHAINED: tl.constexpr,
 ) -> None:
@@ -199,6 +203,8 @@ def _one_shot_kernel(
                 polls = tl.where(tl.load(status, volatile=True) == 0, polls + 1, max_polls)
             if behind < 0:
                 tl.store(status, 1)
+                if IS_FATAL:  # better no answer than a wrong one
+                    tl.inline_asm_elementwise("trap; // dummy $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()
 
     slabs = (memory + FLAG_BYTES).to(tl.pointer_type(x.dtype.element_ty))

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+import zlib
 from collections import deque
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import Final
 
 import torch
 import torch.distributed as dist
+from aphro_kernels.peer_all_reduce import PeerMemory, build_peer_memory, peer_all_reduce
 from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from aphro_core.parallel.shard import ShardingPlan
+
+_LOG: Final = logging.getLogger(__name__)
+_PEER_BYTES: Final = 4 * 2**20  # that a rank sends in one sum by peer memory; above it NCCL moves less
+_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
 class TensorParallelGroup:
@@ -21,12 +30,48 @@ class TensorParallelGroup:
         self.rank = rank
         self.size = size
         self._group = process_group
+        self._peers: PeerMemory | None = None
+
+    def connect(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Let small sums of ``[rows, width]`` go by peer memory, if all are GPUs of one host that reach each other.
+
+        All ranks call it together; whatever forbids it on one of them leaves all with NCCL.
+        """
+        if self.size == 1 or device.type != "cuda" or not self._is_on_one_host(device):
+            return
+        max_rows = _PEER_BYTES // (self.size - 1) // (width * dtype.itemsize)
+        peers: PeerMemory | None = None
+        if self._all_agree(max_rows > 0 and _reaches_all(device), device):
+            try:
+                peers = build_peer_memory(self._group, max_rows, width, dtype, device)
+            except RuntimeError as error:
+                _LOG.warning("tensor-parallel sums all go by NCCL: no peer memory on rank %d: %s", self.rank, error)
+        self._peers = peers if self._all_agree(peers is not None, device) else None
 
     def all_reduce_(self, x: Tensor) -> Tensor:
-        """Sum ``x`` over the group, in place. Every rank gets the same bits: each element is summed once and copied."""
-        if self.size > 1:
-            dist.all_reduce(x, group=self._group)
+        """Sum ``x`` over the group, in place. Every rank gets the same bits: NCCL sums each element once and copies it,
+        by peer memory all ranks add in the same order."""
+        if self.size == 1:
+            return x
+        peers = self._peers
+        if peers is not None and x.dim() == 2 and x.is_contiguous() and x.dtype == peers.dtype:
+            num_rows, width = x.shape
+            if width == peers.width and 0 < num_rows <= peers.max_rows:
+                return peer_all_reduce(x, peers, is_fatal=True, out=x)
+        dist.all_reduce(x, group=self._group)
         return x
+
+    def _is_on_one_host(self, device: torch.device) -> bool:
+        boot = zlib.crc32(_BOOT_ID.read_bytes()) if _BOOT_ID.exists() else self.rank  # no file: no two are equal
+        least_and_most = torch.tensor([boot, -boot], dtype=torch.int64, device=device)
+        dist.all_reduce(least_and_most, op=dist.ReduceOp.MIN, group=self._group)
+        least, most = least_and_most.tolist()
+        return bool(least == -most)
+
+    def _all_agree(self, is_so: bool, device: torch.device) -> bool:
+        votes = torch.tensor([int(is_so)], dtype=torch.int64, device=device)
+        dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=self._group)
+        return bool(votes.item())
 
     def broadcast_(self, x: Tensor) -> Tensor:
         """What tp rank 0 has in ``x``, on every rank, in place."""
@@ -44,6 +89,11 @@ class TensorParallelGroup:
 
     def _first_rank(self) -> int:
         return dist.get_global_rank(self._group, 0) if self._group is not None else 0
+
+
+def _reaches_all(device: torch.device) -> bool:
+    others = (other for other in range(torch.cuda.device_count()) if other != device.index)
+    return all(torch.cuda.can_device_access_peer(device, other) for other in others)
 
 
 class StageLink:

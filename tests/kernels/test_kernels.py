@@ -108,7 +108,15 @@ KERNELS["peer_all_reduce._one_shot_kernel"] = {
     **dict.fromkeys(["x", "residual", "gain", "out"], "*bf16"),
     **{"memory": "*u8", "peers": "*i64", "calls": "*i32", "status": "*i32", "eps": "fp32"},
     **dict.fromkeys(["num_rows", "width", "x_stride", "slab_rows", "max_polls"], "i32"),
-    **{"RANK": 1, "SIZE": 3, "FLAG_BYTES": 8192, "HAS_RESIDUAL": True, "HAS_NORM": True, "BLOCK": 1024},
+    **{
+        "RANK": 1,
+        "SIZE": 3,
+        "FLAG_BYTES": 8192,
+        "IS_FATAL": True,
+        "HAS_RESIDUAL": True,
+        "HAS_NORM": True,
+        "BLOCK": 1024,
+    },
 }
 
 

@@ -60,6 +60,7 @@ class Worker:
                     checkpoint, self._spec, self._shard, self._dtype, self._device, self._weights_progress
                 )
                 bytes_read = checkpoint.bytes_read
+        self._links.tensor.connect(self._spec.hidden_size, self._dtype, self._device)
         self._decoder = Decoder(self._spec, self._shard, weights, self._links.tensor)
         self._weights_bytes = self._decoder.weights_bytes
         if self._device.type == "cuda":
