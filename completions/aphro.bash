@@ -20,11 +20,11 @@ _aphro() {
         --block-size) COMPREPLY=($(compgen -W "8 16 32" -- "$current")); return ;;
         --load-format) COMPREPLY=($(compgen -W "auto dummy" -- "$current")); return ;;
         --log-level) COMPREPLY=($(compgen -W "debug info warning error" -- "$current")); return ;;
-        --chat-template|--json-ready) compopt -o default; return ;;
+        --chat-template|--json-ready|--config) compopt -o default; return ;;
         --tensor-parallel-size|-tp|--pipeline-parallel-size|-pp|--pp-layers|--max-num-seqs|--max-num-batched-tokens|--max-num-prefill-tokens|--gpu-memory-utilization|-gmu|--cpu-memory-utilization|--num-gpu-blocks-override|--quantization|-q|--revision|--served-model-name|--seed|--host|--port|--api-key|--api-keys|--max-queued-requests|--drain-seconds|--start-timeout|--distributed-timeout|--distributed-timeout-seconds|--step-timeout|--max-recoveries) return ;;
         esac
         if [[ "$current" == -* ]]; then
-            COMPREPLY=($(compgen -W "--tensor-parallel-size -tp --pipeline-parallel-size -pp --pp-layers --enable-expert-parallel --distributed-executor-backend --device --dtype --max-model-len --max-num-seqs --max-num-batched-tokens --max-num-prefill-tokens --enforce-eager --gpu-memory-utilization -gmu --cpu-memory-utilization --block-size --num-gpu-blocks-override --enable-prefix-caching --no-enable-prefix-caching --load-format --quantization -q --revision --served-model-name --chat-template --skip-tokenizer-init --seed --host --port --api-key --api-keys --allow-anonymous --max-queued-requests --drain-seconds --json-ready --start-timeout --distributed-timeout --distributed-timeout-seconds --step-timeout --max-recoveries --log-level --help -h" -- "$current"))
+            COMPREPLY=($(compgen -W "--tensor-parallel-size -tp --pipeline-parallel-size -pp --pp-layers --enable-expert-parallel --distributed-executor-backend --device --dtype --max-model-len --max-num-seqs --max-num-batched-tokens --max-num-prefill-tokens --enforce-eager --gpu-memory-utilization -gmu --cpu-memory-utilization --block-size --num-gpu-blocks-override --enable-prefix-caching --no-enable-prefix-caching --load-format --quantization -q --revision --served-model-name --chat-template --skip-tokenizer-init --seed --host --port --api-key --api-keys --allow-anonymous --max-queued-requests --drain-seconds --json-ready --start-timeout --distributed-timeout --distributed-timeout-seconds --step-timeout --max-recoveries --log-level --config --print-config --dry-run --json --help -h" -- "$current"))
         else
             compopt -o default
         fi

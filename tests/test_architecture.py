@@ -18,7 +18,7 @@ SOURCES = sorted([*ROOT.glob("src/**/*.py"), *ROOT.glob("kernels/**/*.py")])
 OUTSIDE_WORLD = {"torch", "anyio", "asyncio", "httpx", "rich", "os", "socket", "subprocess", "threading", "time"}
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 FORBIDDEN_CALLS = {"eval", "exec", "__import__", "import_module", "torch.load", "os.system", "os.popen"}
-DISTRIBUTIONS = {"pynvml": "nvidia-ml-py"}  # whose names are not those of what they install
+DISTRIBUTIONS = {"pynvml": "nvidia-ml-py", "yaml": "pyyaml"}  # whose names are not those of what they install
 OPTIONAL = {"triton"}  # comes with CUDA builds of torch; kernels do without
 
 sources = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

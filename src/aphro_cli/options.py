@@ -12,6 +12,7 @@ from typing import Annotated, Final, Literal
 import typer
 
 from aphro_cli.console import LogLevel
+from aphro_cli.effective import load_config
 from aphro_core.client.address import is_loopback
 from aphro_core.errors import UsageError
 
@@ -124,6 +125,21 @@ JsonReady = Annotated[
     str | None,
     typer.Option("--json-ready", metavar="FILE", help="Written once it serves: url, pid, workers, KV blocks."),
 ]
+
+# before the start
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print plan, memory, ports and environment, check them all, start nothing.")
+]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        "--config", metavar="FILE", is_eager=True, callback=load_config, help="Options from YAML or TOML; flags win."
+    ),
+]
+PrintConfig = Annotated[
+    bool, typer.Option("--print-config", help="Print every option's value and where it is from, as a --config file.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="With --dry-run or --print-config: JSON for scripts.")]
 
 # start and talk
 StartTimeout = Annotated[

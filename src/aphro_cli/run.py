@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from aphro_cli import options as opt
-from aphro_cli.console import open_console, run_reported
+from aphro_cli.console import Console, open_console, run_reported
+from aphro_core.errors import ExitCode, UsageError
+
+if TYPE_CHECKING:
+    from aphro_core.api import ServeOptions
 
 EXAMPLES = """\b
 Examples:
@@ -19,10 +25,14 @@ Examples:
   aphro run ./llama -tp 2 -pp 2 --device cpu   four processes on this host's cores
   APHRO_API_KEY=secret aphro run ./llama --host 0.0.0.0
   aphro run ./llama --load-format dummy        start with random weights, to try a placement
+  aphro run ./llama -tp 2 --dry-run            plan, memory, ports, environment; nothing is started
+  aphro run --config llama.yaml --port 8000    options from a file; flags win
+  aphro run ./llama -tp 2 --print-config > llama.yaml
 """
 
 
 def run(
+    context: typer.Context,
     model: opt.Model,
     tensor_parallel_size: opt.TensorParallelSize = 1,
     pipeline_parallel_size: opt.PipelineParallelSize = 1,
@@ -60,6 +70,10 @@ def run(
     step_timeout: opt.StepTimeout = None,
     max_recoveries: opt.MaxRecoveries = 3,
     log_level: opt.Level = "info",
+    config: opt.Config = None,
+    print_config: opt.PrintConfig = False,
+    dry_run: opt.DryRun = False,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Serve MODEL over the OpenAI API until Ctrl-C or SIGTERM."""
     console = open_console(log_level, term=os.environ.get("TERM", ""))
@@ -80,50 +94,71 @@ def run(
         backend = opt.parse_backend(distributed_executor_backend)
         layers = opt.parse_pp_layers(pp_layers)
         length = opt.parse_max_model_len(max_model_len)
-        if json_ready is not None:
+        if print_config:
+            return _print_values(context, as_json)
+        if as_json and not dry_run:
+            raise UsageError("--json is for --dry-run and --print-config", hint="--json-ready FILE for a start")
+        if json_ready is not None and not dry_run:
             Path(json_ready).unlink(missing_ok=True)  # a script that waits for it must not find an older start's
 
         from aphro_core import api  # only now: --help and refusals answer at once
 
-        return api.serve(
-            api.ServeOptions(
-                model=model,
-                tensor_parallel_size=tensor_parallel_size,
-                pipeline_parallel_size=pipeline_parallel_size,
-                pp_layers=layers,
-                enable_expert_parallel=enable_expert_parallel,
-                backend=backend,
-                device=device,
-                dtype=opt.parse_dtype(dtype),
-                max_model_len=length,
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max_num_batched_tokens,
-                max_num_prefill_tokens=max_num_prefill_tokens,
-                enforce_eager=enforce_eager,
-                gpu_memory_utilization=gpu_memory_utilization,
-                cpu_memory_utilization=cpu_memory_utilization,
-                block_size=block_size,
-                num_blocks=num_blocks,
-                enable_prefix_caching=enable_prefix_caching,
-                load_format=load_format,
-                quantization=quantization,
-                revision=revision,
-                served_model_name=served_model_name,
-                chat_template=chat_template,
-                skip_tokenizer_init=skip_tokenizer_init,
-                seed=seed,
-                host=host,
-                port=port,
-                api_keys=api_keys,
-                max_queued_requests=max_queued_requests,
-                drain_seconds=drain_seconds,
-                json_ready=json_ready,
-                start_timeout=start_timeout,
-                distributed_timeout=distributed_timeout,
-                step_timeout=step_timeout,
-                max_recoveries=max_recoveries,
-            ),
-            console,
+        options = api.ServeOptions(
+            model=model,
+            tensor_parallel_size=tensor_parallel_size,
+            pipeline_parallel_size=pipeline_parallel_size,
+            pp_layers=layers,
+            enable_expert_parallel=enable_expert_parallel,
+            backend=backend,
+            device=device,
+            dtype=opt.parse_dtype(dtype),
+            max_model_len=length,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_prefill_tokens=max_num_prefill_tokens,
+            enforce_eager=enforce_eager,
+            gpu_memory_utilization=gpu_memory_utilization,
+            cpu_memory_utilization=cpu_memory_utilization,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            enable_prefix_caching=enable_prefix_caching,
+            load_format=load_format,
+            quantization=quantization,
+            revision=revision,
+            served_model_name=served_model_name,
+            chat_template=chat_template,
+            skip_tokenizer_init=skip_tokenizer_init,
+            seed=seed,
+            host=host,
+            port=port,
+            api_keys=api_keys,
+            max_queued_requests=max_queued_requests,
+            drain_seconds=drain_seconds,
+            json_ready=json_ready,
+            start_timeout=start_timeout,
+            distributed_timeout=distributed_timeout,
+            step_timeout=step_timeout,
+            max_recoveries=max_recoveries,
         )
+        return _try_out(options, console, as_json) if dry_run else api.serve(options, console)
 
     raise typer.Exit(run_reported(console, serve))
+
+
+def _print_values(context: typer.Context, as_json: bool) -> int:
+    from aphro_cli.effective import read_values, render_values
+
+    rows = read_values(context)
+    typer.echo(json.dumps(rows, indent=2) if as_json else "\n".join(render_values(rows)))
+    return ExitCode.OK
+
+
+def _try_out(options: ServeOptions, console: Console, as_json: bool) -> int:
+    from aphro_cli.dry_run_view import render_dry_run
+    from aphro_core.dry_run import try_out
+
+    found = try_out(options, console)
+    typer.echo(json.dumps(found.to_json(), indent=2) if as_json else "\n".join(render_dry_run(found)))
+    if found.problem is not None:
+        raise found.problem
+    return ExitCode.OK

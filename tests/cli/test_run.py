@@ -217,5 +217,6 @@ def test_every_parameter_is_passed_on() -> None:
     """A new option cannot be forgotten in the call."""
     parameters = set(inspect.signature(run).parameters)
     fields = {field.name for field in dataclasses.fields(api.ServeOptions)}
-    assert parameters - fields == {"distributed_executor_backend", "api_key", "allow_anonymous", "log_level"}
+    own = {"context", "config", "print_config", "dry_run", "as_json"}
+    assert parameters - fields - own == {"distributed_executor_backend", "api_key", "allow_anonymous", "log_level"}
     assert fields - parameters == {"backend", "api_keys"}
