@@ -117,7 +117,14 @@ def no_compiling() -> Iterator[None]:
     assert compiled == []
 
 
-@pytest.mark.parametrize("dials", [SamplingParams(temperature=0.0), SamplingParams()], ids=("greedy", "sampled"))
+DIALS = {
+    "greedy": SamplingParams(temperature=0.0),
+    "plain": SamplingParams(),
+    "cut": SamplingParams(top_k=30, top_p=0.9, min_p=0.01),
+}
+
+
+@pytest.mark.parametrize("dials", DIALS.values(), ids=DIALS)
 def test_a_step_waits_for_nothing_and_compiles_nothing(serving: Serving, dials: SamplingParams) -> None:
     first = max(serving._positions, default=-1) + 1
     ids = list(range(first, first + 6))

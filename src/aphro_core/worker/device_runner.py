@@ -63,9 +63,12 @@ class DeviceRunner:
         # a decode step's way in and out of the layers, in fixed memory
         self._hidden = torch.zeros(max_rows, spec.hidden_size, dtype=dtype, device=device)
         self._samples = shard.has_head and shard.tp_rank == 0
-        self._logits = torch.zeros(max_rows if self._samples else 0, spec.vocab_size, device=device)
+        # whatever is done to logits is done in float32, else they stay as the product gives them
+        is_plain = spec.logits_scale == 1.0 and spec.logits_softcap is None
+        logits_dtype = dtype if is_plain else torch.float32
+        self._logits = torch.zeros(max_rows * self._samples, spec.vocab_size, dtype=logits_dtype, device=device)
         self._sampler = Sampler(spec.vocab_size, device)
-        self._device_sampler = DeviceSampler(spec.vocab_size, device)
+        self._device_sampler = DeviceSampler(spec.vocab_size, max_rows, device)
         self._decode: DecodeSteps = self._decode_rows
         self._returning: ReturningTokens | None = None
         if links.tokens is not None and shard.has_embedding:
@@ -144,7 +147,7 @@ class DeviceRunner:
         tokens = torch.empty(len(rows), dtype=torch.int64, device=self._device)
         if self._samples and all(is_drawn_on_device(row.sampling) for row in rows):
             if rows:
-                tokens = self._device_sampler.draw(logits, rows)
+                tokens = self._device_sampler.draw(logits, step.draw_positions, rows)
             wanted = [entry.seq_id if entry.samples else None for entry in step.draws]
             result = RunningStep(plan, wanted, tokens, found)
         elif self._samples:
@@ -163,8 +166,9 @@ class DeviceRunner:
         tokens.zero_()
         kept = [i for i, entry in enumerate(step.draws) if entry.samples]
         rows = [self._sequences[step.draws[i].seq_id].row for i in kept]
+        wanted = logits if len(kept) == len(step.draws) else logits[kept]
         try:
-            sampled = self._sampler.sample(logits if len(kept) == len(step.draws) else logits[kept], rows)
+            sampled = self._sampler.sample(wanted.float(), rows)
         except SamplingError as error:
             return FinishedStep(failed_step(plan, error, error.seq_ids))
         tokens[kept] = torch.tensor([one.token_id for one in sampled], dtype=torch.int64, device=self._device)

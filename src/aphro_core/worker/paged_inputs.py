@@ -51,6 +51,7 @@ class PagedStep:
     draws: list[ScheduledSequence]
     draw_rows: Tensor | None  # [draws] int64 rows of the hidden states; None: the first num_rows, all of them
     draw_slots: Tensor
+    draw_positions: Tensor  # [draws] int64 of the tokens that are read; decode steps: where the step puts them
 
 
 class PagedInputs:
@@ -98,7 +99,8 @@ class PagedInputs:
         if not chunks:
             if table_at:
                 self._write_tables(*self._send([table_at, table_blocks]))
-            return PagedStep(num_rows, padded, None, {}, decode, None, self._sent[:num_rows, DRAW_SLOT])
+            sent, positions = self._sent[:num_rows], self._rows.positions[:num_rows]
+            return PagedStep(num_rows, padded, None, {}, decode, None, sent[:, DRAW_SLOT], positions)
         return self._send_chunks(plan, decode, chunks, sequences, table_at, table_blocks)
 
     def _send_rows(
@@ -168,6 +170,7 @@ class PagedInputs:
                 [self._slots[entry.seq_id] for entry in chunks],
                 seq_lens,
                 starts,
+                [entry.start + entry.num_tokens - 1 for entry in draws],
             ]
         )
         if table_at:
@@ -190,6 +193,7 @@ class PagedInputs:
             draws=draws,
             draw_rows=sent[3],
             draw_slots=sent[4],
+            draw_positions=sent[10],
         )
 
     def _write_tables(self, at: Tensor, blocks: Tensor) -> None:

@@ -49,6 +49,8 @@ class Worker:
         self._shard = plan.ranks[rank]
         self._progress("rendezvous", 0, 1)
         timeout = self._config.distributed_timeout_seconds
+        # hand-overs between stages do follow each other on their communicator, as this warns; nothing else uses it
+        os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
         self._links = distributed.join(plan, rank, self._start.store, self._device, timeout)
         self._progress("rendezvous", 1, 1)
         bytes_read = 0
