@@ -96,7 +96,7 @@ def doctor(
         _print(diagnosis, as_json)
         return diagnosis.exit_code
 
-    raise typer.Exit(run_reported(console, work))
+    raise typer.Exit(run_reported(console, work, interrupted="interrupted"))
 
 
 def _split(values: Sequence[str] | None) -> tuple[str, ...]:

@@ -20,7 +20,12 @@ def render_report(report: LogReport) -> list[str]:
         f"NCCL {report.nccl_version}".replace("NCCL RCCL", "RCCL") if report.nccl_version else "NCCL version not shown"
     )
     lines = [f"{report.verdict.upper()}: {report.num_records:,} NCCL records in {report.num_lines:,} lines; {version}"]
-    for name, values in (("network", report.networks), ("interfaces", report.interfaces), ("ports", report.ports)):
+    for name, values in (
+        ("network", report.networks),
+        ("interfaces", report.interfaces),
+        ("ports", report.ports),
+        ("in use", report.features),
+    ):
         if values:
             lines.append(f"{name}: {'; '.join(values[:4])}{' ...' if len(values) > 4 else ''}")
     lines += [f"between nodes: {report.ib}"] if report.ib else []

@@ -16,6 +16,7 @@ def report_to_json(report: LogReport) -> dict[str, Any]:
         "interfaces": list(report.interfaces),
         "ports": list(report.ports),
         "devices": {str(index): name for index, name in report.devices},
+        "features": list(report.features),
         "lines": report.num_lines,
         "records": report.num_records,
         **({"ib": report.ib} if report.ib else {}),

@@ -276,6 +276,16 @@ def test_published_logs(case: dict[str, object]) -> None:
     assert {(p.src, p.dst, p.via, p.gdr): (list(p.devs), list(p.sides), p.pxn_proxy) for p in report.paths} == expected
 
 
+def test_features_in_use() -> None:
+    text = info("NVLS comm 0x5 headRank 0 nHeads 8 buffSize 4194304 memSize 2097152")
+    text += info("Channel 01/0 : 2[1] -> 1[0] [send] via NET/IB/1(3)/GDRDMA")
+    text += info("CollNet 00/0 : 3 [send] via COLLNET/SHARP/0/GDRDMA")
+    report = read(text)
+    assert report.features == ("NVLS", "PXN", "CollNet")
+    assert report.paths[0].pxn_proxy == 3
+    assert read(info("NVLS multicast support is available on dev 0")).features == ()
+
+
 def test_evidence_of_a_long_line_shows_the_record() -> None:
     text = "x" * 3000 + " n1:1:2 [0] a.cc:1 NCCL WARN Cuda failure 2 'out of memory'\n"
     assert "NCCL WARN Cuda failure 2" in read(text).findings[0].evidence[0].text

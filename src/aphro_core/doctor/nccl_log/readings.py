@@ -49,6 +49,8 @@ READINGS: Final = (
     _row("nodes", r"\bnNodes (\d+) localRanks (\d+)"),
     _row("complete", r"- Init COMPLETE"),
     _row("nvlink", r"\+ NVL\[|NVLS multicast support is available"),
+    _row("nvls", r"^NVLS comm .*nHeads (\d+)"),
+    _row("pxn", r"use ring PXN ([1-9]\d*)"),
     _row("min-capability", r"Min Comp Cap (\d+)"),
     _row("watchdog", r"\[Rank (\d+)\] Watchdog caught .*?WorkNCCL\((?:\w+=\w+, )?SeqNum=(\d+), OpType=(\w+)"),
     _row("gpu", r"Rank +\d+ (?:Group +\d+ )?Pid +\d+ on +\S+ device +\d+ \[[^\]]*\] (\S.*)"),

@@ -63,6 +63,7 @@ class LogReport:
     num_lines: int = 0
     num_records: int = 0
     ib: str = ""  # the answer to --ib
+    features: tuple[str, ...] = ()  # of NVLS, PXN, CollNet: those that are in use
 
     @property
     def exit_code(self) -> int:
@@ -91,6 +92,7 @@ def judge(facts: LogFacts, *, ib: bool = False) -> LogReport:
         num_lines=facts.num_lines,
         num_records=facts.num_records,
         ib=_ib_sentence(findings, facts) if ib else "",
+        features=tuple(_features(facts)),
     )
 
 
@@ -98,6 +100,15 @@ def _chosen(facts: LogFacts) -> str:
     """What NCCL chose, which does not prove that it is used."""
     networks = _values(facts, "network")
     return f"; NCCL chose the network {', '.join(networks[:3])}{fabric_of(facts)}" if networks else ""
+
+
+def _features(facts: LogFacts) -> Iterator[str]:
+    if facts.first("nvls"):
+        yield "NVLS"
+    if facts.first("pxn") or any(pair.proxies for pair in facts.pairs.values()):
+        yield "PXN"
+    if any(pair.via.startswith("COLLNET/") for pair in facts.pairs.values()):
+        yield "CollNet"
 
 
 def _ib_sentence(findings: list[Finding], facts: LogFacts) -> str:
