@@ -23,8 +23,8 @@ def _row(kind: str, words: str, joint: str = " ") -> Reading:
 
 
 READINGS: Final = (
-    _row("version", r"\b(?:NCCL version|RCCL version ?:) ?(\d+\.\d+[\w.+:-]*)"),
-    _row("rccl", r"\bRCCL version"),
+    _row("version", r"\bNCCL version (\d+\.\d+[\w.+:-]*)"),
+    _row("rccl", r"\bRCCL version ?:? ?(\d+\.\d+[\w.+:-]*)"),
     _row("version-claimed", r"\bnccl==(\d+\.\d+\.\d+)|^Found nccl.* (\d+\.\d+\.\d+)"),
     _row("network", r"^Using (?:internal )?[Nn]etwork (\S.*)"),
     _row("network", r"^Assigned NET plugin (\S.*?) to comm"),

@@ -170,10 +170,12 @@ def _paths(facts: LogFacts) -> Iterator[Path]:
 
 
 def _version_of(facts: LogFacts) -> str | None:
-    note = facts.first("version") or facts.first("version-claimed")
+    """NCCL's own line, or else what a framework says of it."""
+    note = facts.first("version", "rccl") or facts.first("version-claimed")
     if note is None:
         return None
-    return f"RCCL {note.value.split('-')[0]}" if facts.first("rccl") else note.value.rstrip(".,")
+    is_rccl = facts.notes.get("rccl", {}).get(note.value) is note
+    return f"RCCL {note.value.split('-')[0]}" if is_rccl else note.value.rstrip(".,")
 
 
 def _values(facts: LogFacts, kind: str) -> tuple[str, ...]:
