@@ -6,6 +6,7 @@ Each figure is the median over replays of one CUDA graph of many calls, whose in
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -17,8 +18,12 @@ from aphro_kernels.language import triton
 from aphro_kernels.paged_attention import paged_attention
 from aphro_kernels.rms_norm import add_rms_norm_, rms_norm
 from aphro_kernels.rotary import rotary_and_cache
+from aphro_kernels.sample import SamplingDials, build_sample_workspace, sample
 from aphro_kernels.silu_and_mul import silu_and_mul
+from aphro_kernels.skinny_linear import build_skinny_workspace, skinny_linear
+from aphro_kernels.tuned import skinny_config
 from torch import Tensor
+from torch.nn.functional import linear
 
 BLOCK_SIZE = 16
 ROTATED_BYTES = 256 * 2**20  # of inputs, several times an L2
@@ -31,13 +36,14 @@ class Shape:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    vocab_size: int
 
 
 SHAPES = {
-    "llama-3-8b": Shape(4096, 14336, 32, 8, 128),
-    "qwen2.5-7b": Shape(3584, 18944, 28, 4, 128),
-    "qwen2.5-0.5b": Shape(896, 4864, 14, 2, 64),
-    "smollm2-135m": Shape(576, 1536, 9, 3, 64),
+    "llama-3-8b": Shape(4096, 14336, 32, 8, 128, 128256),
+    "qwen2.5-7b": Shape(3584, 18944, 28, 4, 128, 152064),
+    "qwen2.5-0.5b": Shape(896, 4864, 14, 2, 64, 151936),
+    "smollm2-135m": Shape(576, 1536, 9, 3, 64, 49152),
 }
 
 
@@ -119,6 +125,53 @@ def time_rows(table: Table, shape: Shape, num_tokens: int) -> None:
     table.add(f"rotary_and_cache, {num_tokens} rows", time, num_bytes=2 * qkvs[0].nbytes + 2 * cos.nbytes)
 
 
+def time_products(table: Table, shape: Shape, num_rows: int) -> None:
+    """A layer's products and the head: the library's, and ours where the table of this device has one."""
+    attended = shape.num_heads * shape.head_dim
+    qkv = attended + 2 * shape.num_kv_heads * shape.head_dim
+    sizes = {"qkv": (qkv, shape.hidden), "output": (shape.hidden, attended), "down": (shape.hidden, shape.intermediate)}
+    sizes |= {"gate, up": (2 * shape.intermediate, shape.hidden), "head": (shape.vocab_size, shape.hidden)}
+    workspace = build_skinny_workspace(torch.device("cuda"))
+    for name, (n, k) in sizes.items():
+        is_gated = name == "gate, up"
+        weights = [weight / k**0.5 for weight in rotation(n, k)]
+        x = torch.randn(num_rows, k, device="cuda", dtype=torch.bfloat16)
+
+        def library(index: int, x: Tensor = x, weights: list[Tensor] = weights, is_gated: bool = is_gated) -> Tensor:
+            y = linear(x, weights[index])
+            return silu_and_mul(y) if is_gated else y
+
+        num_bytes = weights[0].nbytes + x.nbytes + 2 * num_rows * n
+        table.add(f"{name}, {num_rows} rows, cuBLAS", seconds_per_call(library, len(weights)), num_bytes=num_bytes)
+        config = skinny_config(weights[0], num_rows, is_gated=is_gated)
+        if config is not None:
+            options = {"config": config, "workspace": workspace, "is_gated": is_gated}
+            time = seconds_per_call(
+                lambda i, x=x, weights=weights, options=options: skinny_linear(x, weights[i], **options), len(weights)
+            )
+            table.add(f"{name}, {num_rows} rows, by table", time, num_bytes=num_bytes)
+
+
+def time_sampler(table: Table, shape: Shape, num_rows: int) -> None:
+    """Against one read of the 16-bit logits."""
+    logits = rotation(num_rows, shape.vocab_size)
+    positions = torch.arange(num_rows, device="cuda")
+    workspace = build_sample_workspace(num_rows, shape.vocab_size, logits[0].device)
+    off = {"temperature": 1.0, "log_min_p": -math.inf, "top_k": shape.vocab_size, "top_p": math.inf}
+    for name, asked in {
+        "greedy": {"temperature": 0.0},
+        "temperature": {},
+        "top_k 50, top_p 0.9": {"top_k": 50, "top_p": 0.9},
+    }.items():
+        columns = [torch.full((num_rows,), float(value), device="cuda") for value in (off | asked).values()]
+        seeds = torch.arange(num_rows, device="cuda")
+        dials = SamplingDials(columns[0], columns[1], columns[2].int(), columns[3], seeds)
+        time = seconds_per_call(
+            lambda i, dials=dials: sample(logits[i], positions, dials, workspace=workspace), len(logits)
+        )
+        table.add(f"sample, {name}, {num_rows} rows", time, num_bytes=logits[0].nbytes)
+
+
 def time_attention(table: Table, shape: Shape, name: str, query_lens: list[int], seq_lens: list[int]) -> None:
     blocks_of = [-(-seq_len // BLOCK_SIZE) for seq_len in seq_lens]
     head_bytes = 2 * shape.num_kv_heads * shape.head_dim
@@ -176,6 +229,10 @@ def main() -> int:
     table = Table()
     for num_tokens in (1, 32, 256, 8192):
         time_rows(table, shape, num_tokens)
+    for num_rows in (1, 8, 32, 64):
+        time_products(table, shape, num_rows)
+    for num_rows in (1, 32, 256):
+        time_sampler(table, shape, num_rows)
     for batch, length in ((1, 1024), (32, 1024), (256, 1024), (1, 32768), (32, 32768), (64, 2048)):
         time_attention(table, shape, f"{batch} x {length}", [1] * batch, [length] * batch)
     time_attention(table, shape, "1 x 65536 and 63 x 1024", [1] * 64, [65536] + [1024] * 63)
