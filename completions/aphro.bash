@@ -13,7 +13,7 @@ _aphro() {
     case "${COMP_WORDS[1]}" in
     run|serve)
         case "$previous" in
-        --distributed-executor-backend) COMPREPLY=($(compgen -W "mp" -- "$current")); return ;;
+        --distributed-executor-backend) COMPREPLY=($(compgen -W "mp ssh" -- "$current")); return ;;
         --device) COMPREPLY=($(compgen -W "auto cuda cpu" -- "$current")); return ;;
         --dtype) COMPREPLY=($(compgen -W "auto float32 bfloat16 float16 float half" -- "$current")); return ;;
         --max-model-len) COMPREPLY=($(compgen -W "auto" -- "$current")); return ;;
@@ -21,10 +21,10 @@ _aphro() {
         --load-format) COMPREPLY=($(compgen -W "auto dummy" -- "$current")); return ;;
         --log-level) COMPREPLY=($(compgen -W "debug info warning error" -- "$current")); return ;;
         --chat-template|--json-ready|--config) compopt -o default; return ;;
-        --tensor-parallel-size|-tp|--pipeline-parallel-size|-pp|--pp-layers|--max-num-seqs|--max-num-batched-tokens|--max-num-prefill-tokens|--gpu-memory-utilization|-gmu|--cpu-memory-utilization|--num-gpu-blocks-override|--quantization|-q|--revision|--served-model-name|--seed|--host|--port|--api-key|--api-keys|--max-queued-requests|--drain-seconds|--start-timeout|--distributed-timeout|--distributed-timeout-seconds|--step-timeout|--max-recoveries) return ;;
+        --tensor-parallel-size|-tp|--pipeline-parallel-size|-pp|--pp-layers|--hosts|--max-num-seqs|--max-num-batched-tokens|--max-num-prefill-tokens|--gpu-memory-utilization|-gmu|--cpu-memory-utilization|--num-gpu-blocks-override|--quantization|-q|--revision|--served-model-name|--seed|--host|--port|--api-key|--api-keys|--max-queued-requests|--drain-seconds|--start-timeout|--distributed-timeout|--distributed-timeout-seconds|--step-timeout|--max-recoveries) return ;;
         esac
         if [[ "$current" == -* ]]; then
-            COMPREPLY=($(compgen -W "--tensor-parallel-size -tp --pipeline-parallel-size -pp --pp-layers --enable-expert-parallel --distributed-executor-backend --device --dtype --max-model-len --max-num-seqs --max-num-batched-tokens --max-num-prefill-tokens --enforce-eager --gpu-memory-utilization -gmu --cpu-memory-utilization --block-size --num-gpu-blocks-override --enable-prefix-caching --no-enable-prefix-caching --load-format --quantization -q --revision --served-model-name --chat-template --skip-tokenizer-init --seed --host --port --api-key --api-keys --allow-anonymous --max-queued-requests --drain-seconds --json-ready --start-timeout --distributed-timeout --distributed-timeout-seconds --step-timeout --max-recoveries --log-level --config --print-config --dry-run --json --help -h" -- "$current"))
+            COMPREPLY=($(compgen -W "--tensor-parallel-size -tp --pipeline-parallel-size -pp --pp-layers --enable-expert-parallel --distributed-executor-backend --hosts --device --dtype --max-model-len --max-num-seqs --max-num-batched-tokens --max-num-prefill-tokens --enforce-eager --gpu-memory-utilization -gmu --cpu-memory-utilization --block-size --num-gpu-blocks-override --enable-prefix-caching --no-enable-prefix-caching --load-format --quantization -q --revision --served-model-name --chat-template --skip-tokenizer-init --seed --host --port --api-key --api-keys --allow-anonymous --max-queued-requests --drain-seconds --json-ready --start-timeout --distributed-timeout --distributed-timeout-seconds --step-timeout --max-recoveries --log-level --config --print-config --dry-run --json --help -h" -- "$current"))
         else
             compopt -o default
         fi

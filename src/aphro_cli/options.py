@@ -14,6 +14,7 @@ import typer
 from aphro_cli.console import LogLevel
 from aphro_cli.effective import load_config
 from aphro_core.client.address import is_loopback
+from aphro_core.config import HostSlots
 from aphro_core.errors import UsageError
 
 ENVIRONMENT: Final[dict[str, str]] = {
@@ -38,7 +39,19 @@ EnableExpertParallel = Annotated[
 ]
 ExecutorBackend = Annotated[
     str | None,
-    typer.Option("--distributed-executor-backend", metavar="mp", help="How workers are started: mp, processes here."),
+    typer.Option(
+        "--distributed-executor-backend",
+        metavar="mp|ssh",
+        help="How workers are started: mp, processes here; ssh, on --hosts. Default: by --hosts.",
+    ),
+]
+Hosts = Annotated[
+    str | None,
+    typer.Option(
+        "--hosts",
+        metavar="HOST:DEVICES,...",
+        help="Start the ranks there, over ssh; or a file with a HOST:DEVICES a line.",
+    ),
 ]
 
 # model
@@ -171,17 +184,43 @@ Level = Annotated[
 ]
 
 
-def parse_backend(text: str | None) -> Literal["auto", "mp"]:
+def parse_backend(text: str | None) -> Literal["auto", "mp", "ssh"]:
     """None -> "auto". Raises UsageError for what this version cannot start."""
-    if text is None:
-        return "auto"
-    if text == "mp":
-        return "mp"
-    known = "is not in this version" if text in ("ray", "ssh") else "is not a backend"
+    backends: dict[str | None, Literal["auto", "mp", "ssh"]] = {None: "auto", "mp": "mp", "ssh": "ssh"}
+    if text in backends:
+        return backends[text]
+    known = "is not in this version" if text == "ray" else "is not a backend"
     raise UsageError(
-        f"--distributed-executor-backend {text} {known}; allowed: mp (all ranks are processes of this host)",
-        hint="leave the flag out, and choose -tp and -pp within this host's devices",
+        f"--distributed-executor-backend {text} {known}; allowed: mp (processes of this host), ssh (on --hosts)",
+        hint="leave the flag out: mp on one host, ssh where --hosts is given",
     )
+
+
+def parse_hosts(text: str | None) -> tuple[HostSlots, ...]:
+    """``"a:2,b"`` or a file with such an entry a line -> hosts and devices, 1 where none is named."""
+    if text is None:
+        return ()
+    if Path(text).is_file():
+        text = ",".join(line.split("#")[0].strip() for line in Path(text).read_text().splitlines())
+    hosts = tuple(_parse_host(entry.strip()) for entry in text.split(",") if entry.strip())
+    if not hosts:
+        raise UsageError("--hosts names no host", hint="--hosts a:2,b:2 (HOST:DEVICES,...)")
+    names = [host.name for host in hosts]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"--hosts names {twice} twice", hint=f"{twice}:DEVICES once, with all its devices")
+    return hosts
+
+
+def _parse_host(entry: str) -> HostSlots:
+    name, colon, number = entry.rpartition(":")
+    if not colon:
+        name, number = entry, "1"
+    if not name or not number.isascii() or not number.isdigit() or not int(number):
+        raise UsageError(
+            f"--hosts entry {entry!r} is not HOST:DEVICES",
+            hint="--hosts a:2,b:2; another port or user of ssh goes into ~/.ssh/config",
+        )
+    return HostSlots(name, int(number))
 
 
 def parse_dtype(text: str) -> Literal["auto", "float32", "bfloat16", "float16"]:

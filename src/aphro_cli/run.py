@@ -23,6 +23,7 @@ Examples:
   aphro run HuggingFaceTB/SmolLM2-135M-Instruct --port 8000
   aphro run ./llama -tp 3                      any number of ranks: shares may differ by a head
   aphro run ./llama -tp 2 -pp 2 --device cpu   four processes on this host's cores
+  aphro run ./llama -tp 2 -pp 2 --hosts a:2,b:2
   APHRO_API_KEY=secret aphro run ./llama --host 0.0.0.0
   aphro run ./llama --load-format dummy        start with random weights, to try a placement
   aphro run ./llama -tp 2 --dry-run            plan, memory, ports, environment; nothing is started
@@ -39,6 +40,7 @@ def run(
     pp_layers: opt.PpLayers = None,
     enable_expert_parallel: opt.EnableExpertParallel = False,
     distributed_executor_backend: opt.ExecutorBackend = None,
+    hosts: opt.Hosts = None,
     device: opt.DeviceOption = "auto",
     dtype: opt.DTypeOption = "auto",
     max_model_len: opt.MaxModelLen = None,
@@ -110,6 +112,7 @@ def run(
             pp_layers=layers,
             enable_expert_parallel=enable_expert_parallel,
             backend=backend,
+            hosts=opt.parse_hosts(hosts),
             device=device,
             dtype=opt.parse_dtype(dtype),
             max_model_len=length,

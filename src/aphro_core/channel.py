@@ -21,7 +21,7 @@ class ChannelClosedError(Exception):
     """The peer is gone; what it sent before has been received."""
 
 
-class _Frames:
+class Frames:
     """Cuts a byte stream into frames."""
 
     __slots__ = ("_buffer",)
@@ -53,7 +53,7 @@ class Channel(Generic[Out, In]):
     def __init__(self, stream: anyio.abc.ByteStream, codec: Codec[Out, In]) -> None:
         self._stream = stream
         self._codec = codec
-        self._frames = _Frames()
+        self._frames = Frames()
         self._send_lock = anyio.Lock()
 
     @classmethod
@@ -90,7 +90,7 @@ class BlockingChannel(Generic[Out, In]):
     def __init__(self, sock: socket.socket, codec: Codec[Out, In]) -> None:
         self._sock = sock
         self._codec = codec
-        self._frames = _Frames()
+        self._frames = Frames()
         sock.setblocking(True)
 
     def fileno(self) -> int:

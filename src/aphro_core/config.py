@@ -8,7 +8,7 @@ import msgspec
 
 Device = Literal["cpu", "cuda"]
 DType = Literal["float32", "bfloat16", "float16"]
-Backend = Literal["inprocess", "mp"]
+Backend = Literal["inprocess", "mp", "ssh"]
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,12 +24,20 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0  # of dummy weights
 
 
+class HostSlots(msgspec.Struct, frozen=True):
+    """A host to start ranks on, as ssh knows it, and how many of its devices they may take."""
+
+    name: str
+    num_slots: int
+
+
 class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     pp_layers: tuple[int, ...] | None = None  # layers of each stage, in order; None = the stated rule
     expert_parallel: bool = False  # tp ranks hold whole experts instead of columns of each
     backend: Backend = "inprocess"
+    hosts: tuple[HostSlots, ...] = ()  # of the ssh backend
 
     @property
     def world_size(self) -> int:

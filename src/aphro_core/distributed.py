@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from aphro_kernels.peer_all_reduce import PeerMemory, build_peer_memory, peer_all_reduce
 from torch import Tensor
-from torch.distributed import FileStore  # type: ignore[attr-defined]
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from aphro_core.parallel.shard import ShardingPlan
 
@@ -157,23 +158,27 @@ class Links:
     tensor: TensorParallelGroup
     stage: StageLink
     tokens: TokenLink | None = None
+    store: Store | None = None  # the groups go on asking it, and torch alone does not keep one made in Python
 
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def join(plan: ShardingPlan, rank: int, store: str, device: torch.device, timeout_seconds: float) -> Links:
-    """Meet the other ranks in the file ``store``. Returns when all have come; raises after ``timeout_seconds``."""
+def join(
+    plan: ShardingPlan, rank: int, open_store: Callable[[], Store], device: torch.device, timeout_seconds: float
+) -> Links:
+    """Meet the other ranks in a store. Returns when all have come; raises after ``timeout_seconds``."""
     shard = plan.ranks[rank]
     previous = rank - plan.tp_size if shard.pp_rank > 0 else None
     following = rank + plan.tp_size if shard.pp_rank < plan.pp_size - 1 else None
     world_size = plan.tp_size * plan.pp_size
     if world_size == 1:
         return Links(TensorParallelGroup(0, 1), StageLink(None, None))
+    store = open_store()
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        store=FileStore(store, world_size),
+        store=store,
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=timeout_seconds),
@@ -187,7 +192,7 @@ def join(plan: ShardingPlan, rank: int, store: str, device: torch.device, timeou
             group = made
     stage = StageLink(previous, following, max_sends=plan.pp_size)
     tokens = _token_link(plan, rank) if device.type == "cuda" and plan.pp_size > 1 else None
-    return Links(TensorParallelGroup(shard.tp_rank, plan.tp_size, group), stage, tokens)
+    return Links(TensorParallelGroup(shard.tp_rank, plan.tp_size, group), stage, tokens, store)
 
 
 def _token_link(plan: ShardingPlan, rank: int) -> TokenLink | None:

@@ -39,9 +39,9 @@ class LLM:
         reporter: Reporter | None = None,
         **options: Any,
     ) -> None:
-        if distributed_executor_backend not in (None, "mp"):
+        if distributed_executor_backend not in (None, "mp", "ssh"):
             raise UsageError(
-                f"distributed_executor_backend is {distributed_executor_backend!r}, allowed: None, 'mp'",
+                f"distributed_executor_backend is {distributed_executor_backend!r}, allowed: None, 'mp', 'ssh'",
                 hint="LLM(..., distributed_executor_backend='mp')",
             )
         unknown = sorted(set(options) - set(EngineOptions.__dataclass_fields__))

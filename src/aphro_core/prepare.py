@@ -14,6 +14,7 @@ from aphro_core.config import (
     Device,
     DType,
     EngineConfig,
+    HostSlots,
     ModelConfig,
     ParallelConfig,
     SchedulerConfig,
@@ -24,6 +25,7 @@ from aphro_core.estimate.balance import RankBalance
 from aphro_core.models.registry import load_spec
 from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel.memory import weights_bytes
+from aphro_core.parallel.placement import place_ranks, splits_a_group
 from aphro_core.parallel.shard import ShardingPlan, build_plan
 from aphro_core.parallel.step_sizes import default_step_sizes
 from aphro_core.reporter import Reporter
@@ -38,7 +40,8 @@ class EngineOptions:
     pipeline_parallel_size: int = 1
     pp_layers: tuple[int, ...] | None = None
     enable_expert_parallel: bool = False
-    backend: Literal["auto", "mp"] = "auto"
+    backend: Literal["auto", "mp", "ssh"] = "auto"
+    hosts: tuple[HostSlots, ...] = ()  # ranks run there, started over ssh
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: int | Literal["auto"] | None = None
@@ -112,6 +115,7 @@ def prepare(options: EngineOptions, reporter: Reporter) -> Prepared:
             pp_layers=options.pp_layers,
             expert_parallel=options.enable_expert_parallel,
             backend=_choose_backend(options, device, reporter),
+            hosts=options.hosts,
         ),
         cache=CacheConfig(
             block_size=options.block_size,
@@ -133,7 +137,9 @@ def prepare(options: EngineOptions, reporter: Reporter) -> Prepared:
 def _expect(
     config: EngineConfig, spec: DecoderSpec, plan: ShardingPlan, reporter: Reporter
 ) -> tuple[RankBalance, ...] | None:
-    """The estimate of this start, before anything is loaded."""
+    """The estimate of this start, before anything is loaded. Not of other hosts, whose memory is unknown here."""
+    if config.parallel.hosts:
+        return None
     if config.device == "cpu":
         return expected_balances(spec, plan, config, host.available_memory_bytes())
     gpus = host.gpu_memory()
@@ -214,6 +220,8 @@ def _choose_length(options: EngineOptions, spec: DecoderSpec) -> int:
 
 
 def _choose_device(options: EngineOptions, reporter: Reporter) -> Device:
+    if options.hosts and options.device != "auto":
+        return options.device  # the hosts are looked at before anything starts on them
     gpus, has_cuda = host.visible_gpus(), host.torch_has_cuda()
     if options.device == "cuda" and not (gpus and has_cuda):
         what = "this host shows no NVIDIA GPU" if has_cuda else "the installed torch is a CPU build"
@@ -225,6 +233,8 @@ def _choose_device(options: EngineOptions, reporter: Reporter) -> Device:
         )
         reporter.line(f"Device {device}: {why}.")
     world_size = options.tensor_parallel_size * options.pipeline_parallel_size
+    if options.hosts:
+        return device
     if device == "cuda" and world_size > len(gpus):
         raise PlacementError(
             f"World size ({world_size}) is larger than the number of available GPUs ({len(gpus)}) in this node: "
@@ -273,8 +283,28 @@ def _choose_quantization(
 
 def _choose_backend(options: EngineOptions, device: Device, reporter: Reporter) -> Backend:
     world_size = options.tensor_parallel_size * options.pipeline_parallel_size
+    if options.hosts:
+        _report_places(options, reporter)
+        return "ssh"
+    if options.backend == "ssh":
+        raise UsageError("the ssh backend needs to know the hosts", hint="--hosts a:2,b:2 (HOST:DEVICES,...)")
     if world_size == 1 and options.backend == "auto":
         return "inprocess"
     why = "asked for" if options.backend == "mp" else f"{world_size} ranks on this host"
     reporter.line(f"Defaulting to use mp for distributed inference: {why}, one {device} process a rank.")
     return "mp"
+
+
+def _report_places(options: EngineOptions, reporter: Reporter) -> None:
+    """Raises PlacementError when the hosts have too few devices, UsageError for another backend."""
+    if options.backend == "mp":
+        raise UsageError("--hosts with the mp backend, whose ranks all run on this host", hint="leave one of them out")
+    tp_size, pp_size = options.tensor_parallel_size, options.pipeline_parallel_size
+    places = place_ranks([each.num_slots for each in options.hosts], tp_size, pp_size)
+    used = len({place.host for place in places})
+    reporter.line(f"Using ssh for distributed inference: {tp_size * pp_size} ranks on {used} of --hosts.")
+    if splits_a_group(places, tp_size):
+        reporter.line(
+            "A tensor parallel group spans hosts: each layer waits twice for the network between them "
+            "(`aphro doctor --hosts ...` measures what that costs)."
+        )

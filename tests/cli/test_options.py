@@ -11,19 +11,34 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aphro_cli import options
+from aphro_core.config import HostSlots
 from aphro_core.errors import ExitCode, UsageError
 
 
-@pytest.mark.parametrize("backend", ["ray", "ssh"])
-def test_backends_of_later_versions_are_refused(backend: str) -> None:
-    with pytest.raises(UsageError, match=f"{backend} is not in this version; allowed: mp") as refusal:
-        options.parse_backend(backend)
+def test_backends_of_later_versions_are_refused() -> None:
+    with pytest.raises(UsageError, match="ray is not in this version; allowed: mp") as refusal:
+        options.parse_backend("ray")
     assert refusal.value.hint
+
+
+def test_hosts(tmp_path: Path) -> None:
+    assert options.parse_hosts(None) == ()
+    expected = (HostSlots("node0", 2), HostSlots("10.0.0.7", 1))
+    assert options.parse_hosts("node0:2, 10.0.0.7") == expected
+    file = tmp_path / "hosts"
+    file.write_text("node0:2  # the large one\n\n10.0.0.7:1\n")
+    assert options.parse_hosts(str(file)) == expected
+    for wrong in ("", "node0:", "node0:0", "node0:two", ":2", "node0:-1"):
+        with pytest.raises(UsageError, match="--hosts"):
+            options.parse_hosts(wrong)
+    with pytest.raises(UsageError, match="names node0 twice"):
+        options.parse_hosts("node0,node0:2")
 
 
 def test_backends() -> None:
     assert options.parse_backend(None) == "auto"
     assert options.parse_backend("mp") == "mp"
+    assert options.parse_backend("ssh") == "ssh"
     with pytest.raises(UsageError, match="threads is not a backend"):
         options.parse_backend("threads")
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aphro_core.channel import BlockingChannel, Channel, ChannelClosedError, _Frames
+from aphro_core.channel import BlockingChannel, Channel, ChannelClosedError, Frames
 from aphro_core.messages import codec
 from aphro_core.messages.codec import MAX_FRAME_BYTES
 from aphro_core.messages.steps import (
@@ -49,7 +49,7 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
 def test_frames_survive_any_cut(cuts: list[int]) -> None:
     engine = codec.engine_side_of_worker()
     stream = engine.encode(PLAN) + engine.encode(StopWorker()) + engine.encode(PLAN)
-    frames, bodies, position = _Frames(), [], 0
+    frames, bodies, position = Frames(), [], 0
     for length in [*cuts, len(stream)]:
         frames.feed(stream[position : position + length])
         position += length
@@ -59,7 +59,7 @@ def test_frames_survive_any_cut(cuts: list[int]) -> None:
 
 
 def test_an_announced_giant_is_refused() -> None:
-    frames = _Frames()
+    frames = Frames()
     frames.feed((MAX_FRAME_BYTES + 1).to_bytes(4, "little"))
     with pytest.raises(ValueError, match="allowed"):
         frames.take()

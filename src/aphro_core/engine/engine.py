@@ -189,7 +189,7 @@ class Engine:
             await anyio.sleep(_PULSE_SECONDS)
             stalled = self._progress.look(self._num_answered, is_in_flight=bool(self._plans))
             if self._watch.overdue_seconds() > 0:
-                self._executor.dump_stacks()
+                await self._executor.dump_stacks()
                 await anyio.sleep(_STACKS_SECONDS)
                 raise describe_hang(self._executor.ranks, self._watch.allowed_seconds(self._plans[0].num_tokens))
             await self._api.send(EnginePulse(step=self._scheduler.stats().step, stalled=stalled))

@@ -9,6 +9,8 @@ from typing import Protocol
 from anyio.abc import ObjectReceiveStream
 
 from aphro_core.config import Backend, EngineConfig
+from aphro_core.executor.multiprocess import open_multiprocess
+from aphro_core.executor.ssh import open_ssh
 from aphro_core.messages.steps import StepPlan, StepResult, WorkerLoaded, WorkerProgress
 from aphro_core.spawn import Spawner
 
@@ -30,7 +32,7 @@ class Executor(Protocol):
     async def submit(self, plan: StepPlan) -> None:
         """Hand a plan to every rank; ranks apply plans in this order."""
 
-    def dump_stacks(self) -> None:
+    async def dump_stacks(self) -> None:
         """Every rank that can writes the stacks of its threads to stderr."""
 
 
@@ -55,6 +57,6 @@ def _opener(
         )  # loads torch, which the other backends do not need here
 
         return open_inprocess
-    from aphro_core.executor.multiprocess import open_multiprocess
-
+    if backend == "ssh":
+        return open_ssh
     return open_multiprocess

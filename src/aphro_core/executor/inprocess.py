@@ -56,7 +56,7 @@ class InProcessExecutor:
         assert step is not None, "a single rank is its own last stage"
         self.waiting.put(step)
 
-    def dump_stacks(self) -> None:
+    async def dump_stacks(self) -> None:
         faulthandler.dump_traceback(all_threads=True)
 
     async def execute_plans(self) -> None:

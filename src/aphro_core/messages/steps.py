@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from aphro_core.config import EngineConfig
@@ -9,13 +11,54 @@ from aphro_core.request import SamplingParams
 
 
 class StartWorker(msgspec.Struct, frozen=True, tag="start_worker"):
-    """Engine to worker, first frame: who you are. ``store`` is the file where the ranks of the group meet."""
+    """Engine to worker, first frame: who you are. ``store`` is the file where the ranks of the group meet.
+
+    Over hosts there is no such file: ranks meet through their channels (StoreCall). ``environment`` is then set before
+    anything is imported that reads it, and the route to ``peers`` decides the interface for collectives.
+    """
 
     config: EngineConfig
     rank: int
     local_rank: int  # index of the device on this host
     store: str
     memory_bytes: int  # this rank's share of the host's memory, measured before any rank started (used on CPUs)
+    environment: dict[str, str] = {}
+    peers: list[str] = []  # addresses of the other hosts
+
+
+class StoreCall(msgspec.Struct, frozen=True, tag="store_call"):
+    """Worker to engine: an operation on what the ranks of a group tell each other while they meet.
+
+    ``set`` keys[0] to ``value``; ``get`` keys[0]; ``add`` ``amount`` to keys[0]; ``check`` that all keys exist;
+    ``delete`` keys[0].
+    """
+
+    op: Literal["set", "get", "add", "check", "delete"]
+    keys: list[str]
+    value: bytes = b""
+    amount: int = 0
+
+
+class StoreReply(msgspec.Struct, frozen=True, tag="store_reply"):
+    """The value of ``get`` (None: no such key); the new number of ``add``; 1 or 0 for ``check`` and ``delete``."""
+
+    value: bytes | None = None
+    number: int = 0
+
+
+class Beat(msgspec.Struct, frozen=True, tag="beat"):
+    """Engine to a worker on another host: I am alive. Without one for the length of a lease the worker ends itself."""
+
+
+class DumpStacks(msgspec.Struct, frozen=True, tag="dump_stacks"):
+    """Engine to a worker on another host: write the stacks of your threads to stderr."""
+
+
+class WorkerLog(msgspec.Struct, frozen=True, tag="log"):
+    """Worker on another host to engine: a line that it wrote to stdout or stderr."""
+
+    rank: int
+    line: str
 
 
 class WorkerProgress(msgspec.Struct, frozen=True, tag="progress"):
@@ -150,5 +193,5 @@ class StopWorker(msgspec.Struct, frozen=True, tag="stop"):
     pass
 
 
-ToWorker = StartWorker | AllocateCache | StepPlan | StopWorker
-FromWorker = WorkerProgress | WorkerLoaded | WorkerReady | WorkerFailed | StepResult
+ToWorker = StartWorker | AllocateCache | StepPlan | StopWorker | StoreReply | Beat | DumpStacks
+FromWorker = WorkerProgress | WorkerLoaded | WorkerReady | WorkerFailed | StepResult | StoreCall | WorkerLog

@@ -13,6 +13,7 @@ from typing import Final
 import anyio
 import anyio.abc
 from anyio.streams.buffered import BufferedByteReceiveStream
+from anyio.streams.stapled import StapledByteStream
 
 from aphro_core.remote.remote import NOT_FOUND, HostUnreachableError, Output
 
@@ -66,6 +67,16 @@ class LineProcess:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def stream(self) -> anyio.abc.ByteStream:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        return StapledByteStream(self._process.stdin, self._process.stdout)
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.returncode
 
     @property
     def stderr_tail(self) -> str:

@@ -7,7 +7,9 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from aphro_core.errors import AphroError
+from anyio.abc import ByteStream
+
+from aphro_core.errors import AphroError, ExitCode
 
 MAX_FILE_BYTES = 1 << 20  # what is read of one file; sysfs and /proc have small ones
 NOT_FOUND = 127  # the return code of a command that does not exist, as shells have it
@@ -15,6 +17,8 @@ NOT_FOUND = 127  # the return code of a command that does not exist, as shells h
 
 class HostUnreachableError(AphroError):
     """No connection to a host, or it was lost."""
+
+    exit_code = ExitCode.PLACEMENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,21 @@ class Process(Protocol):
 
     async def receive_line(self) -> str | None:
         """The next line of its output, None once it has ended. May be cancelled: nothing is lost."""
+        ...
+
+    @property
+    def pid(self) -> int:
+        """Of what runs here: the command itself, or the ssh that carries it."""
+        ...
+
+    @property
+    def stream(self) -> ByteStream:
+        """Its output and input as they are, for a caller that does not speak by lines."""
+        ...
+
+    @property
+    def returncode(self) -> int | None:
+        """None while it runs."""
         ...
 
     @property

@@ -6,7 +6,9 @@ import faulthandler
 import os
 import socket
 import traceback
+from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
 from aphro_core.channel import BlockingChannel, ChannelClosedError
 from aphro_core.errors import AphroError, ExitCode
@@ -23,7 +25,14 @@ from aphro_core.messages.steps import (
     WorkerReady,
 )
 
-WorkerChannel = BlockingChannel[FromWorker, ToWorker]
+if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]
+
+
+class WorkerChannel(Protocol):
+    def send(self, message: FromWorker) -> None: ...
+
+    def receive(self) -> ToWorker: ...
 
 
 def main(sock: socket.socket) -> int:
@@ -32,8 +41,13 @@ def main(sock: socket.socket) -> int:
     The caller ends the process with it at once: the teardown of process groups would wait for peers that end, too.
     """
     faulthandler.register(STACKS_SIGNAL, all_threads=True)  # what it does when it hangs, in a collective too
-    channel: WorkerChannel = BlockingChannel(sock, codec.worker_side())
+    channel = BlockingChannel[FromWorker, ToWorker](sock, codec.worker_side())
     exit_on_hangup(channel.fileno(), grace_seconds=0.5)
+    return run(channel, serve)
+
+
+def run(channel: WorkerChannel, serve: Callable[[WorkerChannel, StartWorker], None]) -> int:
+    """Take StartWorker, ``serve``, and report why it ended. Returns the exit code."""
     rank = -1
     try:
         start = channel.receive()
@@ -48,11 +62,11 @@ def main(sock: socket.socket) -> int:
     return 0
 
 
-def serve(channel: WorkerChannel, start: StartWorker) -> None:
+def serve(channel: WorkerChannel, start: StartWorker, open_store: Callable[[], Store] | None = None) -> None:
     from aphro_core.worker.results import Results, freeze_heap
     from aphro_core.worker.worker import Worker
 
-    worker = Worker(start, channel.send)
+    worker = Worker(start, channel.send, open_store)
     channel.send(worker.load())
     with Results(channel.send, errors=partial(_fail, channel, start.rank)) as results:
         while True:
@@ -67,8 +81,8 @@ def serve(channel: WorkerChannel, start: StartWorker) -> None:
                     freeze_heap()
                 case StopWorker():
                     return
-                case StartWorker():
-                    raise ValueError("a second StartWorker")
+                case unexpected:
+                    raise ValueError(f"{type(unexpected).__name__} has no place here")
 
 
 def _fail(channel: WorkerChannel, rank: int, error: BaseException) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.distributed import FileStore, Store  # type: ignore[attr-defined]
 
 from aphro_core import distributed
 from aphro_core.checkpoint.open import open_checkpoint, read_hf_config
@@ -29,8 +30,15 @@ from aphro_core.worker.warm_up import warm_up
 class Worker:
     """Built once a rank, by whichever launcher. Call ``load``, then ``allocate``, then ``launch`` for each plan."""
 
-    def __init__(self, start: StartWorker, on_progress: Callable[[WorkerProgress], None]) -> None:
+    def __init__(
+        self,
+        start: StartWorker,
+        on_progress: Callable[[WorkerProgress], None],
+        open_store: Callable[[], Store] | None = None,
+    ) -> None:
+        """``open_store`` makes what the ranks meet in, if it is not the file ``start.store``."""
         self._start = start
+        self._open_store = open_store or self._open_file
         self._config = start.config
         self._on_progress = on_progress
         self._dtype: torch.dtype = getattr(torch, start.config.model.dtype)
@@ -51,7 +59,7 @@ class Worker:
         timeout = self._config.distributed_timeout_seconds
         # hand-overs between stages do follow each other on their communicator, as this warns; nothing else uses it
         os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
-        self._links = distributed.join(plan, rank, self._start.store, self._device, timeout)
+        self._links = distributed.join(plan, rank, self._open_store, self._device, timeout)
         self._progress("rendezvous", 1, 1)
         bytes_read = 0
         if model.load_format == "dummy":
@@ -153,6 +161,9 @@ class Worker:
         ours = torch.cuda.memory_reserved(self._device)
         foreign = total - free - ours  # the CUDA context, communicators, and other processes
         return int(total * self._config.cache.gpu_memory_utilization) - foreign
+
+    def _open_file(self) -> Store:
+        return FileStore(self._start.store, self._config.parallel.world_size)
 
     def _read_spec(self) -> DecoderSpec:
         path = Path(self._config.model.path)

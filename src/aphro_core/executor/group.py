@@ -1,0 +1,273 @@
+"""A group of worker processes, wherever they run: started by a launcher, watched, named when one dies, ended."""
+
+from __future__ import annotations
+
+import math
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import anyio
+from anyio.abc import ObjectReceiveStream, ObjectSendStream
+
+from aphro_core.channel import Channel, ChannelClosedError
+from aphro_core.config import EngineConfig
+from aphro_core.errors import AphroError, EngineDeadError, ExitCode
+from aphro_core.executor.store import GroupStore
+from aphro_core.host import num_oom_kills
+from aphro_core.lifeline import STACKS_SIGNAL
+from aphro_core.messages.steps import (
+    AllocateCache,
+    Beat,
+    DumpStacks,
+    FromWorker,
+    StartWorker,
+    StepPlan,
+    StepResult,
+    StopWorker,
+    StoreCall,
+    ToWorker,
+    WorkerFailed,
+    WorkerLoaded,
+    WorkerLog,
+    WorkerProgress,
+    WorkerReady,
+)
+
+_BEAT_SECONDS: Final = 2.0
+_STOP_SECONDS: Final = 2.0  # for a rank to end by itself before it is killed
+_BLAME_SECONDS: Final = 0.5  # after a first death: time for the others to report, so that the first cause is found
+
+
+class Process(Protocol):
+    """A started worker as its launcher knows it; ``exit_code`` is negative after a signal, None while it runs."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def exit_code(self) -> int | None: ...
+
+    def poll(self) -> bool:
+        """Whether it has ended."""
+
+    async def wait(self) -> None: ...
+
+    def send_signal(self, number: signal.Signals) -> None: ...
+
+    def describe_end(self) -> str: ...
+
+    def close(self) -> None: ...
+
+
+WorkerChannel = Channel[ToWorker, FromWorker]
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A process that waits for its StartWorker. ``host`` is "" for this one."""
+
+    process: Process
+    channel: WorkerChannel
+    start: StartWorker
+    host: str = ""
+
+
+class WorkerHandle:
+    """One rank: its process and the engine's end of its channel."""
+
+    def __init__(self, launched: Launched) -> None:
+        self.rank = launched.start.rank
+        self.process = launched.process
+        self.channel = launched.channel
+        self.host = launched.host or socket.gethostname()
+        self.is_remote = bool(launched.host)
+        self.loaded: WorkerLoaded | None = None
+        self.failed: WorkerFailed | None = None
+        self.is_ready = False
+        self.is_gone = False
+        self.gone_at = math.inf
+
+
+class GroupExecutor:
+    """``launch`` starts the process of a rank; the group does the rest."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        launch: Callable[[int], Awaitable[Launched]],
+        on_progress: Callable[[WorkerProgress], None],
+    ) -> None:
+        self._config = config
+        self._launch = launch
+        self._store = GroupStore()
+        self._num_oom_kills = num_oom_kills()
+        self._on_progress = on_progress
+        self.workers: list[WorkerHandle] = []
+        self._send_result, self.results = _result_stream()
+        self._changed = anyio.Event()
+        self._is_stopping = False
+
+    @property
+    def ranks(self) -> list[WorkerLoaded]:
+        return [worker.loaded for worker in self.workers if worker.loaded is not None]
+
+    async def start(self) -> None:
+        for rank in range(self._config.parallel.world_size):
+            launched = await self._launch(rank)
+            self.workers.append(WorkerHandle(launched))
+            await launched.channel.send(launched.start)
+
+    async def wait_loaded(self) -> None:
+        await self._wait_all(lambda worker: worker.loaded is not None, self._config.start_timeout_seconds, "load")
+
+    async def allocate(self, num_blocks: int) -> None:
+        await self._broadcast(AllocateCache(num_blocks=num_blocks))
+        await self._wait_all(
+            lambda worker: worker.is_ready, self._config.start_timeout_seconds, "allocate its KV cache"
+        )
+
+    async def submit(self, plan: StepPlan) -> None:
+        await self._broadcast(plan)
+
+    async def dump_stacks(self) -> None:
+        for worker in self.workers:
+            if worker.is_remote:
+                await self._send(worker, DumpStacks())
+            else:
+                worker.process.send_signal(STACKS_SIGNAL)
+
+    async def watch(self, worker: WorkerHandle) -> None:
+        """Take one rank's frames until it is gone; then name the first cause, unless we are stopping."""
+        try:
+            while True:
+                await self._take(worker, await worker.channel.receive())
+        except ChannelClosedError:
+            worker.is_gone, worker.gone_at = True, time.monotonic()
+        if not self._is_stopping:
+            with anyio.move_on_after(_BLAME_SECONDS):
+                await worker.process.wait()
+            if worker.failed is not None and worker.failed.secondary:
+                await anyio.sleep(_BLAME_SECONDS)  # it only lost a peer, whose own end is about to be known
+            raise self._first_cause()
+
+    async def _take(self, worker: WorkerHandle, message: FromWorker) -> None:
+        match message:
+            case StepResult():
+                await self._send_result.send(message)
+            case WorkerProgress():
+                self._on_progress(message)
+            case WorkerLoaded():
+                worker.loaded = message
+            case WorkerReady():
+                worker.is_ready = True
+            case WorkerFailed():
+                worker.failed = message
+            case StoreCall():
+                await self._send(worker, self._store.answer(message))
+                return
+            case WorkerLog():
+                print(f"[{worker.host} rank {message.rank}] {message.line}", file=sys.stderr, flush=True)
+                return
+        self._changed.set()
+        self._changed = anyio.Event()
+
+    async def _wait_all(self, is_done: Callable[[WorkerHandle], bool], seconds: float, what: str) -> None:
+        with anyio.move_on_after(seconds):
+            while not all(is_done(worker) for worker in self.workers):
+                await self._changed.wait()
+            return
+        late = [str(worker.rank) for worker in self.workers if not is_done(worker)]
+        raise EngineDeadError(
+            f"rank {', '.join(late)} did not {what} within {seconds:g} s",
+            hint="raise --start-timeout, or look at what that process waits for",
+        )
+
+    async def _broadcast(self, message: ToWorker) -> None:
+        for worker in self.workers:
+            await self._send(worker, message)
+
+    async def _send(self, worker: WorkerHandle, message: ToWorker) -> None:
+        with suppress(ChannelClosedError):  # its watcher names the cause
+            await worker.channel.send(message)
+
+    async def beat(self) -> None:
+        """For ever: workers of other hosts end themselves when they hear nothing for a while."""
+        while True:
+            await self._broadcast(Beat())
+            await anyio.sleep(_BEAT_SECONDS)
+
+    def _first_cause(self) -> AphroError:
+        """A rank that failed by itself, else one that was killed, else whoever went first; peers only echo it."""
+        gone = sorted((worker for worker in self.workers if worker.is_gone), key=lambda worker: worker.gone_at)
+        own = [worker for worker in gone if worker.failed is not None and not worker.failed.secondary]
+        silent = [worker for worker in gone if worker.failed is None]
+        worker = (own or silent or gone)[0]
+        worker.process.poll()
+        failed = worker.failed
+        pid = failed.pid if failed else worker.loaded.pid if worker.loaded else worker.process.pid
+        where = f"rank {worker.rank} on {failed.host if failed else worker.host} (pid {pid})"
+        if failed is None:
+            return _explain_end(where, worker.process, was_short=num_oom_kills() > self._num_oom_kills)
+        error = EngineDeadError(f"{where}: {failed.message}", hint=failed.hint, exit_code=ExitCode(failed.exit_code))
+        error.add_note(failed.traceback)
+        return error
+
+    async def stop(self, *, at_once: bool) -> None:
+        """End every rank: asked first unless ``at_once``, killed after a while, gone in the end."""
+        self._is_stopping = True
+        if not at_once:
+            with anyio.move_on_after(_STOP_SECONDS):
+                await self._broadcast(StopWorker())
+                for worker in self.workers:
+                    await worker.process.wait()
+        for worker in self.workers:
+            if not worker.process.poll():
+                worker.process.send_signal(signal.SIGKILL)
+        with anyio.move_on_after(_STOP_SECONDS):  # else the fork server says so when this engine is gone
+            for worker in self.workers:
+                await worker.process.wait()
+        for worker in self.workers:
+            worker.process.close()
+            await worker.channel.aclose()
+
+
+def _result_stream() -> tuple[ObjectSendStream[StepResult], ObjectReceiveStream[StepResult]]:
+    return anyio.create_memory_object_stream[StepResult](math.inf)
+
+
+def _explain_end(where: str, process: Process, *, was_short: bool) -> EngineDeadError:
+    """``was_short``: the kernel has killed something for want of memory since the group started."""
+    is_killed = process.exit_code == -signal.SIGKILL
+    if is_killed and was_short:
+        hint = "the kernel killed it because memory was short: lower --cpu-memory-utilization"
+    elif is_killed:
+        hint = "somebody killed it: the kernel has not run out of memory since the start"
+    else:
+        hint = "start again with `--log-level debug` and read that rank's lines"
+    return EngineDeadError(f"{where} {process.describe_end()}", hint=hint, is_external=is_killed and not was_short)
+
+
+@asynccontextmanager
+async def running(executor: GroupExecutor, *, beats: bool = False) -> AsyncIterator[GroupExecutor]:
+    """Start every rank and load the weights. Nothing of them is left when the block is left."""
+    has_failed = True
+    try:
+        await executor.start()
+        async with anyio.create_task_group() as tasks:
+            for worker in executor.workers:
+                tasks.start_soon(executor.watch, worker)
+            if beats:
+                tasks.start_soon(executor.beat)
+            await executor.wait_loaded()
+            yield executor
+            has_failed = False
+            tasks.cancel_scope.cancel()
+    finally:
+        with anyio.CancelScope(shield=True):
+            await executor.stop(at_once=has_failed)

@@ -1,0 +1,77 @@
+"""The door of a worker on another host: ``python -m aphro_core.worker.remote_entry`` over ssh, frames on its stdio.
+
+Whatever it or a library prints goes to the engine as lines, under the host's name and the rank.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+from aphro_core import host
+from aphro_core.channel import ChannelClosedError
+from aphro_core.errors import AphroError, ExitCode
+from aphro_core.lifeline import name_process
+from aphro_core.messages.steps import StartWorker, WorkerLog
+from aphro_core.worker import entry
+from aphro_core.worker.stdio_channel import StdioChannel
+
+if TYPE_CHECKING:
+    from torch.distributed import Store  # type: ignore[attr-defined]
+
+LEASE_SECONDS: Final = 15.0
+
+
+def main() -> None:
+    name_process("aphro-rank")
+    channel = StdioChannel(os.dup(0), os.dup(1), LEASE_SECONDS)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    log, write_end = os.pipe()
+    os.dup2(write_end, 1)
+    os.dup2(write_end, 2)
+    exit_code = entry.run(channel, partial(_serve, channel, log))
+    os._exit(exit_code)  # as the fork server's children: the teardown of process groups would wait for peers
+
+
+def _serve(channel: StdioChannel, log: int, _: entry.WorkerChannel, start: StartWorker) -> None:
+    threading.Thread(target=_forward_lines, args=(channel, log, start.rank), name="log", daemon=True).start()
+    os.environ.update(_interfaces(start.peers) | start.environment)
+
+    def open_store() -> Store:
+        from aphro_core.worker.relayed_store import RelayedStore
+
+        return RelayedStore(channel.ask, start.config.distributed_timeout_seconds)
+
+    entry.serve(channel, start, open_store)
+
+
+def _interfaces(peers: list[str]) -> dict[str, str]:
+    """The interface by which the other hosts are reached, for the collectives of CPUs and GPUs."""
+    names = {host.interface_towards(peer) for peer in peers}
+    if "" in names:
+        raise AphroError(
+            f"{socket.gethostname()} has no route to {', '.join(peers)}",
+            hint="`ip route get ADDRESS` there; the hosts must reach each other by the names given to --hosts",
+            exit_code=ExitCode.PLACEMENT,
+        )
+    if not names:
+        return {}
+    name = sorted(names)[0]
+    return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}
+
+
+def _forward_lines(channel: StdioChannel, log: int, rank: int) -> None:
+    with open(log, encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                channel.send(WorkerLog(rank, line.rstrip("\n")))
+            except ChannelClosedError:
+                return
+
+
+if __name__ == "__main__":
+    main()
