@@ -20,7 +20,10 @@ _LINES: Final = "aphro.config_lines"  # in the context's meta: parameter name ->
 
 
 def load_config(context: typer.Context, file: str | None) -> str | None:
-    """Callback of ``--config``, which is read before any other option: its values become the options' defaults."""
+    """Callback of ``--config``: its values become the defaults of all options that are not typed.
+
+    Those are processed after the typed ones, so it need not be eager; an eager option would slow ``--help`` down.
+    """
     if file is None or context.resilient_parsing:
         return file
     console = open_console("info", term=os.environ.get("TERM", ""))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from aphro_cli import bench, chat, doctor, top
+from aphro_cli import bench, chat, completion, doctor, top
 from aphro_cli import estimate as estimate_command
 from aphro_cli.run import EXAMPLES, run
 
@@ -67,6 +67,7 @@ app.command("estimate", epilog=estimate_command.EXAMPLES)(estimate_command.estim
 app.command("chat", epilog=chat.EXAMPLES)(chat.chat)
 app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
 app.command("top", epilog=top.EXAMPLES)(top.top)
+app.command("completion", epilog=completion.EXAMPLES)(completion.completion)
 app.command("version", epilog=VERSION_EXAMPLES)(version)
 
 

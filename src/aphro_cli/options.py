@@ -145,9 +145,7 @@ DryRun = Annotated[
 ]
 Config = Annotated[
     str | None,
-    typer.Option(
-        "--config", metavar="FILE", is_eager=True, callback=load_config, help="Options from YAML or TOML; flags win."
-    ),
+    typer.Option("--config", metavar="FILE", callback=load_config, help="Options from YAML or TOML; flags win."),
 ]
 PrintConfig = Annotated[
     bool, typer.Option("--print-config", help="Print every option's value and where it is from, as a --config file.")
