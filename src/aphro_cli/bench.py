@@ -70,7 +70,7 @@ def bench(
     timeout: srv.Timeout = 120.0,
     as_json: srv.Json = False,
 ) -> None:
-    """Measure time to first token, time between tokens and tokens/s of a running server."""
+    """Measure how fast a running server answers."""
     console = open_console("info", term=os.environ.get("TERM", ""))
 
     def work() -> int:

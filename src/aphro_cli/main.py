@@ -57,13 +57,19 @@ def version() -> None:
     from importlib import metadata
 
     python = ".".join(map(str, sys.version_info[:3]))
-    typer.echo(f"aphro {metadata.version('aphro')} (Python {python}, torch {metadata.version('torch')})")
+    try:
+        torch = metadata.version("torch")
+    except metadata.PackageNotFoundError:  # the single file
+        torch = "is not there"
+    typer.echo(f"aphro {metadata.version('aphro')} (Python {python}, torch {torch})")
 
 
 app.command("run", epilog=EXAMPLES)(run)
 app.command("serve", epilog=EXAMPLES, short_help="The same as run.")(run)
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
-app.command("estimate", epilog=estimate_command.EXAMPLES)(estimate_command.estimate)
+app.command(
+    "estimate", epilog=estimate_command.EXAMPLES, short_help="Say what fits, on which devices, with which tp/pp."
+)(estimate_command.estimate)
 app.command("chat", epilog=chat.EXAMPLES)(chat.chat)
 app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
 app.command("top", epilog=top.EXAMPLES)(top.top)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -103,6 +104,7 @@ def run(
         if json_ready is not None and not dry_run:
             Path(json_ready).unlink(missing_ok=True)  # a script that waits for it must not find an older start's
 
+        _check_torch()
         from aphro_core import api  # only now: --help and refusals answer at once
 
         options = api.ServeOptions(
@@ -146,6 +148,15 @@ def run(
         return _try_out(options, console, as_json) if dry_run else api.serve(options, console)
 
     raise typer.Exit(run_reported(console, serve))
+
+
+def _check_torch() -> None:
+    """The single file comes without it, and cannot serve."""
+    if importlib.util.find_spec("torch") is None:
+        raise UsageError(
+            "torch is not installed here: this aphro estimates, diagnoses and talks to servers, and serves nothing",
+            hint="python3 quickstart.py, in a checkout of aphro, installs it whole",
+        )
 
 
 def _print_values(context: typer.Context, as_json: bool) -> int:

@@ -44,7 +44,7 @@ def top(
     timeout: srv.Timeout = 5.0,
     as_json: srv.Json = False,
 ) -> None:
-    """Show what running servers do: state, requests, KV cache, tokens/s, nodes and devices."""
+    """Show what running servers do, live."""
     console = open_console("info", term=os.environ.get("TERM", ""))
 
     def work() -> int:
