@@ -72,9 +72,9 @@ def node_rows(ranks: Sequence[RankRow]) -> list[tuple[str, ...]]:
 def _troubles(look: Look) -> list[str]:
     texts = [printable(look.error)] if look.error else []
     if look.load is not None and look.load.recoveries:
-        texts.append(f"{look.load.recoveries} engines died and were replaced since the server's start")
+        texts.append(f"engines died and replaced since its start: {look.load.recoveries}")
     if look.load is not None and look.load.preemptions:
-        texts.append(f"{look.load.preemptions} times a sequence gave up its KV blocks: the cache was full")
+        texts.append(f"preemptions, for the cache was full: {look.load.preemptions}")
     return texts
 
 

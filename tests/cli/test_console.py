@@ -8,7 +8,16 @@ import re
 import pytest
 from rich.console import Console as Screen
 
-from aphro_cli.console import Console, LogLevel, TerminalConsole, open_console, printable, render_table, run_reported
+from aphro_cli.console import (
+    Console,
+    LogLevel,
+    TerminalConsole,
+    has_style,
+    open_console,
+    printable,
+    render_table,
+    run_reported,
+)
 from aphro_core.errors import ExitCode, ModelError
 
 CURL = "curl http://127.0.0.1:2242/v1/chat/completions -d '" + "x" * 200 + "'"
@@ -211,3 +220,13 @@ def test_tables_align() -> None:
     lines = render_table("title", ("rank", "device"), [("0", "cpu"), ("10", "cuda:7")])
     assert lines == ["title", "  rank  device", "     0  cpu", "    10  cuda:7"]
     assert render_table("empty", ("a", "b"), []) == ["empty", "  a  b"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_style_is_for_terminals_that_want_it(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert has_style(Terminal())
+    assert not has_style(io.StringIO())
+    monkeypatch.setenv(name, value)
+    assert not has_style(Terminal())
