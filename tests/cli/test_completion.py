@@ -82,6 +82,7 @@ def test_choices(home: Path) -> None:
     assert complete(home, "completion", "") == ["install", "show"]
     assert complete(home, "chat", "--model", "") == []
     assert "explain" in complete(home, "doctor", "")
+    assert complete(home, "estimate", "--enable-prefix-caching", "Qw") == ["Qwen/Qwen3-0.6B"]  # a switch takes no value
 
 
 def crowd(home: Path) -> None:
@@ -126,6 +127,39 @@ def test_fish(line: str, expected: list[str], home: Path) -> None:
         [fish, "--no-config", "-c", script], env=environment, capture_output=True, text=True, check=True
     )
     assert {row.split("\t")[0] for row in done.stdout.splitlines()} >= set(expected)
+
+
+ZSH = """
+zmodload zsh/zpty
+zpty shell zsh -f -i
+zpty -w shell "PS1=; autoload -Uz compinit; compinit -u -D; LISTMAX=10000; bindkey '^I' list-choices; source $1"
+zpty -w shell 'echo REA""DY'
+zpty -r -m shell seen "*READY*"
+zpty -w -n shell "$2"$'\\t'
+zpty -r -m shell seen "*$3*"
+zpty -d shell
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("aphro run Qw", "Qwen/Qwen3-0.6B"),
+        ("aphro run ", "aphro/models/Smol"),
+        ("aphro top nod", "node1"),
+        ("aphro doctor --hosts gpu1,nod", "node1"),
+        ("aphro run --dtype ", "bfloat16"),
+        ("aphro doctor ", "explain"),
+    ],
+)
+def test_zsh(line: str, expected: str, home: Path) -> None:
+    """Ends when the list has what is expected, else not at all."""
+    zsh = shutil.which("zsh")
+    if zsh is None:
+        pytest.skip("zsh is not installed here")
+    command = [zsh, "-f", "-c", ZSH, "zsh", str(ROOT / "completions" / "_aphro"), line, expected]
+    environment = {"HOME": str(home), "PATH": os.environ["PATH"], "TERM": "xterm"}
+    subprocess.run(command, env=environment, cwd=home, check=True, timeout=30)
 
 
 # ---- install
