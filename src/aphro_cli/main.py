@@ -43,10 +43,20 @@ def _show_version(is_asked: bool) -> None:
         raise typer.Exit
 
 
+def _show_help(context: typer.Context, is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
 @app.callback()
 def aphro(
     show_version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="The same as aphro version.")
+    ] = False,
+    # typer's own option, where it is not asked for, makes every command load pydantic before its help
+    show_help: Annotated[
+        bool, typer.Option("--help", "-h", callback=_show_help, is_eager=True, help="Show this message and exit.")
     ] = False,
 ) -> None:
     pass
