@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import os
 import re
-import socket
-import struct
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +12,6 @@ from typing import Final
 
 _MEMINFO: Final = Path("/proc/meminfo")
 _CGROUP: Final = Path("/sys/fs/cgroup")
-_SIOCGIFADDR: Final = 0x8915
 _BF16_FLAGS: Final = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}
 
 
@@ -84,32 +80,6 @@ def gpu_memory() -> list[GpuMemory]:
             gpu = GpuMemory(name, (total - reserved) * 2**20, free * 2**20)
             found |= {index: gpu, uuid: gpu}
     return [found[name] for name in visible if name in found]
-
-
-def interface_towards(address: str) -> str:
-    """The interface by which packets to ``address`` leave, "" without a route. Nothing is sent."""
-    try:
-        family, kind, _, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as asked:
-            asked.connect(target)
-            own = str(asked.getsockname()[0])
-    except OSError:
-        return ""
-    return next((name for _, name in socket.if_nameindex() if own in _addresses_of(name)), "")
-
-
-def _addresses_of(interface: str) -> list[str]:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
-        try:
-            answer = fcntl.ioctl(asked.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
-            found = [socket.inet_ntoa(answer[20:24])]
-        except OSError:  # no IPv4 address
-            found = []
-    try:
-        rows = [line.split() for line in Path("/proc/net/if_inet6").read_text().splitlines()]
-    except OSError:
-        return found
-    return found + [socket.inet_ntop(socket.AF_INET6, bytes.fromhex(row[0])) for row in rows if row[5] == interface]
 
 
 def torch_has_cuda() -> bool:

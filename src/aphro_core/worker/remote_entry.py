@@ -11,9 +11,9 @@ import threading
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from aphro_core import host
 from aphro_core.channel import ChannelClosedError
 from aphro_core.errors import AphroError, ExitCode
+from aphro_core.interfaces import way_to
 from aphro_core.lifeline import name_process
 from aphro_core.messages.steps import StartWorker, WorkerLog
 from aphro_core.worker import entry
@@ -51,17 +51,15 @@ def _serve(channel: StdioChannel, log: int, _: entry.WorkerChannel, start: Start
 
 def _interfaces(peers: list[str]) -> dict[str, str]:
     """The interface by which the other hosts are reached, for the collectives of CPUs and GPUs."""
-    names = {host.interface_towards(peer) for peer in peers}
-    if "" in names:
+    try:
+        names = sorted({way_to(peer).interface for peer in peers} - {""})
+    except OSError as error:
         raise AphroError(
-            f"{socket.gethostname()} has no route to {', '.join(peers)}",
+            f"{socket.gethostname()} has no route to {', '.join(peers)}: {error.strerror or error}",
             hint="`ip route get ADDRESS` there; the hosts must reach each other by the names given to --hosts",
             exit_code=ExitCode.PLACEMENT,
-        )
-    if not names:
-        return {}
-    name = sorted(names)[0]
-    return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}
+        ) from error
+    return {"GLOO_SOCKET_IFNAME": names[0], "NCCL_SOCKET_IFNAME": f"={names[0]}"} if names else {}
 
 
 def _forward_lines(channel: StdioChannel, log: int, rank: int) -> None:
