@@ -32,7 +32,7 @@ complete -c aphro -n '__fish_seen_subcommand_from run serve' -l pipeline-paralle
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l pp-layers -x -d 'Layers of each stage, in order.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l enable-expert-parallel -d 'Tensor-parallel ranks hold whole experts, not columns of each.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l distributed-executor-backend -x -a 'mp ssh' -d 'How workers are started - mp, processes here; ssh, on --hosts. Default - by --hosts.'
-complete -c aphro -n '__fish_seen_subcommand_from run serve' -l hosts -x -d 'Start the ranks there, over ssh; or a file with a HOST -DEVICES a line.'
+complete -c aphro -n '__fish_seen_subcommand_from run serve' -l hosts -x -a '(__fish_complete_list , __fish_print_hostnames)' -d 'Start the ranks there, over ssh; or a file with a HOST -DEVICES a line.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l device -x -a 'auto cuda cpu' -d 'Where the ranks compute.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l dtype -x -a 'auto float32 bfloat16 float16 float half' -d 'Data type of weights and KV cache; float and half are float32 and float16.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l max-model-len -x -a 'auto' -d 'Prompt and output together; default - the model’s own length; auto - as much of it as the memory holds.'

@@ -27,7 +27,9 @@ _aphro_models() {  # ids in the Hugging Face cache, files in aphro's
         words+=("${name//--//}")
     done
     for entry in "$cache"/aphro/models/*; do
-        [[ -e "$entry" ]] && words+=("$entry")
+        [[ -e "$entry" ]] || continue
+        printf -v name %q "$entry"
+        words+=("$name")
     done
     _aphro_offer "" "${words[@]}"
     compopt -o default
@@ -80,7 +82,10 @@ def render_bash(commands: list[Command], header: str) -> str:
     lines = [header, _INSTALL, *_FUNCTIONS.rstrip().splitlines(), ""]
     lines += [
         "_aphro() {",
-        '    local current="${COMP_WORDS[COMP_CWORD]}" previous="${COMP_WORDS[COMP_CWORD-1]}" list=""',
+        '    local current="${COMP_WORDS[COMP_CWORD]}" list="" at="$COMP_CWORD"',
+        '    [[ "$current" == ":" ]] && return  # readline cuts HOST:DEVICES into three words',
+        '    while [[ "${COMP_WORDS[at-1]}" == ":" ]]; do at=$((at - 2)); done',
+        '    local previous="${COMP_WORDS[at-1]}"',
         '    [[ "$current" == "=" ]] && current=""  # readline cuts --dtype=half into three words',
         '    [[ "$previous" == "=" ]] && previous="${COMP_WORDS[COMP_CWORD-2]}"',
         '    [[ "$current" == *,* ]] && list="${current%,*},"',

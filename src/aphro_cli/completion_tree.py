@@ -10,7 +10,7 @@ import typer
 
 Kind = Literal["none", "any", "words", "file", "model", "host", "hosts"]
 # metavar -> what is typed in its place; ``hosts``: several, separated by commas
-_KINDS: dict[str, Kind] = {"FILE": "file", "MODEL": "model", "URL": "host", "HOST,": "hosts"}
+_KINDS: dict[str, Kind] = {"FILE": "file", "MODEL": "model", "URL": "host", "HOST,": "hosts", "HOST:DEVICES,": "hosts"}
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,11 @@ def render_dry_run(found: DryRun) -> list[str]:
         lines.append(f"To fetch from the Hugging Face Hub: {_gib(found.fetch_bytes)}")
     keys = f"{found.num_api_keys} API keys" if found.num_api_keys else "no API key"
     lines += [f"Address: {found.url} is free ({keys}), as {printable(config.model.served_name)}"]
-    workers = f"1 engine and {parallel.world_size} workers" if parallel.backend == "mp" else "1 engine with its worker"
+    over = " over ssh" if parallel.backend == "ssh" else ""
+    is_apart = parallel.backend != "inprocess"
+    workers = f"1 engine and {parallel.world_size} workers{over}" if is_apart else "1 engine with its worker"
     lines += [f"Processes: keeper, fork server, API, {workers}; no other ports"]
-    lines += ["Environment of engine and workers:"]
+    lines += ["Environment of the engine:" if over else "Environment of engine and workers:"]
     lines += [f"  {name}={printable(value)}" for name, value in found.environment.items()]
     return lines
 
@@ -31,6 +33,8 @@ def render_dry_run(found: DryRun) -> list[str]:
 def _memory(found: DryRun) -> list[str]:
     kind = "GPU" if found.config.device == "cuda" else "CPU"
     if found.num_blocks is None or found.tokens is None:
+        if found.config.parallel.hosts:
+            return ["Memory: that of other hosts is not known here; `aphro estimate MODEL --gpu NAME` says what fits"]
         return ["Memory: not known, nvidia-smi does not answer"]
     size = found.config.cache.block_size
     blocks = f"{found.num_blocks} blocks x {size}"

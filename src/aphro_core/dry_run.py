@@ -17,6 +17,7 @@ from aphro_core.errors import AphroError
 from aphro_core.estimate.balance import RankBalance
 from aphro_core.frontend.supervisor import engine_environment
 from aphro_core.messages.steps import WorkerLoaded
+from aphro_core.parallel.placement import place_ranks
 from aphro_core.prepare import Prepared, prepare
 from aphro_core.reporter import Reporter
 from aphro_core.server.bind import bind, url_of
@@ -30,7 +31,7 @@ _SECRET: Final = {"TOKEN", "KEY", "KEYS", "SECRET", "PASSWORD"}
 
 @dataclass(frozen=True)
 class PlannedRank:
-    """What one rank would hold, in bytes; None where this host's GPUs cannot be asked."""
+    """What one rank would hold, in bytes; None where its device cannot be asked."""
 
     rank: int
     stage: int
@@ -164,23 +165,33 @@ def _as_loaded(balance: RankBalance) -> WorkerLoaded:
     )
 
 
+def _places(config: EngineConfig) -> list[tuple[str, int]]:
+    """(host, index of the device there) of each rank."""
+    parallel = config.parallel
+    if not parallel.hosts:
+        return [(socket.gethostname(), rank) for rank in range(parallel.world_size)]
+    slots = [each.num_slots for each in parallel.hosts]
+    places = place_ranks(slots, parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
+    return [(parallel.hosts[place.host].name, place.device) for place in places]
+
+
 def _ranks(prepared: Prepared) -> tuple[PlannedRank, ...]:
-    is_gpu, here = prepared.config.device == "cuda", socket.gethostname()
+    is_gpu, places = prepared.config.device == "cuda", _places(prepared.config)
     expected = prepared.expected or [None] * len(prepared.plan.ranks)
     return tuple(
         PlannedRank(
             rank=shard.rank,
             stage=shard.pp_rank,
             tp_rank=shard.tp_rank,
-            host=here,
-            device=f"cuda:{shard.rank}" if is_gpu else "cpu",
+            host=host,
+            device=f"cuda:{device}" if is_gpu else "cpu",
             first_layer=shard.layers.start,
             last_layer=shard.layers.stop - 1,
             num_heads=len(shard.heads),
             num_kv_heads=len(shard.kv_heads),
             **_bytes_of(balance),
         )
-        for shard, balance in zip(prepared.plan.ranks, expected, strict=True)
+        for shard, balance, (host, device) in zip(prepared.plan.ranks, expected, places, strict=True)
     )
 
 

@@ -55,7 +55,7 @@ def complete(home: Path, *words: str, **environment: str) -> list[str]:
 
 @pytest.mark.parametrize("words", [("run", ""), ("estimate", ""), ("doctor", "--model", ""), ("run", "-tp", "2", "")])
 def test_models_of_both_caches(words: tuple[str, ...], home: Path) -> None:
-    cached = str(home / ".cache" / "aphro" / "models" / "Smol LM.gguf")
+    cached = str(home / ".cache" / "aphro" / "models" / "Smol LM.gguf").replace(" ", "\\ ")
     assert complete(home, *words) == sorted(["Qwen/Qwen3-0.6B", "gpt2", cached])
     assert complete(home, *words[:-1], "Qw") == ["Qwen/Qwen3-0.6B"]
 
@@ -74,6 +74,9 @@ def test_hosts(home: Path) -> None:
     assert complete(home, "top", "gpu1", "no") == ["node1", "node2:2222"]
     assert complete(home, "doctor", "--hosts", "gpu1,no") == ["gpu1,node1", "gpu1,node2:2222"]
     assert complete(home / "none", "top", "") == []
+    assert complete(home, "run", "--hosts", "gpu1", ":", "2,gpu") == ["2,gpu1", "2,gpu2", "2,gpu3"]  # as bash cuts them
+    assert complete(home, "run", "--hosts", "a", ":", "2,b", ":", "1,node") == ["1,node1", "1,node2:2222"]
+    assert complete(home, "run", "--hosts", "gpu1", ":") == []
 
 
 def test_choices(home: Path) -> None:

@@ -50,6 +50,18 @@ def test_the_plan(model: Path) -> None:
     assert max(map(len, lines)) <= 100
 
 
+def test_ranks_on_other_hosts(model: Path) -> None:
+    """Where they would run, and no figure that this host cannot know."""
+    words = ("-tp", 2, "-pp", 2, "--hosts", "near:3,far:2")
+    result = dry_run(model, *words)
+    assert result.exit_code == 0, result.stderr
+    assert "that of other hosts is not known here" in result.stdout
+    assert "4 workers over ssh" in result.stdout
+    found = json.loads(dry_run(model, *words, "--json").stdout)
+    assert [rank["host"] for rank in found["per_rank"]] == ["near", "near", "far", "far"]
+    assert (found["num_blocks"], found["tokens"], found["max_concurrency"]) == (None, None, None)
+
+
 def test_json_adds_up(model: Path) -> None:
     found = json.loads(dry_run(model, "-tp", 2, "-pp", 2, "--api-key", "secret", "--json").stdout)
     assert [rank["rank"] for rank in found["per_rank"]] == [0, 1, 2, 3]
