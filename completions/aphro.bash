@@ -79,7 +79,7 @@ _aphro() {
     local IFS=$' \t\n'
     COMPREPLY=()
     if [[ "$COMP_CWORD" -eq 1 ]]; then
-        _aphro_offer "" run serve doctor estimate chat bench top completion version --help --version
+        _aphro_offer "" run serve doctor estimate chat bench top completion models quants version --help --version
         return
     fi
     case "${COMP_WORDS[1]}" in
@@ -172,6 +172,13 @@ _aphro() {
             _aphro_offer "" --shell --uninstall --help -h
         else
             _aphro_offer "" install show
+        fi
+        ;;
+    models|quants)
+        case "$previous" in
+        esac
+        if [[ "$current" == -* ]]; then
+            _aphro_offer "" --json --help -h
         fi
         ;;
     version)

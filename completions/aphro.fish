@@ -25,6 +25,8 @@ complete -c aphro -n __fish_use_subcommand -f -a chat -d 'Chat with the model of
 complete -c aphro -n __fish_use_subcommand -f -a bench -d 'Measure how fast a running server answers.'
 complete -c aphro -n __fish_use_subcommand -f -a top -d 'Show what running servers do, live.'
 complete -c aphro -n __fish_use_subcommand -f -a completion -d 'Install completion by TAB for bash, zsh or fish.'
+complete -c aphro -n __fish_use_subcommand -f -a models -d 'List the model families that can be served, and those known only by name.'
+complete -c aphro -n __fish_use_subcommand -f -a quants -d 'List the weight formats that can be served, and those known only by name.'
 complete -c aphro -n __fish_use_subcommand -f -a version -d 'Print the versions of aphro, Python and torch.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -a '(__aphro_models)'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l tensor-parallel-size -o tp -x -d 'Ranks that share each layer; any number, also 3.'
@@ -152,5 +154,8 @@ complete -c aphro -n '__fish_seen_subcommand_from completion' -f -a 'install sho
 complete -c aphro -n '__fish_seen_subcommand_from completion' -l shell -x -a 'auto bash zsh fish' -d 'Whose script.'
 complete -c aphro -n '__fish_seen_subcommand_from completion' -l uninstall -d 'With install - take away what it wrote.'
 complete -c aphro -n '__fish_seen_subcommand_from completion' -l help -s h -d 'Show help and exit.'
+complete -c aphro -n '__fish_seen_subcommand_from models quants' -f
+complete -c aphro -n '__fish_seen_subcommand_from models quants' -l json -d 'One JSON array, for scripts.'
+complete -c aphro -n '__fish_seen_subcommand_from models quants' -l help -s h -d 'Show help and exit.'
 complete -c aphro -n '__fish_seen_subcommand_from version' -f
 complete -c aphro -n '__fish_seen_subcommand_from version' -l help -s h -d 'Show help and exit.'

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from aphro_cli import bench, chat, completion, doctor, top
+from aphro_cli import bench, catalogue, chat, completion, doctor, top
 from aphro_cli import estimate as estimate_command
 from aphro_cli.run import EXAMPLES, run
 
@@ -84,6 +84,8 @@ app.command("chat", epilog=chat.EXAMPLES)(chat.chat)
 app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
 app.command("top", epilog=top.EXAMPLES)(top.top)
 app.command("completion", epilog=completion.EXAMPLES)(completion.completion)
+app.command("models", epilog=catalogue.MODELS_EXAMPLES)(catalogue.models)
+app.command("quants", epilog=catalogue.QUANTS_EXAMPLES)(catalogue.quants)
 app.command("version", epilog=VERSION_EXAMPLES)(version)
 
 

@@ -58,6 +58,17 @@ FAMILIES: Final[dict[str, Family]] = {
     "GraniteForCausalLM": granite,
 }
 
+# Architectures of published models that are not supported: named when they are refused, not "unknown".
+RECOGNISED_ARCHITECTURES: Final = (
+    "BaichuanForCausalLM", "BloomForCausalLM", "ChatGLMModel", "CohereForCausalLM", "DbrxForCausalLM",
+    "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "FalconForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM",
+    "GemmaForCausalLM", "Gemma3ForConditionalGeneration", "Glm4ForCausalLM", "GptOssForCausalLM",
+    "GraniteMoeForCausalLM", "JambaForCausalLM", "Llama4ForConditionalGeneration", "MPTForCausalLM",
+    "MambaForCausalLM", "MiniCPMForCausalLM", "NemotronHForCausalLM", "OlmoForCausalLM", "OlmoeForCausalLM",
+    "PhiForCausalLM", "Qwen2VLForConditionalGeneration", "Qwen3NextForCausalLM", "StableLmForCausalLM",
+    "Starcoder2ForCausalLM",
+)  # fmt: skip
+
 
 def load_spec(hf_config: Mapping[str, Any], quantization: str | None = None) -> DecoderSpec:
     """The spec of a checkpoint. ``hf_config`` is untrusted: every key is checked. ``quantization`` is what was asked
@@ -76,9 +87,10 @@ def load_spec(hf_config: Mapping[str, Any], quantization: str | None = None) -> 
     architecture = architectures[0]
     family = FAMILIES.get(architecture)
     if family is None:
+        known = "recognised but not supported" if architecture in RECOGNISED_ARCHITECTURES else "not supported"
         near = difflib.get_close_matches(architecture, FAMILIES, n=1)
         raise ModelError(
-            f"architecture {architecture[:80]!r} is not supported, supported: {', '.join(FAMILIES)}",
+            f"architecture {architecture[:80]!r} is {known}, supported: {', '.join(FAMILIES)}",
             hint=f"the nearest is {near[0]}" if near else "use a model of a supported architecture",
         )
     spec = family.spec(hf_config)

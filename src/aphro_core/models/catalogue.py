@@ -1,0 +1,58 @@
+"""What can be served, as rows: families and weight formats, supported ones and those known only by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from aphro_core.models.quant_config import METHODS, ONLINE, RECOGNISED
+from aphro_core.models.quantization import GGUF_KINDS
+from aphro_core.models.registry import FAMILIES, RECOGNISED_ARCHITECTURES
+
+CPU_ONLY: Final = ("Gemma2ForCausalLM",)  # attention's kernels for GPUs do not cap scores
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    architecture: str
+    family: str  # "" for those known only by name
+    is_supported: bool
+    devices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FormatRow:
+    name: str  # as -q takes it
+    status: str  # "supported" or "recognised"
+    what: str
+    devices: tuple[str, ...]
+
+
+_WHAT: Final = {
+    "fp8": "FP8 checkpoints (tensor or 128 x 128 block scales), or FP8 weights made while loading",
+    "int8": "8-bit integers made while loading",
+    "int4": "4-bit integers in groups, made while loading",
+    "gptq": "GPTQ, 4 and 8 bits, act-order included",
+    "awq": "AWQ, 4 bits (gemm)",
+    "compressed-tensors": "FP8 static and dynamic, INT8 W8A8, W4A16 and W8A16",
+    "gguf": f"GGUF blocks kept packed: {', '.join(GGUF_KINDS)}; other block formats are expanded",
+}
+
+
+def model_rows() -> list[ModelRow]:
+    supported = [
+        ModelRow(
+            architecture,
+            str(family.__doc__).split(":", maxsplit=1)[0],
+            True,
+            ("cpu",) if architecture in CPU_ONLY else ("cuda", "cpu"),
+        )
+        for architecture, family in FAMILIES.items()
+    ]
+    return supported + [ModelRow(name, "", False, ()) for name in RECOGNISED_ARCHITECTURES]
+
+
+def format_rows() -> list[FormatRow]:
+    names = dict.fromkeys((*ONLINE, *METHODS))
+    supported = [FormatRow(name, "supported", _WHAT[name], ("cuda", "cpu")) for name in names]
+    return supported + [FormatRow(name, "recognised", "known by name, not supported", ()) for name in RECOGNISED]
