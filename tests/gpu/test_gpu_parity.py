@@ -6,16 +6,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from aphro_core.llm import LLM
+from aphro_core.models.catalogue import CPU_ONLY
 from aphro_core.request import SamplingParams
 from tests.e2e.server_process import running_server
+from tests.families import TINY
+from tests.formats import TINY_FORMATS, write_tiny_format
 from tests.reference import Reference
-from tests.tiny import write_tiny_checkpoint
+from tests.tiny import PLAIN, write_tiny_checkpoint
 
 NUM_GPUS = torch.cuda.device_count()
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = tuple(name for name, row in TINY.items() if row.architecture not in CPU_ONLY)
+FORMATS = (
+    "gptq",
+    "gptq-act-order",
+    "awq",
+    "fp8-block",
+    "compressed-fp8-dynamic",
+    "compressed-int8-w8a8",
+    "compressed-w4a16",
+)
 
 pytestmark = pytest.mark.skipif(NUM_GPUS == 0, reason="no CUDA device")
 
@@ -25,8 +36,9 @@ pytestmark = pytest.mark.skipif(NUM_GPUS == 0, reason="no CUDA device")
 def test_float32_tokens_equal_transformers(tmp_path: Path, family: str, tp: int, pp: int) -> None:
     if tp * pp > NUM_GPUS:
         pytest.skip(f"needs {tp * pp} GPUs")
-    write_tiny_checkpoint(tmp_path, family)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    if family not in PLAIN and (tp, pp) != (1, 1):
+        pytest.skip("one layout of several ranks is enough for what differs")
+    model = write_tiny_checkpoint(tmp_path, family)
     reference = Reference(model, prompt_lengths=(1, 5, 17, 40, 33), new=12)
     with LLM(
         str(tmp_path),
@@ -50,6 +62,18 @@ def test_float32_tokens_equal_transformers(tmp_path: Path, family: str, tp: int,
         for position, row in zip(output.outputs[0].logprobs or [], rows, strict=True):
             for token_id, entry in position.items():
                 assert entry.logprob == pytest.approx(float(row[token_id]), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_quantised_tokens_equal_transformers(tmp_path: Path, name: str) -> None:
+    """On the dequantised weights; decode takes the kernel, the prompts of more than 64 rows a dequantised copy."""
+    assert name in TINY_FORMATS
+    reference = Reference(write_tiny_format(tmp_path, name), prompt_lengths=(1, 17, 40, 70), new=12)
+    with LLM(
+        str(tmp_path), device="cuda", dtype="float32", num_blocks=64, max_model_len=128, skip_tokenizer_init=True
+    ) as llm:
+        outputs = llm.generate(reference.prompts, reference.greedy)
+    assert [list(output.outputs[0].token_ids) for output in outputs] == reference.tokens
 
 
 @pytest.mark.parametrize("tp", [1, 2])

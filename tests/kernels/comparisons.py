@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from aphro_kernels import (
     grouped_gemm,
+    packed_linear,
     paged_attention,
     peer_all_reduce,
     rms_norm,
@@ -326,3 +327,26 @@ def compare_peer_all_reduce(num_rows: int, width: int, dtype: torch.dtype, *, is
         assert_close(found, peer_all_reduce.peer_all_reduce_reference(summands, residual, gain, 1e-5))
         if residual is not None:
             assert_close(copies[other], residual)
+
+
+def compare_packed_linear(
+    num_rows: int, shape: tuple[int, int], kind: str, num_groups: int, dtype: torch.dtype, device: str
+) -> None:
+    """Codes at their whole range, also in rows and columns that no tile ends with."""
+    width, depth = shape
+    generator = torch.Generator().manual_seed(width + num_rows)
+    integers = torch.randint(0, 256, (width, depth // 2 if kind == "int4" else depth), generator=generator)
+    codes = integers.to(torch.uint8).to(device)
+    if kind == "int8":
+        codes = codes.view(torch.int8)
+    elif kind == "fp8":
+        codes = (codes & 0xBF).view(torch.float8_e4m3fn)  # no NaN, nothing above 2
+    size = {"int4": 15, "int8": 128, "fp8": 2}[kind]
+    scale_dtype = torch.float32 if num_groups == 1 else dtype
+    scales = (torch.rand(width, num_groups, generator=generator) / size / depth**0.5).to(device, scale_dtype)
+    offsets = -scales * 7 if kind == "int4" else None
+    x = random(num_rows, depth, dtype=dtype, device=device)
+    out = packed_linear._launch(x, codes, scales, offsets, nans(num_rows, width, dtype=dtype, device=device))
+    assert_close(out, packed_linear.packed_linear_reference(x, codes, scales, offsets))
+    whole = packed_linear._launch_dequantise(codes, scales, offsets, nans(width, depth, dtype=dtype, device=device))
+    assert_close(whole, packed_linear.dequantise_reference(codes, scales, offsets, dtype))

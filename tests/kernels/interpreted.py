@@ -9,6 +9,7 @@ from aphro_kernels.skinny_linear import SkinnyConfig
 from tests.kernels.comparisons import (
     compare_attention,
     compare_grouped_linear,
+    compare_packed_linear,
     compare_peer_all_reduce,
     compare_rms_norm,
     compare_rotary,
@@ -121,3 +122,10 @@ def test_sample(num_rows: int, vocab_size: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("is_added", "is_normed"), [(False, False), (True, False), (True, True)])
 def test_peer_all_reduce(num_rows: int, width: int, is_added: bool, is_normed: bool) -> None:
     compare_peer_all_reduce(num_rows, width, F32, is_added=is_added, is_normed=is_normed)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16])
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+@pytest.mark.parametrize(("num_rows", "shape", "num_groups"), [(1, (40, 96), 3), (5, (17, 64), 1), (17, (33, 320), 5)])
+def test_packed_linear(num_rows: int, shape: tuple[int, int], num_groups: int, kind: str, dtype: torch.dtype) -> None:
+    compare_packed_linear(num_rows, shape, kind, num_groups, dtype, "cpu")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Final, Protocol
 
 import torch
+from aphro_kernels.packed_linear import packed_linear
 from aphro_kernels.silu_and_mul import silu_and_mul
 from torch import Tensor
 from torch.nn.functional import linear
@@ -53,7 +54,20 @@ def build_product(matrix: PackedMatrix, dtype: torch.dtype) -> Product:
             return Int4Product(matrix)
         if matrix.kind == "int8" and matrix.scales.shape[1] == 1:
             return Int8Product(matrix)
+    if matrix.codes.is_cuda and matrix.group_index is None:
+        return KernelProduct(matrix)
     return DequantisedProduct(matrix)
+
+
+class KernelProduct:
+    """Dequantises in registers for few rows (GPU)."""
+
+    def __init__(self, matrix: PackedMatrix) -> None:
+        self._matrix = matrix
+        self.nbytes = matrix.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return packed_linear(x, self._matrix.codes, self._matrix.scales, self._matrix.offsets)
 
 
 class DequantisedProduct:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from aphro_kernels.packed_linear import dequantise
 from torch import Tensor
 
 from aphro_core.models.quantization import Kind
@@ -62,6 +63,8 @@ class PackedMatrix:
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """``[rows, columns]`` in ``dtype``; products in the dtype of the scales or float32, whichever is finer."""
         num_rows, num_columns = self.shape
+        if self.codes.is_cuda and self.group_index is None:
+            return dequantise(self.codes, self.scales, self.offsets, dtype)
         codes = unpack_nibbles(self.codes) if self.kind == "int4" else self.codes
         wide = _widened(codes, dtype if self.scales.dtype == dtype else torch.float32)
         if self.group_index is not None:
