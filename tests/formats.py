@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.tiny import tiny_model
@@ -25,6 +25,7 @@ SIZES: Final[dict[str, Any]] = {
     "vocab_size": 131,
     "tie_word_embeddings": False,
 }
+LINEAR: Final = ("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight", ".fc1.weight", ".fc2.weight")
 # (module's tensors, the weight that they stand for)
 Written = tuple[dict[str, Tensor], Tensor]
 
@@ -39,18 +40,21 @@ def write_tiny_format(folder: Path, name: str, family: str = "llama", **override
     """Write the checkpoint; returns the transformers model with the dequantised weights in float32."""
     row, model = TINY_FORMATS[name], tiny_model(family, **(SIZES | overrides))
     generator = torch.Generator().manual_seed(1)
-    state, meant = {}, {}
-    for key, weight in model.state_dict().items():
-        if "_proj.weight" not in key:
+    meaning = folder / "meaning"
+    model.save_pretrained(meaning)  # under the names of published checkpoints
+    state, meant = {}, load_file(meaning / "model.safetensors")
+    for key, weight in list(meant.items()):
+        if not key.endswith(LINEAR):
             state[key] = weight
             continue
         tensors, meant[key] = row.write(weight, generator)
-        state |= {f"{key.removesuffix('.weight')}.{part}": tensor.contiguous() for part, tensor in tensors.items()}
-    model.load_state_dict(meant, strict=False)
+        for part, tensor in tensors.items():
+            state.setdefault(f"{key.removesuffix('weight')}{part}", tensor.contiguous())  # a bias may be there
+    save_file(meant, meaning / "model.safetensors", metadata={"format": "pt"})
     config = model.config.to_dict() | {"architectures": [type(model).__name__], "quantization_config": row.config}
     (folder / "config.json").write_text(json.dumps(config))
     save_file(state, folder / "model.safetensors")
-    return model
+    return type(model).from_pretrained(meaning, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def pack(codes: Tensor, bits: int, dim: int) -> Tensor:
@@ -167,7 +171,7 @@ def _packed(bits: int, *, symmetric: bool, act_order: bool = False) -> TinyForma
             tensors["weight_g_idx"] = index.to(torch.int32)
         return tensors, _meaning(codes, scales, zeros, index)
 
-    order = {"actorder": "group"} if act_order else {}
+    order: dict[str, Any] = {"actorder": "group"} if act_order else {}
     return TinyFormat(_compressed("pack-quantized", "int", bits, "group", symmetric=symmetric, **order), write)
 
 

@@ -43,7 +43,11 @@ def spec(hf: Mapping[str, Any]) -> DecoderSpec:
     if not config.flag("layer_norm_elementwise_affine", True):
         raise config.refuse("layer_norm_elementwise_affine", "true")
     has_bias = config.flag("enable_bias", True)
-    renamed = {"intermediate_size": config.integer("ffn_dim"), "hidden_act": hf.get("activation_function")}
+    renamed: dict[str, Any] = {
+        "intermediate_size": config.integer("ffn_dim"),
+        "hidden_act": hf.get("activation_function"),
+    }
+    renamed |= dict.fromkeys(("head_dim", "num_key_value_heads"))  # not OPT's keys
     base = llama.decoder_spec({**hf, **renamed}, max_position_embeddings=2048, activations=_ACTIVATIONS, is_tied=True)
     return replace(
         base,

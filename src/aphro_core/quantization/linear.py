@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final, Protocol
 
 import torch
@@ -49,6 +50,8 @@ class QuantizedLinear:
 
 
 def build_product(matrix: PackedMatrix, dtype: torch.dtype) -> Product:
+    if matrix.order is not None:
+        return OrderedProduct(matrix, dtype)
     if matrix.codes.device.type == "cpu" and dtype == torch.bfloat16 and matrix.group_index is None:
         if matrix.kind == "int4" and matrix.group_size in _INT4_GROUPS and matrix.shape[0] % 16 == 0:
             return Int4Product(matrix)
@@ -57,6 +60,19 @@ def build_product(matrix: PackedMatrix, dtype: torch.dtype) -> Product:
     if matrix.codes.is_cuda and matrix.group_index is None:
         return KernelProduct(matrix)
     return DequantisedProduct(matrix)
+
+
+class OrderedProduct:
+    """Act-order: the inputs are put into the order of the columns first."""
+
+    def __init__(self, matrix: PackedMatrix, dtype: torch.dtype) -> None:
+        assert matrix.order is not None
+        self._order = matrix.order
+        self._product = build_product(replace(matrix, order=None), dtype)
+        self.nbytes = self._product.nbytes + matrix.order.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._product(x.index_select(1, self._order))
 
 
 class KernelProduct:

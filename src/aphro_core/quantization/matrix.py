@@ -20,8 +20,8 @@ class PackedMatrix:
     """[rows, columns]: weight = code * scale (+ offset), with as many groups of equal size as ``scales`` has columns.
 
     ``codes``: two a byte for int4 [rows, columns / 2] uint8, else [rows, columns] int8 or float8_e4m3fn. ``scales`` and
-    ``offsets`` (int4) [rows, groups]. With ``group_index`` [columns] int32 column j is of group ``group_index[j]``
-    instead (act-order, cut between ranks).
+    ``offsets`` (int4) [rows, groups]. Act-order: with ``order`` [columns] int32 column j is input ``order[j]``; where
+    a rank has part of the groups, with ``group_index`` [columns] int32 column j is of group ``group_index[j]``.
     """
 
     kind: Kind
@@ -29,6 +29,7 @@ class PackedMatrix:
     scales: Tensor
     offsets: Tensor | None = None
     group_index: Tensor | None = None
+    order: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -41,7 +42,7 @@ class PackedMatrix:
 
     @property
     def tensors(self) -> list[Tensor]:
-        found = (self.codes, self.scales, self.offsets, self.group_index)
+        found = (self.codes, self.scales, self.offsets, self.group_index, self.order)
         return [tensor for tensor in found if tensor is not None]
 
     @property
@@ -54,14 +55,17 @@ class PackedMatrix:
         return replace(self, codes=self.codes[start:stop], scales=self.scales[start:stop], offsets=offsets)
 
     def to(self, device: torch.device) -> PackedMatrix:
-        moved = [None if x is None else x.to(device) for x in (self.codes, self.scales, self.offsets, self.group_index)]
-        codes, scales, offsets, group_index = moved
-        assert codes is not None
-        assert scales is not None
-        return PackedMatrix(self.kind, codes, scales, offsets, group_index)
+        offsets, group_index, order = (
+            None if x is None else x.to(device) for x in (self.offsets, self.group_index, self.order)
+        )
+        return PackedMatrix(self.kind, self.codes.to(device), self.scales.to(device), offsets, group_index, order)
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
-        """``[rows, columns]`` in ``dtype``; products in the dtype of the scales or float32, whichever is finer."""
+        """``[rows, inputs]`` in ``dtype``; products in the dtype of the scales or float32, whichever is finer."""
+        values = self._values(dtype)
+        return values if self.order is None else values[:, self.order.argsort()]
+
+    def _values(self, dtype: torch.dtype) -> Tensor:
         num_rows, num_columns = self.shape
         if self.codes.is_cuda and self.group_index is None:
             return dequantise(self.codes, self.scales, self.offsets, dtype)
@@ -93,6 +97,10 @@ def below_each_other(parts: Sequence[PackedMatrix]) -> list[PackedMatrix]:
 
 
 def _are_alike(a: PackedMatrix, b: PackedMatrix) -> bool:
+    if (a.order is None) != (b.order is None) or (
+        a.order is not None and b.order is not None and not torch.equal(a.order, b.order)
+    ):
+        return False
     alike = a.kind == b.kind and a.scales.shape[1] == b.scales.shape[1] and a.scales.dtype == b.scales.dtype
     if a.group_index is None or b.group_index is None:
         return alike and a.group_index is b.group_index

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from aphro_core.checkpoint.open import open_checkpoint
+from aphro_core.llm import LLM
 from aphro_core.models.registry import load_spec
 from aphro_core.parallel.memory import weights_bytes
 from aphro_core.parallel.shard import RankShard, build_plan, legal_tensor_parallel_sizes
 from aphro_core.worker.loader import load_weights
 from tests.formats import TINY_FORMATS, write_tiny_format
+from tests.reference import Reference
 
 CPU = torch.device("cpu")
 
@@ -29,6 +31,41 @@ def expected(state: dict[str, Tensor], shard: RankShard, width: int, layer: int)
         "mlp.gate_up_proj": torch.cat([state[f"{at}.mlp.{name}_proj.weight"][mlp] for name in ("gate", "up")]),
         "mlp.down_proj": state[f"{at}.mlp.down_proj.weight"][:, mlp],
     }
+
+
+MIXTURES = {"num_local_experts": 3, "num_experts_per_tok": 2}
+SHARED = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+SHARED |= {"shared_expert_intermediate_size": 96, "mlp_only_layers": [1]}
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "sizes"),
+    [
+        ("mixtral", "gptq", MIXTURES),
+        ("mixtral", "fp8-block", MIXTURES),
+        ("qwen2_moe", "compressed-w4a16-asymmetric", SHARED),
+        ("qwen2_moe", "compressed-int8-w8a8", SHARED),
+        ("phi3", "awq", {"rope_parameters": None, "original_max_position_embeddings": 256}),
+        ("opt", "gptq-act-order", {"word_embed_proj_dim": 96, "ffn_dim": 160}),
+        ("nemotron", "compressed-fp8-dynamic", {}),
+    ],
+)
+def test_layouts_do_not_depend_on_the_family(family: str, name: str, sizes: dict[str, object], tmp_path: Path) -> None:
+    """Experts, fused tensors, other names: greedy tokens of one rank, and the other ranks' logits add up alike."""
+    model = write_tiny_format(tmp_path, name, family, **sizes)
+    reference = Reference(model, prompt_lengths=(3, 9), new=6)
+    for tp in (1, 3):
+        with LLM(
+            str(tmp_path),
+            tensor_parallel_size=tp,
+            device="cpu",
+            dtype="float32",
+            num_blocks=16,
+            max_model_len=64,
+            skip_tokenizer_init=True,
+        ) as llm:
+            outputs = llm.generate(reference.prompts, reference.greedy)
+        assert [list(output.outputs[0].token_ids) for output in outputs] == reference.tokens
 
 
 @pytest.mark.parametrize("name", TINY_FORMATS)
