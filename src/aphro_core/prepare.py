@@ -22,6 +22,7 @@ from aphro_core.config import (
 from aphro_core.errors import ModelError, PlacementError, UsageError
 from aphro_core.estimate.aphro_engine import expected_balances
 from aphro_core.estimate.balance import RankBalance
+from aphro_core.models.quantization import is_int4
 from aphro_core.models.registry import load_spec
 from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel.memory import weights_bytes
@@ -278,6 +279,8 @@ def _choose_quantization(
         return "none"
     how = f"quantised to {found.kind} while loading" if found.layout == "online" else f"{found.layout}, kept packed"
     reporter.line(f"Weights: {how}.")
+    if device == "cpu" and dtype == "bfloat16" and not is_int4(found):
+        reporter.line("Weights that are not 4 bits in groups are kept in 8 bits a row, which this CPU multiplies.")
     return options.quantization
 
 

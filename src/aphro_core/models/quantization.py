@@ -85,6 +85,12 @@ class QuantSpec:
         return {f"{module}.{name}": shape for name, shape in tensors.items()}
 
 
+def is_int4(spec: QuantSpec) -> bool:
+    """Whether all its matrices are of 4 bits."""
+    kinds = {GGUF_KINDS[name][0] for name in spec.block_formats.values() if name in GGUF_KINDS} or {spec.kind}
+    return kinds == {"int4"}
+
+
 def online_group(width: int) -> int:
     """Inputs that share a scale in weights quantised while they are loaded, of a dimension cut between ranks.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from aphro_core.quantization.matrix import PackedMatrix
+from aphro_core.quantization.online import quantise
 from aphro_core.quantization.packing import unpack_nibbles
 
 _TILE: Final = 2**20  # weights that are dequantised at once on a CPU: what is multiplied next is still in its cache
@@ -52,11 +53,8 @@ class QuantizedLinear:
 def build_product(matrix: PackedMatrix, dtype: torch.dtype) -> Product:
     if matrix.order is not None:
         return OrderedProduct(matrix, dtype)
-    if matrix.codes.device.type == "cpu" and dtype == torch.bfloat16 and matrix.group_index is None:
-        if matrix.kind == "int4" and matrix.group_size in _INT4_GROUPS and matrix.shape[0] % 16 == 0:
-            return Int4Product(matrix)
-        if matrix.kind == "int8" and matrix.scales.shape[1] == 1:
-            return Int8Product(matrix)
+    if matrix.codes.device.type == "cpu" and dtype == torch.bfloat16:
+        return Int4Product(matrix) if _suits_int4(matrix) else Int8Product(in_rows(matrix))
     if matrix.codes.is_cuda and matrix.group_index is None:
         return KernelProduct(matrix)
     return DequantisedProduct(matrix)
@@ -129,15 +127,32 @@ class Int4Product:
 
 
 class Int8Product:
-    """torch's product of bfloat16 with int8 rows, for few rows."""
+    """torch's product of bfloat16 with int8 rows, for few rows; many multiply the codes, then scale the outcome."""
 
     def __init__(self, matrix: PackedMatrix) -> None:
         self._codes, self._scales = matrix.codes, matrix.scales[:, 0].to(torch.bfloat16)
-        self._many = DequantisedProduct(matrix)
-        self.nbytes = self._many.nbytes + self._scales.nbytes
+        self._step = max(_TILE // self._codes.shape[1], 1)
+        self.nbytes = self._codes.nbytes + self._scales.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.shape[0] > _INT8_ROWS:
-            return self._many(x)
-        y: Tensor = torch.ops.aten._weight_int8pack_mm(x.contiguous(), self._codes, self._scales)
+        if x.shape[0] <= _INT8_ROWS:
+            y: Tensor = torch.ops.aten._weight_int8pack_mm(x.contiguous(), self._codes, self._scales)
+            return y
+        y = x.new_empty(x.shape[0], len(self._codes))
+        for start in range(0, len(self._codes), self._step):
+            rows = slice(start, start + self._step)
+            y[:, rows] = linear(x, self._codes[rows].to(x.dtype)).mul_(self._scales[rows])
         return y
+
+
+def _suits_int4(matrix: PackedMatrix) -> bool:
+    is_grouped = matrix.group_index is None and matrix.group_size in _INT4_GROUPS
+    return matrix.kind == "int4" and is_grouped and matrix.shape[0] % 16 == 0
+
+
+def in_rows(matrix: PackedMatrix) -> PackedMatrix:
+    """8 bits and a scale a row: what torch multiplies on CPUs. A CPU has no product for the other groupings, and
+    dequantising for each step would read the weights several times."""
+    if matrix.kind == "int8" and matrix.scales.shape[1] == 1:
+        return matrix
+    return quantise(matrix.dequantise(torch.float32), "int8", None, torch.float32)
