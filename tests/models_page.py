@@ -34,7 +34,8 @@ How weights are stored does not depend on the family, but GGUF files are read fo
 below was checked on a tiny Llama, whose checkpoint is written bit by bit in the published layout: what a rank holds
 against its part of the dequantised weights (tp 1, 2, 3 and 5), tokens against transformers on the dequantised weights.
 Columns are cut between groups of inputs that share a scale: a tp that would cut a group is refused, with the tensor,
-the group and the nearest size that works.
+the group and the nearest size that works. The kernels for GPUs, of these layouts and of mixtures of experts, run in
+Triton's interpreter and are compiled for Hopper; `tests/gpu` runs families and layouts on a host that has a GPU.
 """
 
 

@@ -110,9 +110,10 @@ def _check_tensor_parallel(spec: DecoderSpec, tp: int) -> None:
     legal = legal_tensor_parallel_sizes(spec)
     if tp in legal:
         return
-    if spec.quantization is not None and 1 <= tp <= min(spec.num_heads, _fewest_columns(spec)):
+    is_in_range = 1 <= tp <= min(spec.num_heads, _fewest_columns(spec))
+    if spec.quantization is not None and (is_in_range or not legal):
         raise _between_groups(spec, tp, legal)
-    nearest = legal[-1] if tp > legal[-1] else 1
+    nearest = legal[-1] if tp > legal[-1] else legal[0]
     what = "query heads" if spec.num_heads <= _fewest_columns(spec) else "MLP columns"
     raise PlacementError(
         f"tensor_parallel_size is {tp}, but {spec.architecture} here has {legal[-1]} {what} and each rank needs one, "
@@ -147,6 +148,11 @@ def _between_groups(spec: DecoderSpec, tp: int, legal: Sequence[int]) -> Placeme
     name = rule.sources[0].name.replace("{i}", "0").replace("{e}", "0")
     width, group = axis_sizes(spec)[axis], cut_unit(spec, axis)
     heads = f" ({spec.num_heads} heads of {spec.head_dim})" if axis == "heads" else ""
+    if not legal:
+        return PlacementError(
+            f"{name} is quantised in groups of {group} along dimension 1, {width}{heads}, which they do not divide",
+            hint="use the unquantised model, or another format",
+        )
     nearest = min(legal, key=lambda size: (abs(size - tp), size))
     return PlacementError(
         f"tensor_parallel_size is {tp}, but {name} is quantised in groups of {group} along "

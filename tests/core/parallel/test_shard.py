@@ -251,3 +251,11 @@ def test_a_size_between_groups_names_tensor_dimension_group_and_the_nearest() ->
         PlacementError, match=r"down_proj\.weight is quantised in groups of 128 .* 384, .* allowed: 1 to 3"
     ):
         build_plan(gptq_of(128, num_heads=16, num_kv_heads=4, head_dim=128, intermediate_size=384), 4, 1)
+
+
+def test_columns_that_groups_do_not_divide_are_refused_for_every_size() -> None:
+    spec = gptq_of(128, num_heads=16, num_kv_heads=4, head_dim=64, intermediate_size=1500)
+    with pytest.raises(
+        PlacementError, match=r"down_proj\.weight is quantised in groups of 128 .* 1500, which they do not"
+    ):
+        build_plan(spec, 1, 1)

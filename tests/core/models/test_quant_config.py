@@ -1,0 +1,106 @@
+"""quantization_config and -q to a QuantSpec: what is read, what is refused and how, and which layers are left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aphro_core.errors import ModelError, UsageError
+from aphro_core.models.hf_config import HfConfig
+from aphro_core.models.quant_config import METHODS, ONLINE, quant_spec, with_request
+from aphro_core.models.quantization import QuantSpec, online_group, whole_group
+from tests.formats import TINY_FORMATS
+
+GPTQ: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True, "sym": False}
+
+
+def test_gptq_keys() -> None:
+    spec = quant_spec(HfConfig(GPTQ))
+    assert (spec.kind, spec.group_size, spec.has_act_order, spec.zeros_less_one) == ("int4", 128, True, True)
+    assert quant_spec(HfConfig(GPTQ | {"group_size": -1})).group_size is None
+    assert not quant_spec(HfConfig(GPTQ | {"checkpoint_format": "gptq_v2"})).zeros_less_one
+    assert quant_spec(HfConfig(GPTQ | {"bits": 8})).kind == "int8"
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"bits": 2}, "bits = 2, allowed: 4, 8"),
+        ({"group_size": 0}, "group_size = 0, allowed: an even number"),
+        ({"group_size": 31}, "group_size = 31"),
+        ({"checkpoint_format": "marlin"}, "checkpoint_format = 'marlin', allowed: gptq, gptq_v2"),
+        ({"dynamic": {"-:.*": {}}}, "dynamic"),
+        ({"quant_method": "aqlm"}, "by aqlm, which is recognised but not supported; supported: fp8, gptq"),
+        ({"quant_method": "nothing"}, "quant_method = 'nothing', allowed: fp8, gptq"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size"),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "config_groups"),
+        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "format = 'nvfp4-pack-quantized'"),
+    ],
+)
+def test_what_is_not_supported_is_named(change: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ModelError, match=problem):
+        quant_spec(HfConfig(GPTQ | change))
+
+
+def test_a_request_and_a_checkpoint_must_agree() -> None:
+    gptq = quant_spec(HfConfig(GPTQ))
+    gguf = QuantSpec(layout="gguf", kind="int4", bits=4, block_formats={"x.weight": "Q4_K"})
+    assert with_request(gptq, None) is gptq
+    assert with_request(gptq, "gptq") is gptq
+    assert with_request(None, None) is None
+    assert with_request(None, "none") is None
+    assert with_request(gguf, "none") is None
+    for name, online in ONLINE.items():
+        assert with_request(None, name) == online
+        assert with_request(gguf, name) == online
+    for found, asked, problem in (
+        (gptq, "awq", "-q awq, but the checkpoint is quantised already, by gptq"),
+        (gptq, "none", "quantised already, by gptq"),
+        (None, "awq", "-q awq names a checkpoint format, but the checkpoint is not of it"),
+        (None, "hqq", "-q hqq is recognised but not supported, allowed: fp8"),
+        (None, "int5", "-q int5 is unknown, allowed: fp8, int8, int4"),
+    ):
+        with pytest.raises(UsageError, match=problem):
+            with_request(found, asked)
+
+
+def test_modules_are_left_out_by_name_by_part_and_by_pattern() -> None:
+    spec = QuantSpec(layout="awq", kind="int4", ignored=("lm_head", "gate", "re:.*layers\\.0\\..*"))
+    assert not spec.covers("lm_head")
+    assert not spec.covers("model.layers.1.mlp.gate")
+    assert spec.covers("model.layers.1.mlp.gate_proj")
+    assert not spec.covers("model.layers.0.mlp.up_proj")
+
+
+def test_groups_leave_enough_for_many_ranks() -> None:
+    assert [online_group(width) for width in (14_336, 1536, 176, 7)] == [128, 64, 8, 2]
+    assert [whole_group(width) for width in (4096, 576, 72, 80)] == [128, 64, 72, 80]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 300) | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    base=st.sampled_from([row.config for row in TINY_FORMATS.values()]),
+    method=st.sampled_from([*METHODS, None]),
+    changes=st.dictionaries(
+        st.sampled_from(["bits", "group_size", "desc_act", "format", "config_groups", "ignore", "weight_block_size"]),
+        JSON,
+    ),
+)
+def test_no_config_raises_anything_but_a_model_error(
+    base: dict[str, Any], method: str | None, changes: dict[str, Any]
+) -> None:
+    try:
+        spec = quant_spec(HfConfig(base | ({"quant_method": method} if method else {}) | changes))
+    except ModelError:
+        return
+    assert spec.layout in METHODS
