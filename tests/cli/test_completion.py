@@ -50,7 +50,7 @@ def complete(home: Path, *words: str, **environment: str) -> list[str]:
     variables = {"PATH": os.devnull, "HOME": str(home), **environment}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
     assert done.stderr == ""
-    return sorted(line for line in done.stdout.splitlines() if line)
+    return sorted({line for line in done.stdout.splitlines() if line})
 
 
 @pytest.mark.parametrize("words", [("run", ""), ("estimate", ""), ("doctor", "--model", ""), ("run", "-tp", "2", "")])
