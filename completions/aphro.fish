@@ -59,6 +59,8 @@ complete -c aphro -n '__fish_seen_subcommand_from run serve' -l port -x -d '0 ta
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l api-key -l api-keys -x -d 'Clients must send it; may be repeated.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l allow-anonymous -d 'Serve on any address without an API key.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l max-queued-requests -x -d 'Requests that may wait; more are answered 429.'
+complete -c aphro -n '__fish_seen_subcommand_from run serve' -l queue-timeout -x -d 'Seconds that a request may wait for its first token; then 503.'
+complete -c aphro -n '__fish_seen_subcommand_from run serve' -l request-timeout -x -d 'Seconds that a request may take in all; then 504.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l drain-seconds -x -d 'After SIGTERM or Ctrl-C - time for open requests to end.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l json-ready -r -F -d 'Written once it serves - url, pid, workers, KV blocks.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l start-timeout -x -d 'Seconds from the first worker to the last one ready.'

@@ -131,6 +131,12 @@ AllowAnonymous = Annotated[bool, typer.Option("--allow-anonymous", help="Serve o
 MaxQueuedRequests = Annotated[
     int, typer.Option("--max-queued-requests", min=1, help="Requests that may wait; more are answered 429.")
 ]
+QueueTimeout = Annotated[
+    float, typer.Option("--queue-timeout", min=1, help="Seconds that a request may wait for its first token; then 503.")
+]
+RequestTimeout = Annotated[
+    float, typer.Option("--request-timeout", min=1, help="Seconds that a request may take in all; then 504.")
+]
 DrainSeconds = Annotated[
     float, typer.Option("--drain-seconds", min=0, help="After SIGTERM or Ctrl-C: time for open requests to end.")
 ]

@@ -66,6 +66,8 @@ def run(
     api_key: opt.ApiKey = None,
     allow_anonymous: opt.AllowAnonymous = False,
     max_queued_requests: opt.MaxQueuedRequests = 1024,
+    queue_timeout: opt.QueueTimeout = 600.0,
+    request_timeout: opt.RequestTimeout = 3600.0,
     drain_seconds: opt.DrainSeconds = 30.0,
     json_ready: opt.JsonReady = None,
     start_timeout: opt.StartTimeout = 1800.0,
@@ -93,7 +95,7 @@ def run(
         opt.check_finite(
             drain_seconds=drain_seconds, start_timeout=start_timeout, distributed_timeout=distributed_timeout
         )
-        opt.check_finite(step_timeout=step_timeout or 0.0)
+        opt.check_finite(step_timeout=step_timeout or 0.0, queue_timeout=queue_timeout, request_timeout=request_timeout)
         backend = opt.parse_backend(distributed_executor_backend)
         layers = opt.parse_pp_layers(pp_layers)
         length = opt.parse_max_model_len(max_model_len)
@@ -138,6 +140,8 @@ def run(
             port=port,
             api_keys=api_keys,
             max_queued_requests=max_queued_requests,
+            queue_timeout=queue_timeout,
+            request_timeout=request_timeout,
             drain_seconds=drain_seconds,
             json_ready=json_ready,
             start_timeout=start_timeout,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import anyio
+from msgspec.structs import replace
 
 from aphro_core.config import ServerConfig
 from aphro_core.errors import first_cause
@@ -40,6 +41,8 @@ class ServeOptions(EngineOptions):
     port: int = 2242
     api_keys: tuple[str, ...] = ()
     max_queued_requests: int = 1024
+    queue_timeout: float = 600.0
+    request_timeout: float = 3600.0
     drain_seconds: float = 30.0
     json_ready: str | None = None
 
@@ -54,12 +57,15 @@ def serve(options: ServeOptions, reporter: Reporter) -> int:
         port=options.port,
         api_keys=options.api_keys,
         max_queued_requests=options.max_queued_requests,
+        queue_timeout_seconds=options.queue_timeout,
+        request_timeout_seconds=options.request_timeout,
         drain_seconds=options.drain_seconds,
         json_ready=options.json_ready,
     )
     sockets = bind(server_config.host, server_config.port)  # a busy port is known before anything loads
     try:
         prepared = prepare(options, reporter)
+        server_config = replace(server_config, max_num_seqs=prepared.config.scheduler.max_num_seqs)
         budget = RecoveryBudget(options.max_recoveries, time.monotonic)
 
         def run_api(kept: Kept) -> int:

@@ -91,5 +91,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     api_keys: tuple[str, ...] = ()
     chat_template: str | None = None  # the template's text; None = the checkpoint's own
     max_queued_requests: int = 1024
+    max_num_seqs: int = 256  # that the engine computes at once
+    queue_timeout_seconds: float = 600.0  # to a request's first token
+    request_timeout_seconds: float = 3600.0  # to its last one
     drain_seconds: float = 30.0
     json_ready: str | None = None  # file that receives the ready record

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,6 +18,8 @@ from aphro_core.spawn import ForkServer
 
 _STOPS: Final = (signal.SIGINT, signal.SIGTERM)
 _MASK: Final = (*_STOPS, signal.SIGCHLD)
+_STOP_SECONDS: Final = 1.5  # for a process that has nothing to drain, or is not to drain
+_FOREVER: Final = 3600.0
 
 
 @dataclass(frozen=True)
@@ -96,22 +100,37 @@ class _ApiProcess:
         self._pidfd = os.pidfd_open(pid)
         self._ready_fd = ready_fd
         self._is_stopping = False
+        self._was_ready = False
+        self._deadline: float | None = None  # to be gone by itself
 
     def wait(self) -> _End:
         """Pass signals on until it has ended."""
         while (status := self._poll()) is None:
-            number = signal.sigwait(_MASK)
-            if number in _STOPS:
-                self._is_stopping = True
-                signal.pidfd_send_signal(self._pidfd, number)
-        os.set_blocking(self._ready_fd, False)
-        try:
-            was_ready = bool(os.read(self._ready_fd, 1))
-        except BlockingIOError:  # a process that it started holds the other end
-            was_ready = False
+            left = _FOREVER if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)
+            info = signal.sigtimedwait(_MASK, left)
+            if info is None and self._deadline is not None:
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+                self._deadline = None
+            elif info is not None and info.si_signo in _STOPS:
+                self._stop(info.si_signo)
+        was_ready = self._is_ready()
         os.close(self._ready_fd)
         os.close(self._pidfd)
         return self._explain(os.waitstatus_to_exitcode(status), was_ready)
+
+    def _stop(self, number: int) -> None:
+        """Pass it on. One that serves drains as long as it may; before that, and at a second signal, it is hurried."""
+        if self._is_stopping or not self._is_ready():
+            self._deadline = time.monotonic() + _STOP_SECONDS
+        self._is_stopping = True
+        signal.pidfd_send_signal(self._pidfd, number)
+
+    def _is_ready(self) -> bool:
+        if not self._was_ready:
+            os.set_blocking(self._ready_fd, False)
+            with suppress(BlockingIOError):  # nothing is written yet
+                self._was_ready = bool(os.read(self._ready_fd, 1))
+        return self._was_ready
 
     def _poll(self) -> int | None:
         pid, status = os.waitpid(self._pid, os.WNOHANG)
@@ -122,5 +141,7 @@ class _ApiProcess:
             # it says itself what it ends with; an end that nobody asked for is a death
             is_final = self._is_stopping or not was_ready or code not in (ExitCode.OK, ExitCode.INTERNAL)
             return _End(code, f"exited with code {code}", is_final)
+        if self._is_stopping:
+            return _End(ExitCode.OK, "was stopped", is_final=True)
         text = f"(pid {self._pid}) was killed by signal {-code} ({signal.Signals(-code).name})"
-        return _End(ExitCode.INTERNAL, text, self._is_stopping or not was_ready)
+        return _End(ExitCode.INTERNAL, text, not was_ready)

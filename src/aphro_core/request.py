@@ -17,6 +17,7 @@ MAX_N: Final = 128
 MAX_LOGPROBS: Final = 20
 MAX_STOP_STRINGS: Final = 64
 MAX_STOP_LENGTH: Final = 1024  # characters
+MAX_STOP_TOKEN_IDS: Final = 1024
 MAX_LOGIT_BIAS: Final = 1024
 MAX_SEED: Final = 2**63 - 1
 
@@ -54,6 +55,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         msgspec.structs.force_setattr(self, "stop", stop)
         msgspec.structs.force_setattr(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        # float32, which tokens are drawn in, knows no smaller ones: the likeliest token alone is meant
+        msgspec.structs.force_setattr(self, "top_p", max(self.top_p, 1e-6) if self.top_p > 0 else self.top_p)
         msgspec.structs.force_setattr(self, "top_k", max(self.top_k, 0) if self.top_k in (-1, 0) else self.top_k)
         msgspec.structs.force_setattr(self, "logit_bias", dict(self.logit_bias or {}))
         _check_ranges(self)
@@ -73,6 +76,7 @@ _RANGES: Final[dict[str, tuple[float | None, float | None]]] = {
     "min_p": (0.0, 1.0),
     "presence_penalty": (-2.0, 2.0),
     "frequency_penalty": (-2.0, 2.0),
+    "repetition_penalty": (0.01, 10.0),
     "seed": (0, MAX_SEED),
     "logprobs": (0, MAX_LOGPROBS),
     "prompt_logprobs": (0, MAX_LOGPROBS),
@@ -88,11 +92,6 @@ def _check_ranges(params: SamplingParams) -> None:
             raise RequestError(f"{name} is {value}, allowed: {_render_range(lowest, highest)}", field=name)
     if not 0.0 < params.top_p <= 1.0:
         raise RequestError(f"top_p is {params.top_p}, allowed: more than 0, up to 1", field="top_p")
-    if not 0.0 < params.repetition_penalty <= 10.0:
-        raise RequestError(
-            f"repetition_penalty is {params.repetition_penalty}, allowed: more than 0, up to 10",
-            field="repetition_penalty",
-        )
     if params.max_tokens is not None and params.min_tokens > params.max_tokens:
         raise RequestError(
             f"min_tokens is {params.min_tokens}, allowed: 0 to max_tokens ({params.max_tokens})", field="min_tokens"
@@ -108,6 +107,11 @@ def _check_lists(params: SamplingParams) -> None:
             raise RequestError(
                 f"stop has an entry of {len(text)} characters, allowed: 1 to {MAX_STOP_LENGTH}", field="stop"
             )
+    if len(params.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        raise RequestError(
+            f"stop_token_ids has {len(params.stop_token_ids)} entries, allowed: up to {MAX_STOP_TOKEN_IDS}",
+            field="stop_token_ids",
+        )
     if any(token_id < 0 for token_id in params.stop_token_ids):
         raise RequestError("stop_token_ids has a negative id, allowed: 0 and up", field="stop_token_ids")
     if len(params.logit_bias) > MAX_LOGIT_BIAS:

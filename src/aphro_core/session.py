@@ -71,6 +71,7 @@ class Session:
             case EnginePulse():
                 self.frontend.on_pulse(message)
             case EngineProgress():
+                self.frontend.metrics.starting.take(message)
                 self._report_progress(message)
             case EngineReady():
                 self._take_ready(message, engine)

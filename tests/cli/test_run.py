@@ -93,7 +93,8 @@ def test_every_option_reaches_the_core(served: list[api.ServeOptions], tmp_path:
         --num-gpu-blocks-override 77 --no-enable-prefix-caching --load-format dummy -q int4 --revision v1
         --served-model-name name --chat-template {template} --skip-tokenizer-init --seed 5 --host 0.0.0.0 --port 8000
         --api-key one --api-keys two --max-queued-requests 9 --drain-seconds 3 --json-ready {tmp_path}/ready.json
-        --start-timeout 60 --distributed-timeout 20 --step-timeout 9 --max-recoveries 2 --hosts a:2"""
+        --start-timeout 60 --distributed-timeout 20 --step-timeout 9 --max-recoveries 2 --hosts a:2
+        --queue-timeout 50 --request-timeout 70"""
     result = aphro("run", "model", *words.split())
     assert result.exit_code == 0, result.stderr
     (options,) = served

@@ -173,6 +173,8 @@ class Engine:
         for plan in trial_steps():
             await self._submit(plan)
             failure = (await self._wait_answer()).failure
+            if plan.new:
+                self._watch.forget()  # what is set up once, at a first step, is no measure of others
             if failure is not None:
                 error = EngineDeadError(f"a trial step failed: {failure.message}", hint="see the log above")
                 error.add_note(failure.detail)

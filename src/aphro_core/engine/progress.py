@@ -20,6 +20,8 @@ class Progress:
     def __init__(self, ranks: Sequence[WorkerLoaded], clock: Callable[[], float]) -> None:
         here = socket.gethostname()
         self._ranks = [loaded for loaded in ranks if loaded.host == here]
+        # a process that waits for its GPU may sleep: there only the step's deadline tells
+        self._is_on_cpu = bool(ranks) and all(loaded.device == "cpu" for loaded in ranks)
         self._clock = clock
         self._last_work = clock()
         self._num_answered = 0
@@ -32,7 +34,7 @@ class Progress:
         stopped = [str(rank) for rank, state in states.items() if _is_stopped(state)]
         cpu_seconds = sum(state.cpu_seconds for state in states.values() if state is not None)
         has_worked = num_answered != self._num_answered or cpu_seconds - self._cpu_seconds >= _WORK_SECONDS
-        if has_worked or not is_in_flight:
+        if has_worked or not is_in_flight or not self._is_on_cpu:
             self._last_work, self._num_answered, self._cpu_seconds = now, num_answered, cpu_seconds
         if stopped:
             return f"rank {', '.join(stopped)} is stopped"

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Final
 
 _FACTOR: Final = 8.0  # times the slowest comparable step: a busy host, a longer context
+_FADE: Final = 0.99  # a step: what was slow once, at a start, does not count for ever
 
 
 class StepWatch:
@@ -38,12 +39,12 @@ class StepWatch:
         since, num_tokens = self._in_flight.popleft()
         size = num_tokens.bit_length()
         taken = now - max(since, self._last_answer)  # behind others in a pipeline it had to wait
-        self._slowest[size] = max(taken, self._slowest.get(size, 0.0))
+        self._slowest[size] = max(taken, _FADE * self._slowest.get(size, 0.0))
         self._last_answer = now
 
-    def forget_steps(self) -> None:
-        """Whatever is in flight will not be answered."""
-        self._in_flight.clear()
+    def forget(self) -> None:
+        """What was measured so far says nothing: it was a warm-up."""
+        self._slowest.clear()
 
     def overdue_seconds(self) -> float:
         """How far the oldest step is beyond its deadline; negative while it has time, or nothing is in flight."""

@@ -41,6 +41,8 @@ class ModelLimits:
         max_tokens = room if sampling.max_tokens is None else sampling.max_tokens
         if sampling.min_tokens > max_tokens:
             raise RequestError(f"min_tokens is {sampling.min_tokens}, allowed: 0 to {max_tokens}", field="min_tokens")
+        if sampling.min_tokens and len({*sampling.stop_token_ids, *self.eos_token_ids}) >= self.vocab_size:
+            raise RequestError("min_tokens forbids every token: stop_token_ids has them all", field="min_tokens")
         return max_tokens
 
     def _check_prompt(self, num_prompt_tokens: int) -> None:

@@ -13,6 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from aphro_core.frontend.start_progress import StartProgress
 from aphro_core.messages.requests import EngineReady, EngineStats
 from aphro_core.messages.steps import WorkerLoaded
 from aphro_core.request import FinishReason
@@ -81,6 +82,7 @@ class Metrics(Collector):
         self._num_prompt_tokens = 0
         self._num_generation_tokens = 0
         self._num_recoveries = self._num_failed_steps = 0
+        self.starting = StartProgress()
         self._finished: dict[FinishReason, int] = {"stop": 0, "length": 0, "abort": 0}
         self._first_token = Histogram(_FIRST_TOKEN)
         self._between_tokens = Histogram(_BETWEEN_TOKENS)
@@ -115,6 +117,7 @@ class Metrics(Collector):
     def take_recovery(self) -> None:
         """An engine has died and another one is started."""
         self._num_recoveries += 1
+        self.starting.forget()
         self._forget_steps()
 
     def take_failed_step(self) -> None:
@@ -154,6 +157,7 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         yield from self._gauges()
+        yield self.starting.family(self._model_name)
         yield from self._rank_gauges()
         yield from self._counters()
         for name, text, histogram in (

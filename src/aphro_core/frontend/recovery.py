@@ -11,7 +11,7 @@ import anyio
 from aphro_core.errors import AphroError, RequestFailedError
 from aphro_core.frontend.request_table import RequestTable, Row
 from aphro_core.frontend.suspects import Suspects, rows_of
-from aphro_core.messages.requests import ResumeEngine, ToEngine
+from aphro_core.messages.requests import AbortSequences, ResumeEngine, ToEngine
 
 
 class EngineLink(Protocol):
@@ -88,37 +88,53 @@ class Recovery:
 
     def step_failed(self, seq_ids: Sequence[int]) -> None:
         """The engine lives and has forgotten everything. What was tried alone was the reason, else all of the step."""
-        tried = self._trying[0] if self._trying else None
+        tried = self._tried_among(seq_ids)
         self.detach()
         if tried is None:
-            self._to_try = rows_of(self.open_rows, seq_ids)
+            self._suspect(rows_of(self.open_rows, seq_ids))
         else:
             self._give_up(tried, step_failed_error())
 
     def engine_lost(self, seq_ids: Sequence[int] | None, *, is_external: bool) -> None:
         """The engine has died, another one will come. ``seq_ids`` were in its steps; None: all that it had may be."""
-        was_serving, tried = self.engine is not None, self._trying[0] if self._trying else None
+        was_serving, tried = self.engine is not None, self._tried_among(seq_ids)
         self.detach()
         if was_serving or tried is not None:
             rows = self.open_rows if seq_ids is None else rows_of(self.open_rows, seq_ids)
             now = self._clock()
-            refused, self._to_try = self.suspects.take_death(rows, tried=tried, is_external=is_external, now=now)
+            refused, suspects = self.suspects.take_death(rows, tried=tried, is_external=is_external, now=now)
+            self._suspect(suspects)
             for row in refused:
                 self._give_up(row, poison_error())
 
     def detach(self) -> None:
-        """What the engine knew is void."""
+        """What the engine knew is void. Whoever was tried is still to be."""
         self.engine = None
         self._generation += 1
+        if self._trying is not None:
+            self._to_try.insert(0, self._trying[0])
         self._end_trial()
+
+    def _tried_among(self, seq_ids: Sequence[int] | None) -> Row | None:
+        """The request that was tried alone, unless it is known to have been in none of the steps."""
+        if self._trying is None:
+            return None
+        tried = self._trying[0]
+        return tried if seq_ids is None or rows_of([tried], seq_ids) else None
+
+    def _suspect(self, rows: Sequence[Row]) -> None:
+        known = {id(row) for row in self._to_try}
+        self._to_try += [row for row in rows if id(row) not in known]
 
     async def _try(self, engine: EngineLink, row: Row) -> None:
         """Let the engine compute one request alone until each of its choices has got a token."""
         seq_ids = {choice.seq_id for choice in row.choices if self._is_open(choice.seq_id)}
         if seq_ids:
-            self._trying, self._has_tried = (row, seq_ids), anyio.Event()
+            self._trying, self._has_tried = (row, set(seq_ids)), anyio.Event()
             await self.send_row(engine, row)
             await self._has_tried.wait()
+            if left := [seq_id for seq_id in seq_ids if not self._is_open(seq_id)]:
+                await self._send(engine, AbortSequences(left))  # nobody waits for it, and the next one is to be alone
 
     def _end_trial(self) -> None:
         self._trying = None

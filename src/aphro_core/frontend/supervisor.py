@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 from collections.abc import AsyncIterator
@@ -28,6 +29,7 @@ _END_SECONDS: Final = 2.0  # from the last message of an engine to the end of it
 _STACKS_SECONDS: Final = 0.3  # for an engine that hangs to write its stacks
 _LEAST_START_SECONDS: Final = 30.0  # for an engine that is started again, or a multiple of what the first one took
 _START_FACTOR: Final = 5.0
+_RETRY_SECONDS: Final = 0.5  # about; before an engine is started again that did not even get ready
 _WAKE_SECONDS: Final = 0.5  # a second chance for the engine, should this process have been stopped itself
 
 
@@ -83,6 +85,7 @@ class EngineProcess:
         for limit in (seconds, _WAKE_SECONDS):
             with anyio.move_on_after(limit):
                 return await self._channel.receive()
+        self._is_ready = False  # it is not asked to stop any more
         state = host.process_state(self.pid)
         self._process.send_signal(STACKS_SIGNAL)
         await anyio.sleep(_STACKS_SECONDS)
@@ -150,7 +153,7 @@ class Supervisor:
         self._fork_server = fork_server
         self._budget = budget
         self._listener = listener
-        self._was_ready = False
+        self._was_ready = self._is_ready = False  # of any engine, of this one
         self._started_at = 0.0
         self.epoch = 0
 
@@ -162,9 +165,12 @@ class Supervisor:
             self._listener.take_loss(failure or lost, is_final=failure is not None)
             if failure is not None:
                 return
+            if not self._is_ready:  # what just failed may need a moment: memory that is being freed, a full table
+                await anyio.sleep(_RETRY_SECONDS * (0.5 + random.random()))
 
     async def _run_engine(self) -> EngineLostError:
         self.epoch += 1
+        self._is_ready = False
         self._started_at = anyio.current_time()
         try:
             async with open_engine(self._config, self._fork_server, self.epoch) as engine:
@@ -184,7 +190,7 @@ class Supervisor:
         limit = self._config.start_timeout_seconds
         if not self._was_ready:  # what has started once takes no half hour the next time
             limit = min(limit, max(_LEAST_START_SECONDS, _START_FACTOR * seconds))
-        self._was_ready = True
+        self._was_ready = self._is_ready = True
         cache = msgspec.structs.replace(self._config.cache, num_blocks=ready.num_blocks)
         model = msgspec.structs.replace(self._config.model, max_model_len=ready.max_model_len)
         self._config = msgspec.structs.replace(self._config, cache=cache, model=model, start_timeout_seconds=limit)

@@ -20,11 +20,13 @@ from aphro_core.server.auth import Keys
 from aphro_core.server.contract import Frontend
 from aphro_core.server.exchange import BodyReader, Exchange, check_head, check_target
 from aphro_core.server.gate import Gate
-from aphro_core.server.generate import CHAT, COMPLETION, Generate
+from aphro_core.server.generate import CHAT, COMPLETION, Generate, Limits
 from aphro_core.server.openai import check_model, template_kwargs, template_messages
+from aphro_core.server.openapi import build_document
 from aphro_core.server.prompts import PromptEncoder
 from aphro_core.server.refusals import HttpError, answer_error
 from aphro_core.server.schema import BodyParser, DetokenizeBody, TokenizeBody
+from aphro_core.server.shares import Shares, share_of
 
 _VERSION: Final = version("aphro")
 
@@ -38,7 +40,13 @@ class App:
     """Per request: bounded head, key, route, answer; any error on that way becomes an OpenAI error body."""
 
     def __init__(self, frontend: Frontend, config: ServerConfig, *, reader: BodyReader | None = None) -> None:
-        self.gate = Gate(config.max_queued_requests)
+        num_keys = len(set(config.api_keys))
+        self.gate = Gate(config.max_queued_requests, num_keys)
+        self._limits = Limits(
+            Shares(share_of(config.max_num_seqs, num_keys) if num_keys > 1 else None),
+            config.queue_timeout_seconds,
+            config.request_timeout_seconds,
+        )
         self._frontend = frontend
         self._keys = Keys(config.api_keys)
         self._reader = reader or BodyReader()
@@ -68,7 +76,7 @@ class App:
         await self._router(scope, receive, send)
 
     def _routes(self) -> list[Route]:
-        parts = self._frontend, self.gate, self._reader, self._parser, self._encoder
+        parts = self._frontend, self.gate, self._limits, self._reader, self._parser, self._encoder
         return [
             Route("/v1/chat/completions", Generate(CHAT, *parts), methods=["POST"]),
             Route("/v1/completions", Generate(COMPLETION, *parts), methods=["POST"]),
@@ -82,6 +90,7 @@ class App:
             Route("/ping", self._ready, methods=["GET", "POST"]),
             Route("/metrics", self._metrics),
             Route("/version", self._version),
+            Route("/openapi.json", self._openapi),
         ]
 
     async def _models(self, request: Request) -> Response:
@@ -142,6 +151,9 @@ class App:
     async def _metrics(self, request: Request) -> Response:
         metrics = self._frontend.metrics
         return Response(metrics.render(), headers={"content-type": metrics.content_type})
+
+    async def _openapi(self, request: Request) -> Response:
+        return json_response(build_document(_VERSION))
 
     async def _version(self, request: Request) -> Response:
         return json_response({"version": _VERSION})

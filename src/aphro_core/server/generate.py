@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -10,17 +11,18 @@ import anyio
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from aphro_core.errors import RequestError, first_cause
+from aphro_core.errors import OverloadedError, RequestError, first_cause
 from aphro_core.server import sse
 from aphro_core.server.answers import Answer, ChatAnswer, CompletionAnswer
 from aphro_core.server.contract import Frontend, Tokenizer
 from aphro_core.server.exchange import BodyReader, until_disconnect
 from aphro_core.server.gate import Gate, shutting_down
 from aphro_core.server.openai import Generation, chat_of, completion_of, spell
-from aphro_core.server.outputs import open_outputs
+from aphro_core.server.outputs import Gain, Outputs, open_outputs
 from aphro_core.server.prompts import PromptEncoder
-from aphro_core.server.refusals import refusal_of
+from aphro_core.server.refusals import HttpError, refusal_of
 from aphro_core.server.schema import BodyParser, ChatBody, CompletionBody, SamplingFields
+from aphro_core.server.shares import Shares
 
 Body = TypeVar("Body", bound=SamplingFields)
 
@@ -38,6 +40,23 @@ COMPLETION = Dialect(CompletionBody, completion_of, CompletionAnswer)
 CHAT = Dialect(ChatBody, chat_of, ChatAnswer)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What an admitted request may take: places in the engine, seconds to its first token and to its last one."""
+
+    shares: Shares
+    queue_seconds: float
+    request_seconds: float
+
+    def waited(self) -> OverloadedError:
+        message = f"the request has waited {self.queue_seconds:g} s for its first token"
+        return OverloadedError(message, retry_after=5, draining=True)
+
+    def late(self) -> HttpError:
+        message = f"the answer was not finished within {self.request_seconds:g} s, which is this server's limit"
+        return HttpError(504, message, kind="timeout_error", code="request_timeout")
+
+
 class Generate:
     """An ASGI endpoint: one body in, one answer or one event stream out."""
 
@@ -46,6 +65,7 @@ class Generate:
         dialect: Dialect[Any],
         frontend: Frontend,
         gate: Gate,
+        limits: Limits,
         reader: BodyReader,
         parser: BodyParser,
         encoder: PromptEncoder,
@@ -53,6 +73,7 @@ class Generate:
         self._dialect = dialect
         self._frontend = frontend
         self._gate = gate
+        self._limits = limits
         self._reader = reader
         self._parser = parser
         self._encoder = encoder
@@ -61,7 +82,7 @@ class Generate:
         data = await self._reader.read(scope, receive)
         stream = sse.EventStream(send)
         async with until_disconnect(receive):
-            with self._gate.admit() as work:
+            with self._gate.admit(scope["aphro.salt"]) as work:
                 try:
                     response = None
                     with work:
@@ -81,28 +102,49 @@ class Generate:
         body = self._parser.parse(data, self._dialect.body)
         generation = await self._dialect.generation_of(body, self._frontend, self._encoder, salt)
         answer = self._dialect.answer(generation, self._frontend.served_name, self._frontend.tokenizer)
+        num_places = sum(request.sampling.n for request in generation.requests)
         try:
-            if not generation.stream:
-                return await self._collect(generation, answer)
-            await self._stream(generation, answer, stream)
-            return None
+            with anyio.fail_after(self._limits.request_seconds):
+                async with AsyncExitStack() as stack:
+                    queue = anyio.CancelScope(deadline=anyio.current_time() + self._limits.queue_seconds)
+                    with queue:
+                        await stack.enter_async_context(self._limits.shares.turn(salt, num_places))
+                    if queue.cancelled_caught:
+                        raise self._limits.waited()
+                    if not generation.stream:
+                        return await self._collect(generation, answer, queue.deadline)
+                    await self._stream(generation, answer, stream, queue.deadline)
+                    return None
+        except TimeoutError:
+            raise self._limits.late() from None
         except Exception as error:
             cause = first_cause(error)
             raise (spell(cause, generation.spelled) if isinstance(cause, RequestError) else cause) from None
 
-    async def _stream(self, generation: Generation, answer: Answer, stream: sse.EventStream) -> None:
+    async def _stream(self, generation: Generation, answer: Answer, stream: sse.EventStream, deadline: float) -> None:
+        """``deadline``: of the first token."""
         async with open_outputs(self._frontend, generation.requests) as outputs, anyio.create_task_group() as tasks:
             await stream.start([(b"x-request-id", generation.id.encode())])
             tasks.start_soon(stream.keep_open)
-            while gains := await outputs.take():
+            gains = await self._first(outputs, deadline)
+            while gains:
                 await stream.write(b"".join([sse.event(answer.chunk(prompt, delta)) for prompt, delta in gains]))
+                gains = await outputs.take()
             tasks.cancel_scope.cancel()
         usage = sse.event(answer.usage_chunk()) if generation.include_usage else b""
         await stream.finish(usage + sse.DONE)
 
-    async def _collect(self, generation: Generation, answer: Answer) -> Response:
+    async def _collect(self, generation: Generation, answer: Answer, deadline: float) -> Response:
         async with open_outputs(self._frontend, generation.requests) as outputs:
-            while gains := await outputs.take():
+            gains = await self._first(outputs, deadline)
+            while gains:
                 for prompt, delta in gains:
                     answer.add(prompt, delta)
+                gains = await outputs.take()
         return Response(answer.whole(), headers={"x-request-id": generation.id}, media_type="application/json")
+
+    async def _first(self, outputs: Outputs, deadline: float) -> list[Gain]:
+        """The first gains, or an OverloadedError when the request has waited too long for them."""
+        with anyio.CancelScope(deadline=deadline):
+            return await outputs.take()
+        raise self._limits.waited()

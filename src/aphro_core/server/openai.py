@@ -17,6 +17,7 @@ from aphro_core.server.schema import ChatBody, CompletionBody, Message, Sampling
 
 MAX_CHOICES: Final = 1024  # of one body: prompts times n
 MAX_TEMPLATE_KWARGS: Final = 32
+MAX_SALT_LENGTH: Final = 256
 
 _ROLES: Final = ("system", "developer", "user", "assistant")
 # passed on as they were given; a field that was not given takes SamplingParams' default
@@ -246,4 +247,8 @@ def _include_usage(body: SamplingFields) -> bool:
 
 def _salt(callers: str, asked: str | None) -> str:
     """Blocks are shared among requests of one key and, where the client asks for less, of one ``cache_salt``."""
+    if asked is not None and len(asked) > MAX_SALT_LENGTH:
+        raise RequestError(
+            f"cache_salt has {len(asked)} characters, allowed: up to {MAX_SALT_LENGTH}", field="cache_salt"
+        )
     return f"{callers}:{asked}" if asked else callers

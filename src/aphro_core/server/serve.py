@@ -23,6 +23,8 @@ __all__ = ["Server", "bind", "url_of"]
 
 _KEEP_ALIVE_SECONDS: Final = 75
 _GRACE_SECONDS: Final = 0.75  # for an answer that is decided already to reach the network
+_TELL_SECONDS: Final = 10.0
+_ACCEPT_SECONDS: Final = 0.1
 _LOG: Final = logging.getLogger(__name__)
 
 
@@ -59,7 +61,7 @@ class Server:
 
     async def run(self) -> None:
         """Serve. Cancelling it is a stop too: open requests have a moment to end by themselves."""
-        asyncio.get_running_loop().set_exception_handler(_take_connection_error)
+        asyncio.get_running_loop().set_exception_handler(_ConnectionErrors().take)
         http = anyio.CancelScope(shield=True)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._serve_http, http)
@@ -112,6 +114,8 @@ class Server:
 
     def _config(self) -> hypercorn.Config:
         http1.install()
+        # where no descriptor was left asyncio looks again after a second, and then at one backlog's worth
+        asyncio.constants.ACCEPT_RETRY_DELAY = _ACCEPT_SECONDS  # type: ignore[attr-defined]
         config = hypercorn.Config()
         # duplicates: hypercorn closes what it is given
         config.bind = [f"fd://{os.dup(sock.fileno())}" for sock in self.sockets]
@@ -123,6 +127,20 @@ class Server:
         config.accesslog = None
         config.errorlog = _LOG
         return config
+
+
+class _ConnectionErrors:
+    """What asyncio cannot hand to anybody."""
+
+    def __init__(self) -> None:
+        self._told_at = -_TELL_SECONDS
+
+    def take(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if "out of system resource" not in context["message"]:
+            _take_connection_error(loop, context)
+        elif loop.time() - self._told_at >= _TELL_SECONDS:  # asyncio says so for every place in the backlog
+            self._told_at = loop.time()
+            _LOG.warning("no file descriptor is left for connections: they wait (raise `ulimit -n`)")
 
 
 def _take_connection_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

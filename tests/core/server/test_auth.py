@@ -26,6 +26,7 @@ GUARDED = [
     ("POST", "/detokenize"),
     ("GET", "/metrics"),
     ("GET", "/version"),
+    ("GET", "/openapi.json"),
     ("GET", "/ping"),
     ("GET", "/no-such-path"),
 ]

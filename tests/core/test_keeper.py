@@ -1,0 +1,119 @@
+"""The keeper and a child that ends in every way: what is passed on, what is replaced, and what ends both."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from aphro_core.errors import ExitCode
+
+# what the child does is a line of Python; ``runs`` counts the children so far, this one included
+SCRIPT = """
+import os, signal, socket, sys, time
+from pathlib import Path
+from aphro_core.errors import AphroError
+from aphro_core.frontend.recovery_budget import RecoveryBudget
+from aphro_core.keeper import keep
+from aphro_core.reporter import SilentReporter
+from aphro_core.spawn import Spawner
+
+counter = Path(sys.argv[1])
+
+class NoForkServer:
+    def take_link(self):
+        return Spawner(socket.socketpair()[0])
+    def inherited(self, link):
+        return self
+
+def run_api(kept):
+    runs = len(counter.read_text()) + 1
+    counter.write_text("x" * runs)
+    is_first = runs == 1
+    assert kept.is_replacement == (not is_first)
+    {child}
+    return 0
+
+try:
+    code = keep(run_api, NoForkServer(), RecoveryBudget(2, time.monotonic), SilentReporter())
+except AphroError as error:
+    code = error.exit_code
+sys.exit(code)
+"""
+
+
+class Kept:
+    def __init__(self, folder: Path, child: str) -> None:
+        self.counter = folder / "runs"
+        self.counter.write_text("")
+        script = SCRIPT.replace("{child}", child)
+        self.process = subprocess.Popen([sys.executable, "-c", script, str(self.counter)])
+
+    @property
+    def num_runs(self) -> int:
+        return len(self.counter.read_text())
+
+    def wait_runs(self, num: int) -> None:
+        deadline = time.monotonic() + 20
+        while self.num_runs < num:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def kept(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Kept]:
+    kept = Kept(tmp_path, request.param)
+    yield kept
+    kept.process.kill()
+    kept.process.wait(5)
+
+
+READY = "kept.mark_ready();"
+
+
+@pytest.mark.parametrize(
+    ("kept", "code", "num_runs"),
+    [
+        ("return 5", 5, 1),
+        (READY + "return 7", 7, 1),
+        ("os.kill(os.getpid(), 9)", ExitCode.INTERNAL, 1),  # before it was up there is nothing to go on with
+        (READY + "os.kill(os.getpid(), 9) if is_first else None; return 3", 3, 2),
+        (READY + "return 0 if is_first else 3", 3, 2),  # an end that nobody asked for is a death
+        (READY + "os.kill(os.getpid(), 11)", ExitCode.RECOVERY, 3),
+    ],
+    indirect=["kept"],
+)
+def test_how_a_child_ends(kept: Kept, code: int, num_runs: int) -> None:
+    assert kept.process.wait(20) == code
+    assert kept.num_runs == num_runs
+
+
+DRAIN = "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), os._exit(0))); time.sleep(60)"
+DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+
+
+@pytest.mark.parametrize("kept", [READY + DRAIN, DRAIN], indirect=True)
+def test_a_signal_is_passed_on_and_its_end_is_ours(kept: Kept) -> None:
+    kept.wait_runs(1)
+    time.sleep(0.2)
+    kept.process.send_signal(signal.SIGTERM)
+    assert kept.process.wait(5) == 0
+    assert kept.num_runs == 1
+
+
+@pytest.mark.parametrize(("kept", "num_signals"), [(DEAF, 1), (READY + DEAF, 2)], indirect=["kept"])
+def test_one_that_does_not_listen_is_ended(kept: Kept, num_signals: int) -> None:
+    kept.wait_runs(1)
+    time.sleep(0.2)
+    began = time.monotonic()
+    for _ in range(num_signals):
+        kept.process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    assert kept.process.wait(10) == 0
+    assert 1.0 < time.monotonic() - began < 3.0
+    assert kept.num_runs == 1

@@ -1,0 +1,373 @@
+"""Overload, hostile clients and damaged surroundings: answered early, freed at once, told in no log."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import resource
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.faults.case import Case, Outcome
+from tests.faults.lab import SLOW, FaultyServer, Lab, complete
+from tests.faults.load import Answer, Load, bodies, prompt_of, stream
+
+ROOT = Path(__file__).parent.parent.parent
+MIB = 2**20
+
+
+def p22(lab: Lab) -> Outcome:
+    outcome = Outcome()
+    with lab.server("--max-queued-requests", "32") as server:
+        complete(server.url, prompt_of(0))
+        before = server.rss_bytes()
+        found = _burst(server, 500, max_tokens=150)
+        refused = [(answer, seconds) for answer, seconds in found if answer.status_code == 429]
+        outcome.figures["served / refused"] = f"{len(found) - len(refused)} / {len(refused)}"
+        outcome.check("all 200 or 429", {answer.status_code for answer, _ in found} <= {200, 429})
+        outcome.check("at least 32 served", len(found) - len(refused) >= 32)
+        outcome.check("Retry-After", all("retry-after" in answer.headers for answer, _ in refused))
+        # of the server alone: the client's own threads share these two cores
+        outcome.figures["slowest refusal"] = f"{max(seconds for _, seconds in refused):.2f} s"
+        grown = (server.rss_bytes() - before) / MIB
+        outcome.figures["memory"] = f"+{max(grown, 0):.0f} MiB"
+        outcome.check("at most +64 MiB", grown <= 64)
+    return outcome
+
+
+def _burst(server: FaultyServer, num: int, max_tokens: int) -> list[tuple[httpx.Response, float]]:
+    limits = httpx.Limits(max_connections=num)
+    with httpx.Client(base_url=server.url, timeout=120, limits=limits) as client:
+
+        def ask(index: int) -> tuple[httpx.Response, float]:
+            body = {"prompt": prompt_of(index), "max_tokens": max_tokens, "ignore_eos": True}
+            began = time.monotonic()
+            answer = client.post("/v1/completions", json=body)
+            return answer, time.monotonic() - began
+
+        with concurrent.futures.ThreadPoolExecutor(64) as pool:
+            return list(pool.map(ask, range(num)))
+
+
+def p23(lab: Lab) -> Outcome:
+    outcome = Outcome()
+    keys = ("--api-key", "flood", "--api-key", "other")
+    with lab.server(*keys, "--max-num-seqs", "16", "--max-queued-requests", "64") as server:
+        calm = [_first_token(server, n) for n in range(10)]
+        with httpx.Client(base_url=server.url, timeout=120) as client:
+
+            def flood(index: int) -> int:
+                body = {"prompt": prompt_of(index), "max_tokens": 60, "ignore_eos": True}
+                return client.post("/v1/completions", json=body, headers={"authorization": "Bearer flood"}).status_code
+
+            with concurrent.futures.ThreadPoolExecutor(60) as pool:
+                running = [pool.submit(flood, index) for index in range(400)]
+                time.sleep(1.0)
+                under = [_first_token(server, 50 + n) for n in range(10)]
+                for future in running:
+                    future.cancel()
+        outcome.check("the other is never refused", all(status == 200 for status, _ in under))
+        before, after = (statistics.median(seconds for _, seconds in times) for times in (calm, under))
+        outcome.figures["first token, median"] = f"{before * 1000:.0f} ms alone, {after * 1000:.0f} ms beside the flood"
+    return outcome
+
+
+def _first_token(server: FaultyServer, index: int) -> tuple[int, float]:
+    body = {"prompt": prompt_of(index), "max_tokens": 1, "ignore_eos": True}
+    began = time.monotonic()
+    headers = {"authorization": "Bearer other"}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=60)
+    return answer.status_code, time.monotonic() - began
+
+
+def p24(lab: Lab) -> Outcome:
+    outcome = Outcome()
+    with lab.server("--queue-timeout", "1", "--max-num-seqs", "1") as server, Load(server.url, bodies(1, 1000)) as load:
+        load.wait_tokens(1)
+        began = time.monotonic()
+        answer = complete(server.url, prompt_of(3), 4)
+        outcome.at_most("answered", time.monotonic() - began, 1.5)
+        outcome.check("503 or, where the first was done by then, 200", answer.status_code in (503, 200))
+    return outcome
+
+
+def _held(server: FaultyServer, sent: bytes, drip: bytes, every: float) -> float:
+    """Seconds until the server ends a connection that sends ``sent``, then ``drip`` again and again."""
+    port = int(server.url.rsplit(":", 1)[1])
+    began = time.monotonic()
+    with socket.create_connection(("127.0.0.1", port)) as sock:
+        sock.sendall(sent)
+        sock.settimeout(every)
+        while time.monotonic() - began < 90:
+            try:
+                if not sock.recv(4096):
+                    break
+            except TimeoutError:
+                try:
+                    sock.sendall(drip)
+                except OSError:
+                    break
+            except OSError:
+                break
+    return time.monotonic() - began
+
+
+def p25(lab: Lab) -> Outcome:
+    outcome = Outcome()
+    with lab.server() as server:
+        seconds = _held(server, b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nX: ", b"a", 0.5)
+        outcome.at_most("a slow head ends", seconds, 10.5)
+    return outcome
+
+
+def p26(lab: Lab) -> Outcome:
+    outcome = Outcome()
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n{"
+    )
+    with lab.server() as server:
+        outcome.at_most("a slow body ends", _held(server, head, b" ", 0.5), 33.0)
+    return outcome
+
+
+def p32(lab: Lab) -> Outcome:
+    """500 clients that leave: before, in and after their prompt, streaming or not."""
+    outcome = Outcome()
+    with lab.server(faults=f"{SLOW}=sleep0.02") as server:
+        for index in range(500):
+            _leave(server, index)
+        began = time.monotonic()
+        while server.metric("num_requests_running") + server.metric("num_requests_waiting"):
+            assert time.monotonic() - began < 10
+            time.sleep(0.02)
+        outcome.at_most("all freed after the last", time.monotonic() - began, 0.7)
+        outcome.check("no block is held", server.metric("kv_cache_usage_perc") == 0)
+        outcome.check("no restart", server.metric("engine_recoveries_total") == 0)
+        outcome.check("still served", complete(server.url, prompt_of(1)).status_code == 200)
+    return outcome
+
+
+def _leave(server: FaultyServer, index: int) -> None:
+    is_stream = index % 2
+    body = b'{"prompt":[%s],"max_tokens":900,"n":%d,"stream":%s,"ignore_eos":true}' % (
+        b",".join(b"%d" % token for token in prompt_of(index, 10 + index % 300)),
+        1 + index % 3,
+        b"true" if is_stream else b"false",
+    )
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as sock:
+        sent = head % len(body) + body
+        sock.sendall(sent if index % 5 else sent[: len(sent) // 2])
+        time.sleep((index % 7) * 0.002)
+        if index % 3 == 0:  # a reset instead of a farewell
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+
+
+CANARY = "canary7f3a91"
+
+
+def p42(lab: Lab) -> Outcome:
+    """A word in every input, in ordinary and in broken requests; then it is looked for."""
+    outcome = Outcome()
+    key = f"key-{CANARY}"
+    with lab.server("--api-key", key) as server:
+        with httpx.Client(base_url=server.url, timeout=30, headers={"authorization": f"Bearer {key}"}) as client:
+            inputs: list[dict[str, Any]] = [
+                {"prompt": [5, 6], "max_tokens": 2, "user": CANARY, "cache_salt": CANARY},
+                {"prompt": CANARY},
+                {"prompt": [5], "stop": [CANARY]},
+                {"prompt": [5], "temperature": CANARY},
+                {"prompt": [5], CANARY: 1},
+                {"prompt": [5], "metadata": {"a": CANARY}},
+                {"prompt": [5], "logit_bias": {CANARY: 1}},
+            ]
+            for body in inputs:
+                client.post("/v1/completions", json=body)
+                client.post("/v1/chat/completions", json={**body, "messages": [{"role": "user", "content": CANARY}]})
+            client.post("/v1/completions", content=f'{{"prompt": "{CANARY}'.encode())
+            client.get(f"/{CANARY}", headers={"x-a": CANARY})
+            metrics = client.get("/metrics").text
+        httpx.get(f"{server.url}/v1/models", headers={"authorization": f"Bearer {CANARY}"})
+        server.kill("aphro-engine")
+        time.sleep(1.0)
+        log = server.log.read_text()
+        lines = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in server.all_processes()[1:]]
+        outcome.check("not in the log", CANARY not in log)
+        outcome.check("not in the metrics", CANARY not in metrics)
+        outcome.figures["log"] = f"{len(log.splitlines())} lines"
+        del lines
+    return outcome
+
+
+def p51(lab: Lab) -> Outcome:
+    """Listening sockets of all processes: only the API's answers a stranger."""
+    outcome = Outcome()
+    with lab.server("-tp", "2") as server:
+        ports = _listening(server.all_processes())
+        api = int(server.url.rsplit(":", 1)[1])
+        others = {port: address for port, address in ports.items() if port != api}
+        outcome.figures["listening"] = f"the API port and {len(others)} of the ranks' mesh, on loopback"
+        outcome.check("others on loopback alone", all(address == "0100007F" for address in others.values()))
+        for port in others:
+            try:
+                with socket.create_connection(("127.0.0.1", port), timeout=1) as sock:
+                    sock.sendall(os.urandom(4096))
+            except OSError:
+                pass
+        time.sleep(0.5)
+        outcome.check("hostile bytes there change nothing", complete(server.url, prompt_of(2)).status_code == 200)
+        outcome.check("no restart", server.metric("engine_recoveries_total") == 0)
+    return outcome
+
+
+def _listening(pids: list[int]) -> dict[int, str]:
+    """Port -> address (hexadecimal, as the kernel writes it)."""
+    inodes = set()
+    for pid in pids:
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                inodes.add(os.readlink(entry))
+            except OSError:
+                continue
+    found = {}
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        columns = line.split()
+        if columns[3] == "0A" and f"socket:[{columns[9]}]" in inodes:
+            address, _, port = columns[1].partition(":")
+            found[int(port, 16)] = address
+    return found
+
+
+def p59(lab: Lab) -> Outcome:
+    """The log's disk is full: everything goes on, the text is lost."""
+    outcome = Outcome()
+    ready = lab.folder / "full.json"
+    with open("/dev/full", "wb") as full:
+        from tests.e2e.server_process import command
+        from tests.faults.lab import SMALL
+
+        line = command(lab.model, ["--port", "0", "--json-ready", str(ready), *SMALL, "-tp", "2"])
+        process = subprocess.Popen(line, stdout=full, stderr=full)
+    try:
+        deadline = time.monotonic() + 60
+        while not ready.exists():
+            assert process.poll() is None, "it did not start"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        import json
+
+        url = json.loads(ready.read_text())["url"]
+        outcome.check("served", complete(url, prompt_of(1)).status_code == 200)
+        process.terminate()
+        outcome.check("exit code 0", process.wait(10) == 0)
+    finally:
+        process.kill()
+        process.wait(10)
+    return outcome
+
+
+def p61(lab: Lab) -> Outcome:
+    """No file descriptors: connections wait, and are served when some are free again."""
+    outcome = Outcome()
+    with lab.server() as server:
+        pid = server.pid_of("aphro-api")
+        used = len(os.listdir(f"/proc/{pid}/fd"))
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 20, used + 20))
+        port = int(server.url.rsplit(":", 1)[1])
+        held = [socket.create_connection(("127.0.0.1", port)) for _ in range(60)]
+        time.sleep(0.5)
+        for sock in held:
+            sock.close()
+        began = time.monotonic()
+        outcome.check("served", complete(server.url, prompt_of(1)).status_code == 200)
+        outcome.at_most("recovered", time.monotonic() - began, 2.0)
+    return outcome
+
+
+def p27(lab: Lab) -> Outcome:
+    """A client that does not read its stream: cut off after 60 s, and others never notice."""
+    outcome = Outcome()
+    with lab.server() as server:
+        from tests.faults.cases_life import _open_stream_without_reading
+
+        sock = _open_stream_without_reading(server)
+        answers = [Answer() for _ in range(4)]
+        for index, answer in enumerate(answers):
+            stream(server.url, {"prompt": prompt_of(index), "max_tokens": 50}, answer)
+        outcome.check("others are served", all(answer.is_done for answer in answers))
+        began = time.monotonic()
+        while server.metric("num_requests_running") + server.metric("num_requests_waiting") and _is_open(server, sock):
+            if time.monotonic() - began > 70:
+                break
+            time.sleep(0.5)
+        outcome.at_most("its sequences are done or freed", time.monotonic() - began, 63.0)
+        sock.close()
+    return outcome
+
+
+def _is_open(server: FaultyServer, sock: socket.socket) -> bool:
+    port = sock.getsockname()[1]
+    return any(f":{port:04X} " in line for line in Path("/proc/net/tcp").read_text().splitlines())
+
+
+def by_tests(*paths: str) -> Any:
+    """A case whose proof is a part of the unit tests: it runs them."""
+
+    def run(lab: Lab) -> Outcome:
+        outcome = Outcome()
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths],
+            cwd=ROOT,
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        summary = done.stdout.strip().splitlines()[-1]
+        outcome.figures["tests"] = summary.split(" in ")[0]
+        outcome.check(f"pytest {' '.join(paths)}", done.returncode == 0)
+        return outcome
+
+    return run
+
+
+_SERVER = "tests/core/server"
+CASES = [
+    Case("P-22", "500 requests at once, a queue of 32", p22),
+    Case("P-23", "one key floods", p23),
+    Case("P-24", "a queue deadline of 1 s", p24),
+    Case("P-25", "a head that comes byte by byte", p25),
+    Case("P-26", "a body that comes byte by byte", p26),
+    Case("P-27", "a client that does not read", p27),
+    Case("P-28/29", "oversize and compressed bodies, header bombs", by_tests(f"{_SERVER}/test_http_errors.py")),
+    Case("P-30", "smuggling forms, targets with two readings", by_tests(f"{_SERVER}/test_http1.py")),
+    Case("P-31/40", "every route, ten ways around the key; key timing", by_tests(f"{_SERVER}/test_auth.py")),
+    Case("P-32", "500 clients that leave, in all phases", p32),
+    Case(
+        "P-33/34/35",
+        "schema fuzz, JSON bombs, parameter bombs",
+        by_tests(f"{_SERVER}/test_openai_schema.py", "tests/faults/test_fuzz.py"),
+    ),
+    Case("P-36", "template bombs, escapes and payloads", by_tests("tests/core/templates")),
+    Case("P-41", "prefix cache across keys", by_tests("tests/core/scheduler/test_prefix_cache.py")),
+    Case("P-42", "a canary in every input", p42),
+    Case("P-46/51", "listening sockets, and hostile bytes on them", p51),
+    Case("P-47/48", "code in model files; malformed and truncated weights", by_tests("tests/core/checkpoint")),
+    Case("P-59", "the log's disk is full", p59),
+    Case("P-61", "no file descriptors", p61),
+    Case("P-63", "simulated histories of scheduler, journal and epochs", by_tests("tests/faults/test_simulation.py")),
+    Case(
+        "P-64",
+        "state machines of blocks and of the request table",
+        by_tests(
+            "tests/core/scheduler/test_scheduler_stateful.py", "tests/core/frontend/test_request_table_stateful.py"
+        ),
+    ),
+]

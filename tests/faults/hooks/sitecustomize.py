@@ -1,0 +1,122 @@
+"""Faults inside a worker, for tests: a request whose prompt has a trigger token meets its fault in every step of it.
+
+Python imports this by its name when the folder is on PYTHONPATH. It waits for the model runner to be imported and wraps
+it; ``FAULTS`` in the environment says ``token=fault,...``.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import os
+import pickle
+import signal
+import sys
+import time
+from types import ModuleType
+from typing import Any
+
+_FAULTS = dict(pair.split("=") for pair in os.environ.get("FAULTS", "").split(",") if pair)
+_LOADS = [fault for token, fault in _FAULTS.items() if token == "load"]
+
+
+def _fail(fault: str) -> None:
+    if fault == "raise":
+        raise RuntimeError("a fault in forward")
+    if fault == "memory":
+        raise MemoryError("a fault of the allocator")
+    if fault == "exit":
+        os._exit(3)
+    if fault == "abort":
+        os.kill(os.getpid(), signal.SIGABRT)
+    if fault == "hang":
+        time.sleep(10_000)
+    if fault.startswith("sleep"):
+        time.sleep(float(fault.removeprefix("sleep")))
+
+
+def _arm_unpickler(module: ModuleType) -> None:
+    """From here on nobody in this process may unpickle anything."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("something was unpickled")
+
+    pickle.load = pickle.loads = pickle.Unpickler = refuse  # type: ignore[assignment,misc]
+
+
+def _wrap_runner(module: ModuleType) -> None:
+    runner: Any = module.ModelRunner
+    launch = runner.launch
+    triggered: dict[int, str] = {}
+
+    def launch_or_fail(self: Any, plan: Any) -> Any:
+        if "pickle" in _FAULTS and any(new.seq_id for new in plan.new):  # the first request: all are ready
+            _arm_unpickler(module)
+        for new in plan.new:
+            prompt = new.token_ids[: new.num_prompt_tokens]
+            triggered.pop(new.seq_id, None)
+            for token, fault in _FAULTS.items():
+                if token.isdigit() and int(token) in prompt:
+                    triggered[new.seq_id] = fault
+        faults = [triggered[row.seq_id] for row in plan.scheduled if row.seq_id in triggered]
+        for fault in faults:
+            _fail(fault)
+        return launch(self, plan)
+
+    runner.launch = launch_or_fail
+    if "nan" in _FAULTS.values():
+        _wrap_sampler(sys.modules["aphro_core.worker.sampler"])
+
+
+def _wrap_sampler(module: ModuleType) -> None:
+    sample = module.Sampler.sample
+
+    def sample_nan(self: Any, logits: Any, rows: Any) -> Any:
+        tokens = {int(token) for token, fault in _FAULTS.items() if fault == "nan"}
+        for index, row in enumerate(rows):
+            if tokens & set(row.token_ids[: row.num_prompt_tokens]):
+                logits[index] = float("nan")
+        return sample(self, logits, rows)
+
+    module.Sampler.sample = sample_nan
+
+
+def _wrap_worker(module: ModuleType) -> None:
+    load = module.Worker.load
+
+    def load_or_fail(self: Any) -> Any:
+        rank, _, fault = _LOADS[0].partition(":")
+        if self._start.rank == int(rank):
+            _fail(fault)
+        return load(self)
+
+    module.Worker.load = load_or_fail
+
+
+_WRAPPERS = {"aphro_core.worker.model_runner": _wrap_runner}
+if "pickle" in _FAULTS:
+    _WRAPPERS["aphro_core.server.serve"] = _arm_unpickler
+if _LOADS:
+    _WRAPPERS["aphro_core.worker.worker"] = _wrap_worker
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        wrap = _WRAPPERS.pop(name, None)
+        if wrap is None:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        execute = spec.loader.exec_module
+
+        def execute_and_wrap(module: ModuleType) -> None:
+            execute(module)
+            wrap(module)
+
+        spec.loader.exec_module = execute_and_wrap  # type: ignore[method-assign]
+        return spec
+
+
+if _FAULTS:
+    sys.meta_path.insert(0, _Finder())

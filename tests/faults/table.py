@@ -1,0 +1,10 @@
+"""All cases, in the order of the page."""
+
+from __future__ import annotations
+
+from tests.faults import cases_hostile, cases_life, cases_recovery, soak
+
+CASES = sorted(
+    [*cases_recovery.CASES, *cases_life.CASES, *cases_hostile.CASES, *soak.CASES],
+    key=lambda case: (case.id[0] == "R", case.id),
+)
