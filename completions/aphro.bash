@@ -20,7 +20,9 @@ _aphro_models() {  # ids in the Hugging Face cache, files in aphro's
         words+=("${name//--//}")
     done
     for entry in "$cache"/aphro/models/*; do
-        [[ -e "$entry" ]] && words+=("$entry")
+        [[ -e "$entry" ]] || continue
+        printf -v name %q "$entry"
+        words+=("$name")
     done
     _aphro_offer "" "${words[@]}"
     compopt -o default
@@ -67,21 +69,25 @@ _aphro_hosts() {  # of ~/.ssh/config, what it includes, and known_hosts that are
 }
 
 _aphro() {
-    local current="${COMP_WORDS[COMP_CWORD]}" previous="${COMP_WORDS[COMP_CWORD-1]}" list=""
+    local current="${COMP_WORDS[COMP_CWORD]}" list="" at="$COMP_CWORD"
+    [[ "$current" == ":" ]] && return  # readline cuts HOST:DEVICES into three words
+    while [[ "${COMP_WORDS[at-1]}" == ":" ]]; do at=$((at - 2)); done
+    local previous="${COMP_WORDS[at-1]}"
     [[ "$current" == "=" ]] && current=""  # readline cuts --dtype=half into three words
     [[ "$previous" == "=" ]] && previous="${COMP_WORDS[COMP_CWORD-2]}"
     [[ "$current" == *,* ]] && list="${current%,*},"
     local IFS=$' \t\n'
     COMPREPLY=()
     if [[ "$COMP_CWORD" -eq 1 ]]; then
-        _aphro_offer "" run serve doctor estimate chat bench top completion version --help --version
+        _aphro_offer "" run serve doctor estimate chat bench top completion models quants version --help --version
         return
     fi
     case "${COMP_WORDS[1]}" in
     run|serve)
         case "$previous" in
-        --tensor-parallel-size|-tp|--pipeline-parallel-size|-pp|--pp-layers|--hosts|--max-num-seqs|--max-num-batched-tokens|--max-num-prefill-tokens|--gpu-memory-utilization|-gmu|--cpu-memory-utilization|--num-gpu-blocks-override|--quantization|-q|--revision|--served-model-name|--seed|--host|--port|--api-key|--api-keys|--max-queued-requests|--queue-timeout|--request-timeout|--drain-seconds|--start-timeout|--distributed-timeout|--distributed-timeout-seconds|--step-timeout|--max-recoveries) return ;;
+        --tensor-parallel-size|-tp|--pipeline-parallel-size|-pp|--pp-layers|--max-num-seqs|--max-num-batched-tokens|--max-num-prefill-tokens|--gpu-memory-utilization|-gmu|--cpu-memory-utilization|--num-gpu-blocks-override|--quantization|-q|--revision|--served-model-name|--seed|--host|--port|--api-key|--api-keys|--max-queued-requests|--queue-timeout|--request-timeout|--drain-seconds|--start-timeout|--distributed-timeout|--distributed-timeout-seconds|--step-timeout|--max-recoveries) return ;;
         --distributed-executor-backend) _aphro_offer "" mp ssh; return ;;
+        --hosts) _aphro_hosts "$list"; return ;;
         --device) _aphro_offer "" auto cuda cpu; return ;;
         --dtype) _aphro_offer "" auto float32 bfloat16 float16 float half; return ;;
         --max-model-len) _aphro_offer "" auto; return ;;
@@ -166,6 +172,13 @@ _aphro() {
             _aphro_offer "" --shell --uninstall --help -h
         else
             _aphro_offer "" install show
+        fi
+        ;;
+    models|quants)
+        case "$previous" in
+        esac
+        if [[ "$current" == -* ]]; then
+            _aphro_offer "" --json --help -h
         fi
         ;;
     version)
