@@ -52,7 +52,7 @@ class FakeGroup:
 
     async def allocate(self, num_blocks: int) -> None: ...
 
-    def dump_stacks(self) -> None:
+    async def dump_stacks(self) -> None:
         self.has_dumped = True
 
     async def submit(self, plan: StepPlan) -> None:
