@@ -30,8 +30,7 @@ _aphro_models() {  # ids in the Hugging Face cache, files in aphro's
 
 _aphro_hosts() {  # of ~/.ssh/config, what it includes, and known_hosts that are not hashed; behind the prefix in $1
     local prefix="$1" file key rest word
-    local -a words=() files=("$HOME/.ssh/config")
-    local -A seen=()
+    local -a words=() lines=() files=("$HOME/.ssh/config")
     if [[ -r "$HOME/.ssh/config" ]]; then
         while read -r key rest; do
             [[ "${key,,}" == include ]] || continue
@@ -42,29 +41,25 @@ _aphro_hosts() {  # of ~/.ssh/config, what it includes, and known_hosts that are
             done
         done < "$HOME/.ssh/config"
     fi
+    local -
+    set -f  # what is read from here on may look like a pattern
     for file in "${files[@]}"; do
         [[ -r "$file" ]] || continue
         while read -r key rest; do
             [[ "${key,,}" == host ]] || continue
             for word in ${rest//\"/}; do
-                [[ "$word" == *[*?!]* ]] || seen["$word"]=1
+                [[ "$word" == *[*?!]* ]] || words+=("$word")
             done
         done < "$file"
     done
     if [[ -r "$HOME/.ssh/known_hosts" ]]; then
-        while read -r key rest; do
-            [[ "$key" == [@#\|]* || -z "$key" ]] && continue
-            for word in ${key//,/ }; do
-                if [[ "$word" == \[*\]:* ]]; then
-                    rest="${word##*:}"
-                    word="${word#\[}"
-                    word="${word%%\]*}:$rest"
-                fi
-                seen["$word"]=1
-            done
-        done < "$HOME/.ssh/known_hosts"
+        mapfile -t lines < "$HOME/.ssh/known_hosts"
+        for word in "${lines[@]%%[[:blank:]]*}"; do
+            [[ "$word" == [@#\|]* ]] || words+=(${word//,/ })
+        done
+        words=("${words[@]/#\[/}")
+        words=("${words[@]/]:/:}")  # [host]:port
     fi
-    words=("${!seen[@]}")
     _aphro_offer "$prefix" "${words[@]}"
 }
 
