@@ -3,7 +3,8 @@
     python bench/compare.py MODEL.gguf [--rounds 3] [--llama-cpp] [--json FILE]
 
 The same random prompts for every engine, greedy, end-of-sequence ignored. One untimed run of each, then ``--rounds``
-rounds that alternate the engines; medians. transformers generates in float32 and in bfloat16 and the better figure
+rounds that alternate the engines; medians. aphro multiplies the weights expanded to 16 bits and packed as the file has
+them. transformers generates in float32 and in bfloat16 and the better figure
 counts; its 16 streams are one static batch. llama.cpp runs through the package llama-cpp-python on the same file.
 Every engine lives in a process of its own, so that nothing one of them sets reaches another.
 """
@@ -29,7 +30,7 @@ SCENARIOS: dict[str, tuple[int, int, int]] = {  # requests, prompt tokens, new t
     "16 streams": (16, 64, NEW_TOKENS),
     "prefill 2,000": (1, 2000, 1),
 }
-ENGINES = ("aphro", "transformers float32", "transformers bfloat16", "llama.cpp")
+ENGINES = ("aphro bfloat16", "aphro packed", "transformers float32", "transformers bfloat16", "llama.cpp")
 
 
 def prompts(scenario: str, round_number: int) -> list[list[int]]:
@@ -48,11 +49,12 @@ def rate(scenario: str, seconds: float) -> float:
 # ---------------------------------------------------------------- one engine, in a process of its own
 
 
-def aphro_engine(path: str, threads: int) -> Callable[[list[list[int]], int], None]:
+def aphro_engine(path: str, quantization: str | None) -> Callable[[list[list[int]], int], None]:
     from aphro_core.llm import LLM
     from aphro_core.request import SamplingParams
 
-    llm = LLM(path, device="cpu", skip_tokenizer_init=True, max_num_seqs=32, cpu_memory_utilization=0.2)
+    sizes = {"max_num_seqs": 32, "cpu_memory_utilization": 0.2}
+    llm = LLM(path, device="cpu", skip_tokenizer_init=True, quantization=quantization, **sizes)
 
     def generate(ids: list[list[int]], new: int) -> None:
         params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False)
@@ -138,8 +140,8 @@ def serve_engine(engine: str, path: str, threads: int) -> None:
     """Child process: one JSON line in (scenario, round), one JSON line out (seconds)."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not mix with the answers
-    if engine == "aphro":
-        generate = aphro_engine(path, threads)
+    if engine.startswith("aphro"):
+        generate = aphro_engine(path, None if engine == "aphro packed" else "none")
     elif engine.startswith("transformers"):
         generate = transformers_engine(path, threads, engine.split()[1])
     else:
@@ -160,7 +162,7 @@ class Peer:
     def __init__(self, engine: str, path: str, threads: int, python: str) -> None:
         self.engine = engine
         command = [python, __file__, path, "--child", engine, "--threads", str(threads)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if engine != "aphro" else None
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if not engine.startswith("aphro") else None
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -238,10 +240,10 @@ def show(figures: dict[str, dict[str, float]], rounds: int, threads: int) -> Non
     print("| engine | " + " | ".join(SCENARIOS) + " |")
     print("| --- |" + " ---: |" * len(SCENARIOS))
     rows: dict[str, Any] = {e: [f"{figures[e][s]:.1f}" for s in SCENARIOS] for e in figures}
-    rows["aphro / transformers (better of the two)"] = [f"{figures['aphro'][s] / best[s]:.2f}x" for s in SCENARIOS]
-    if "llama.cpp" in figures:
-        ratios = [f"{figures['aphro'][s] / figures['llama.cpp'][s]:.2f}x" for s in SCENARIOS]
-        rows["aphro / llama.cpp"] = ratios
+    for ours in ("aphro bfloat16", "aphro packed"):
+        rows[f"{ours} / transformers (better of the two)"] = [f"{figures[ours][s] / best[s]:.2f}x" for s in SCENARIOS]
+        if "llama.cpp" in figures:
+            rows[f"{ours} / llama.cpp"] = [f"{figures[ours][s] / figures['llama.cpp'][s]:.2f}x" for s in SCENARIOS]
     for name, cells in rows.items():
         print(f"| {name} | " + " | ".join(cells) + " |")
 
