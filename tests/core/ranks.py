@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from aphro_core import distributed
 from aphro_core.distributed import Links
@@ -51,7 +52,8 @@ def _enter(
 ) -> None:
     torch.set_num_threads(1)  # a forked process has none of its parent's OpenMP threads, and would wait for them
     try:
-        links = distributed.join(plan, rank, store, torch.device("cpu"), timeout_seconds)
+        size = plan.tp_size * plan.pp_size
+        links = distributed.join(plan, rank, lambda: FileStore(store, size), torch.device("cpu"), timeout_seconds)
         send.send(body(links, rank))
     except BaseException:
         send.send(traceback.format_exc())
