@@ -175,7 +175,7 @@ def _plans(plans: Sequence[Plan]) -> list[str]:
 def _speed(found: Estimate) -> list[str]:
     speed, load = ceilings(found), host_load(found)
     lines = [f"A token takes {speed.kv_bytes_per_token:,} bytes of cache on all ranks together."]
-    if speed.decode_tokens_per_s is not None:
+    if speed.decode_tokens_per_s is not None and found.fits:
         lines.append(
             f"At best (memory bandwidth, arithmetic): {_rate(speed.decode_tokens_per_s)} tokens/s for one request, "
             f"{_rate(speed.full_batch_tokens_per_s)} for a full cache, {_rate(speed.prefill_tokens_per_s)} of prompts."

@@ -24,6 +24,7 @@ class Card:
     capability: float
     fused_all_reduce: bool = False
     spread_gib: float = 0.05  # between hosts: ECC, driver
+    is_nvidia: bool = True
 
     @property
     def total_bytes(self) -> int:
@@ -66,7 +67,7 @@ CARDS: Final[tuple[Card, ...]] = (
     Card("A100-40GB", 39.45, 1555, 312, 8.0, spread_gib=0.1),
     Card("A100-80GB", 79.18, 2039, 312, 8.0),
     Card("A800-80GB", 79.2, 2039, 312, 8.0),
-    Card("MI300X", 191.5, 5300, 1307, 9.4),
+    Card("MI300X", 191.5, 5300, 1307, 9.4, is_nvidia=False),
     Card("H20", 95.1, 4000, 148, 9.0, fused_all_reduce=True),
     Card("H100-80GB", 79.18, 3350, 989, 9.0, fused_all_reduce=True),
     Card("H100-94GB", 93.1, 3900, 989, 9.0, fused_all_reduce=True),

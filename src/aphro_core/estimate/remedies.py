@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from aphro_core.errors import AphroError
+from aphro_core.estimate.cards import CARDS
 from aphro_core.estimate.estimate import Estimate, estimate
 from aphro_core.estimate.facts import QuantizationFacts
 from aphro_core.estimate.planner import plan_one
@@ -26,9 +27,19 @@ class Remedy:
 
 
 def remedies(found: Estimate, *, most: int = 3) -> list[Remedy]:
-    """The cheapest ``most`` single changes with which it fits, in the order of what they cost a user."""
+    """The cheapest ``most`` changes with which it fits, one of each kind, in the order of what they cost a user."""
     result: list[Remedy] = []
-    for make in (_fewer_seqs, _fewer_tokens, _cache_dtype, _shorter, _utilization, _eager, _devices, _quantized):
+    for make in (
+        _fewer_seqs,
+        _fewer_tokens,
+        _cache_dtype,
+        _shorter,
+        _utilization,
+        _eager,
+        _devices,
+        _quantized,
+        _other_card,
+    ):
         for flags, cost, question, tp, pp in make(found):
             try:
                 tried = estimate(question, tp, pp)
@@ -96,24 +107,45 @@ def _eager(found: Estimate) -> Iterator[_Candidate]:
 
 def _devices(found: Estimate) -> Iterator[_Candidate]:
     """The fewest devices more; inside a host by tensor parallel, then by stages."""
-    question, now = found.question, found.sizes.tp * found.sizes.pp
-    for devices in range(now + 1, _MOST_DEVICES + 1):
-        per_host = min(question.devices_per_host, devices)
-        for tp in [tp for tp in range(per_host, 0, -1) if devices % tp == 0]:
-            plan = plan_one(question, tp, devices // tp)
-            if plan.found is not None and plan.found.fits:
-                yield (
-                    f"-tp {tp} -pp {devices // tp}",
-                    f"{devices} devices instead of {now}",
-                    question,
-                    tp,
-                    devices // tp,
-                )
-                return
+    now = found.sizes.tp * found.sizes.pp
+    spread = _fewest(found.question, now + 1)
+    if spread is not None:
+        tp, pp = spread
+        yield f"-tp {tp} -pp {pp}", f"{tp * pp} devices instead of {now}", found.question, tp, pp
 
 
 def _quantized(found: Estimate) -> Iterator[_Candidate]:
+    """Fewer bits a weight, on as few devices as hold them then."""
     if found.question.version is None or found.question.scheme is not None:
         return
     for scheme, words in (("fp8", "8-bit weights"), ("awq-int4", "a 4-bit checkpoint")):
-        yield _changed(found, f"-q {scheme}", words, quantization=QuantizationFacts(scheme=scheme))
+        question = replace(found.question, quantization=QuantizationFacts(scheme=scheme))
+        spread = _fewest(question, found.sizes.tp * found.sizes.pp)
+        if spread is not None:
+            tp, pp = spread
+            yield f"-q {scheme} -tp {tp} -pp {pp}", f"{words}, {tp * pp} devices", question, tp, pp
+
+
+def _other_card(found: Estimate) -> Iterator[_Candidate]:
+    """The smallest larger card of which as many hold it."""
+    question, devices = found.question, found.sizes.tp * found.sizes.pp
+    least = question.device.total_bytes
+    larger = [card for card in CARDS if card.total_bytes > least and card.capability >= 8.0 and card.is_nvidia]
+    for card in sorted(larger, key=lambda card: card.total_bytes):
+        device = replace(question.device, total_bytes=card.total_bytes, card=card, foreign_bytes=0, origin="")
+        asked = replace(question, device=device)
+        spread = _fewest(asked, 1, most=devices)
+        if spread is not None and question.device.kind == "cuda":
+            tp, pp = spread
+            yield f"--gpu '{card.name}' -tp {tp} -pp {pp}", f"{tp * pp} of a larger card", asked, tp, pp
+
+
+def _fewest(question: Question, devices: int, most: int = _MOST_DEVICES) -> tuple[int, int] | None:
+    """The first (tp, pp) from so many devices on that fits, as wide inside a host as it goes."""
+    for count in range(devices, most + 1):
+        for tp in range(min(question.devices_per_host, count), 0, -1):
+            if count % tp == 0:
+                plan = plan_one(question, tp, count // tp)
+                if plan.found is not None and plan.found.fits:
+                    return tp, count // tp
+    return None
