@@ -138,10 +138,11 @@ def _capacity(found: Estimate) -> list[str]:
         f"Maximum concurrency for {sizes.max_model_len:,} tokens per request: {found.max_concurrency:.2f}x",
         f"Largest single request: {found.longest_request:,} tokens",
     ]
-    if found.question.version is not None or found.question.device.kind == "cuda":
-        low = max(limiting.left_bytes - limiting.doubt_bytes, 0) // limiting.layout.block_bytes
-        high = max(limiting.left_bytes + limiting.doubt_bytes, 0) // limiting.layout.block_bytes
-        lines.append(f"Within +-{limiting.doubt_bytes / GIB:.2f} GiB: {low} to {high} blocks")
+    doubt = found.doubt_bytes(limiting)
+    if doubt:
+        low = max(limiting.left_bytes - doubt, 0) // limiting.layout.block_bytes
+        high = max(limiting.left_bytes + doubt, 0) // limiting.layout.block_bytes
+        lines.append(f"Within +-{doubt / GIB:.2f} GiB: {low} to {high} blocks")
     return lines
 
 

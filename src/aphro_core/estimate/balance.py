@@ -37,12 +37,6 @@ class RankBalance:
     def num_blocks(self) -> int:
         return max(self.left_bytes // self.layout.block_bytes, 0)
 
-    @property
-    def doubt_bytes(self) -> int:
-        """Half the range around ``left_bytes`` that held the truth in nineteen of twenty published logs."""
-        overhead = self.activation_bytes + self.overhead_bytes
-        return round(0.35 * 2**30 + 0.01 * self.weights_bytes + 0.1 * overhead)
-
 
 @dataclass(frozen=True, slots=True)
 class Sizes:

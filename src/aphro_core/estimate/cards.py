@@ -23,7 +23,6 @@ class Card:
     tflops: float  # 16 bit, without sparsity
     capability: float
     fused_all_reduce: bool = False
-    spread_gib: float = 0.05  # between hosts: ECC, driver
     is_nvidia: bool = True
 
     @property
@@ -32,7 +31,7 @@ class Card:
 
 
 CARDS: Final[tuple[Card, ...]] = (
-    Card("T4", 14.70, 320, 65, 7.5, spread_gib=0.1),
+    Card("T4", 14.70, 320, 65, 7.5),
     Card("V100-16GB", 15.77, 900, 125, 7.0),
     Card("V100-32GB", 31.73, 900, 125, 7.0),
     Card("GTX 1080", 7.92, 320, 9, 6.1),
@@ -56,15 +55,15 @@ CARDS: Final[tuple[Card, ...]] = (
     Card("RTX A6000", 47.5, 768, 155, 8.6),
     Card("RTX 6000 Ada", 47.5, 960, 364, 8.9),
     Card("RTX PRO 6000", 95.0, 1792, 500, 12.0),
-    Card("L4", 22.05, 300, 121, 8.9, spread_gib=0.1),
+    Card("L4", 22.05, 300, 121, 8.9),
     Card("L20", 44.4, 864, 119, 8.9),
     Card("L40", 44.4, 864, 181, 8.9),
-    Card("L40S", 44.4, 864, 362, 8.9, spread_gib=0.1),
+    Card("L40S", 44.4, 864, 362, 8.9),
     Card("A10", 22.06, 600, 125, 8.6),
     Card("A10G", 22.06, 600, 70, 8.6),
     Card("A30", 23.5, 933, 165, 8.0),
     Card("A40", 44.4, 696, 150, 8.6),
-    Card("A100-40GB", 39.45, 1555, 312, 8.0, spread_gib=0.1),
+    Card("A100-40GB", 39.45, 1555, 312, 8.0),
     Card("A100-80GB", 79.18, 2039, 312, 8.0),
     Card("A800-80GB", 79.2, 2039, 312, 8.0),
     Card("MI300X", 191.5, 5300, 1307, 9.4, is_nvidia=False),

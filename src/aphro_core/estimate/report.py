@@ -16,8 +16,9 @@ def build_report(found: Estimate, plans: list[Plan], ways_out: list[Remedy]) -> 
     """The record that ``--json`` prints. Keys may be added, never changed."""
     question, sizes, limiting = found.question, found.sizes, found.limiting
     load, speed = host_load(found), ceilings(found)
-    low = max((limiting.left_bytes - limiting.doubt_bytes) // limiting.layout.block_bytes, 0)
-    high = max((limiting.left_bytes + limiting.doubt_bytes) // limiting.layout.block_bytes, 0)
+    doubt = found.doubt_bytes(limiting)
+    low = max((limiting.left_bytes - doubt) // limiting.layout.block_bytes, 0)
+    high = max((limiting.left_bytes + doubt) // limiting.layout.block_bytes, 0)
     return {
         "model": question.source.name,
         "architecture": question.source.facts.architecture,
