@@ -74,11 +74,12 @@ def estimate(
 
         version = parse_engine(engine)
         length = opt.parse_max_model_len(max_model_len)
+        scheme = parse_quantization(quantization)
         devices = find_devices(gpu, gpu_memory, device, is_ours=version is None)
 
         def ask(name: str, tp: int | None, pp: int | None) -> Question:
             return Question(
-                source=_source(name, revision),
+                source=_source(name, revision, quantization if version is None else None),
                 device=devices,
                 version=version,
                 tp=tp,
@@ -88,7 +89,8 @@ def estimate(
                 devices_per_host=gpus_per_node,
                 dtype=_dtype(dtype, devices.kind),
                 kv_cache_dtype=kv_cache_dtype.replace("-", "_"),
-                quantization=parse_quantization(quantization),
+                quantization=scheme,
+                asked_quantization=quantization,
                 max_model_len=length,
                 max_num_batched_tokens=max_num_batched_tokens,
                 max_num_prefill_tokens=max_num_prefill_tokens,
@@ -202,9 +204,15 @@ def _dtype(dtype: str, kind: str) -> str:
     return opt.parse_dtype(dtype)
 
 
-def _source(model: str, revision: str | None) -> ModelSource:
+def _source(model: str, revision: str | None, quantization: str | None) -> ModelSource:
     from aphro_core.checkpoint.headers import read_headers
     from aphro_core.estimate.source import build_source
 
     headers = read_headers(model, revision=revision, on_progress=lambda text: typer.echo(text, err=True))
-    return build_source(model, headers.hf_config, tensors=headers.tensors, file_bytes=headers.file_bytes)
+    return build_source(
+        model,
+        headers.hf_config,
+        tensors=headers.tensors,
+        file_bytes=headers.file_bytes,
+        quantization=quantization,
+    )

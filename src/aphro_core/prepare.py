@@ -22,7 +22,7 @@ from aphro_core.config import (
 from aphro_core.errors import ModelError, PlacementError, UsageError
 from aphro_core.estimate.aphro_engine import expected_balances
 from aphro_core.estimate.balance import RankBalance
-from aphro_core.models.quantization import is_int4
+from aphro_core.models.quantization import expands_gguf, is_int4
 from aphro_core.models.registry import load_spec
 from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel.memory import weights_bytes
@@ -274,7 +274,7 @@ def _choose_quantization(
     found = spec.quantization
     if found is None:
         return options.quantization
-    if options.quantization is None and found.layout == "gguf" and (dtype == "float32" or device == "cuda"):
+    if expands_gguf(found, options.quantization, dtype, device):
         reporter.line(f"Weights: GGUF blocks are expanded to {dtype} (-q gguf keeps them packed).")
         return "none"
     how = f"quantised to {found.kind} while loading" if found.layout == "online" else f"{found.layout}, kept packed"

@@ -149,14 +149,22 @@ def expected_balances(
 
 def _kind(spec: DecoderSpec | None, shard: RankShard) -> tuple[object, ...]:
     """What a rank's balance depends on."""
-    is_uniform = spec is not None and (spec.moe is None or spec.moe.layers is None)
+    is_uniform = spec is not None and (spec.moe is None or spec.moe.layers is None) and _quantized_alike(spec)
     cuts = (shard.heads, shard.kv_heads, shard.mlp, shard.experts, shard.expert_mlp, shard.shared_mlp, shard.vocab)
     ends = (shard.has_embedding, shard.has_head, shard.tp_rank == 0)
     return (len(shard.layers) if is_uniform else shard.layers, *map(len, cuts), *ends)
 
 
+def _quantized_alike(spec: DecoderSpec) -> bool:
+    """Whether every layer of a kind takes as much: not with formats or exceptions of single tensors."""
+    found = spec.quantization
+    return found is None or (found.layout != "gguf" and not found.ignored)
+
+
 def _weights_bytes(spec: DecoderSpec, shard: RankShard, element: int) -> int:
     """memory.weights_bytes, with one layer of each kind in place of all: a table of plans asks hundreds of times."""
+    if not _quantized_alike(spec):
+        return memory.weights_bytes(spec, shard, element)
     outside = memory.weights_bytes(spec, replace(shard, layers=range(0)), element)
     kinds = {spec.has_experts(layer): layer for layer in shard.layers}
     each = {

@@ -14,6 +14,7 @@ from aphro_core.estimate.quantization import SCHEMES
 from aphro_core.estimate.question import Question, resolve
 from aphro_core.estimate.vllm import AfterSizing, VllmServer
 from aphro_core.estimate.weights import weight_bytes
+from aphro_core.models.quantization import expands_gguf
 
 _BASE_DOUBT: Final = round(0.35 * GIB)
 
@@ -98,7 +99,7 @@ class Estimate:
         what an inexact scheme left in 16 bit are known no better than to 1 GiB and a tenth.
         """
         question = self.question
-        if question.version is None and question.source.spec is not None and question.quantization is None:
+        if question.version is None and question.source.spec is not None:
             return 0 if question.device.kind == "cpu" else _BASE_DOUBT
         scheme = SCHEMES[question.scheme.scheme] if question.scheme else None
         has_headers = question.source.tensors is not None and question.quantization is None
@@ -125,7 +126,9 @@ def estimate(question: Question, tp: int, pp: int) -> Estimate:
 def _estimate(question: Question, sizes: Sizes) -> Estimate:
     source, device, generation = question.source, question.device, question.generation
     if generation is None:
-        spec = None if question.quantization else source.spec  # weights that the engine would not load so
+        spec = source.spec
+        if spec is not None and expands_gguf(spec.quantization, question.asked_quantization, sizes.dtype, device.kind):
+            spec = replace(spec, quantization=None)
         if spec is None:
             check_general(source.facts, sizes.tp, sizes.pp, question.scheme)
         engine = AphroEngine(spec, device.total_bytes, device.kind == "cuda", device.foreign_bytes)

@@ -94,7 +94,7 @@ def parse_quantization(text: str | None) -> QuantizationFacts | None:
 
     ``awq:32`` and ``awq-g32`` name the group. Raises UsageError with the known names.
     """
-    if text is None or text.lower() in ("", "none", "null", "auto", "bf16", "bfloat16", "fp16", "float16"):
+    if text is None or text.lower() in ("", "none", "null", "auto", "bf16", "bfloat16", "fp16", "float16", "gguf"):
         return None
     name = text.strip().lower().replace("_", "-")
     found = re.fullmatch(r"(.+?)[:-]g?(\d+)(?:g)?", name)

@@ -69,6 +69,7 @@ class Question:
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
     quantization: QuantizationFacts | None = None  # instead of the checkpoint's own
+    asked_quantization: str | None = None  # the same as it was typed
     max_model_len: int | Literal["auto"] | None = None
     max_num_batched_tokens: int | None = None
     max_num_prefill_tokens: int | None = None  # aphro: of a step in which nothing decodes

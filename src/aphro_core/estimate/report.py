@@ -95,8 +95,6 @@ def assumptions(found: Estimate) -> list[str]:
         notes.append(question.version.assumed)
     if question.version is None and source.spec is None and source.refusal:
         notes.append(f"this version of aphro does not run the model: {source.refusal}")
-    if question.version is None and question.quantization is not None:
-        notes.append("this version of aphro does not load weights of another quantisation than the checkpoint's")
     if question.version is not None and question.quantization is not None:
         notes.append("the quantised checkpoint is taken to have the config's sizes, padded to whole groups")
     if question.version is not None and source.tensors is None and question.scheme is not None:

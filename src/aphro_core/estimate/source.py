@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from aphro_core.errors import ModelError
+from aphro_core.errors import ModelError, UsageError
 from aphro_core.estimate.config_reader import read_facts
 from aphro_core.estimate.question import ModelSource
 from aphro_core.estimate.weights import StoredTensor
@@ -20,14 +20,18 @@ def build_source(
     *,
     tensors: Sequence[StoredTensor] | None = None,
     file_bytes: int | None = None,
+    quantization: str | None = None,
 ) -> ModelSource:
-    """``hf_config`` is untrusted. Raises ModelError when it lacks a size that no family's default fills."""
+    """``hf_config`` is untrusted; ``quantization`` is what ``-q`` asked of aphro.
+
+    Raises ModelError when the config lacks a size that no family's default fills.
+    """
     facts = read_facts(hf_config)
     spec: DecoderSpec | None = None
     refusal = None
     try:
-        spec = load_spec(hf_config)
-    except ModelError as error:
+        spec = load_spec(hf_config, quantization)
+    except (ModelError, UsageError) as error:
         refusal = error.message
     if spec is not None:  # what both readers know, the engine's has checked
         facts = replace(facts, dtype=_stated_dtype(hf_config, spec))

@@ -91,6 +91,11 @@ def is_int4(spec: QuantSpec) -> bool:
     return kinds == {"int4"}
 
 
+def expands_gguf(found: QuantSpec | None, asked: str | None, dtype: str, device: str) -> bool:
+    """Whether GGUF blocks are expanded though nobody asked: for float32, which is there to be exact, and on GPUs."""
+    return asked is None and found is not None and found.layout == "gguf" and (dtype == "float32" or device == "cuda")
+
+
 def online_group(width: int) -> int:
     """Inputs that share a scale in weights quantised while they are loaded, of a dimension cut between ranks.
 

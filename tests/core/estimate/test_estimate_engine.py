@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -16,14 +17,14 @@ from aphro_core.estimate.parameters import RankSlice, rank_matrices
 from aphro_core.estimate.question import DeviceFacts, Question
 from aphro_core.estimate.source import build_source
 from aphro_core.estimate.weights import stored_weight_bytes
-from aphro_core.messages.steps import StartWorker
+from aphro_core.messages.steps import StartWorker, WorkerLoaded
 from aphro_core.models.registry import FAMILIES, family_of, load_spec
 from aphro_core.models.tensors import source_shapes
 from aphro_core.parallel import memory
 from aphro_core.parallel.shard import build_plan
 from aphro_core.worker.worker import Worker
 from tests.families import TINY
-from tests.tiny import write_tiny_checkpoint
+from tests.tiny import write_tiny_checkpoint, write_tiny_gguf
 
 FREE = 2**29
 
@@ -38,6 +39,17 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
+def load(config: EngineConfig) -> WorkerLoaded:
+    """What a worker of one rank finds."""
+    memory_bytes = int(FREE * config.cache.cpu_memory_utilization)
+    start = StartWorker(config=config, rank=0, local_rank=0, store="", memory_bytes=memory_bytes)
+    worker = Worker(start, lambda _: None)
+    try:
+        return worker.load()
+    finally:
+        worker.close()
+
+
 def test_every_family_is_here() -> None:
     assert {row.architecture for row in TINY.values()} == set(FAMILIES)
 
@@ -50,18 +62,41 @@ def test_worker_finds_what_was_estimated(family: str, checkpoints: dict[str, Pat
     with open_checkpoint(path) as checkpoint:
         spec = load_spec(checkpoint.hf_config)
     (expected,) = expected_balances(spec, build_plan(spec, 1, 1), config, FREE)
-    memory_bytes = int(FREE * config.cache.cpu_memory_utilization)
-    worker = Worker(
-        StartWorker(config=config, rank=0, local_rank=0, store="", memory_bytes=memory_bytes), lambda _: None
-    )
-    try:
-        loaded = worker.load()
-    finally:
-        worker.close()
+    loaded = load(config)
     assert loaded.weights_bytes == expected.weights_bytes
     assert loaded.activation_bytes == expected.activation_bytes
     assert loaded.block_bytes == expected.layout.block_bytes
     assert loaded.num_blocks == expected.num_blocks
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("family", ["llama", "qwen2_moe"])
+def test_quantised_weights_too(family: str, quantization: str, checkpoints: dict[str, Path]) -> None:
+    path = checkpoints[family]
+    model = ModelConfig(path=str(path), served_name="m", dtype="float16", max_model_len=64, quantization=quantization)
+    loaded = load(EngineConfig(model=model))
+    with open_checkpoint(path) as checkpoint:
+        source = build_source("m", checkpoint.hf_config, quantization=quantization)
+    device = DeviceFacts(kind="cpu", total_bytes=FREE)
+    asked = Question(source=source, device=device, dtype="float16", asked_quantization=quantization)
+    (found,) = estimate(asked, 1, 1).ranks
+    assert loaded.weights_bytes == found.weights_bytes
+    whole = load(EngineConfig(model=ModelConfig(path=str(path), served_name="m", dtype="float16", max_model_len=64)))
+    assert loaded.weights_bytes < whole.weights_bytes
+
+
+@pytest.mark.parametrize(("dtype", "is_packed"), [("float16", True), ("float32", False)])
+def test_gguf_blocks_are_kept_as_run_keeps_them(dtype: str, is_packed: bool, tmp_path: Path) -> None:
+    write_tiny_gguf(tmp_path / "x.gguf", "llama", quant="Q4_0")
+    headers = read_headers(str(tmp_path / "x.gguf"))
+    source = build_source("m", headers.hf_config, tensors=headers.tensors, file_bytes=headers.file_bytes)
+    assert source.spec is not None
+    whole = memory.weights_bytes(replace(source.spec, quantization=None), build_plan(source.spec, 1, 1).ranks[0], 2)
+    for kind in ("cpu", "cuda"):
+        device = DeviceFacts(kind=kind, total_bytes=FREE)  # type: ignore[arg-type]
+        (found,) = estimate(Question(source=source, device=device, dtype=dtype), 1, 1).ranks
+        size = found.weights_bytes / (2 if dtype == "float32" else 1)
+        assert (size < whole) == (is_packed and kind == "cpu")
 
 
 @families
