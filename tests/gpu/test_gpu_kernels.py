@@ -15,6 +15,7 @@ from tests.kernels.comparisons import (
     compare_sample,
     compare_silu_and_mul,
     compare_skinny_linear,
+    compare_step_rows,
 )
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -144,3 +145,8 @@ def test_grouped_linear(
 )
 def test_packed_linear(num_rows: int, shape: tuple[int, int], num_groups: int, kind: str, dtype: torch.dtype) -> None:
     compare_packed_linear(num_rows, shape, kind, num_groups, dtype, "cuda")
+
+
+@pytest.mark.parametrize("num_rows", [1, 63, 256])
+def test_step_rows(num_rows: int) -> None:
+    compare_step_rows(num_rows, "cuda")

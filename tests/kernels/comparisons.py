@@ -20,6 +20,7 @@ from aphro_kernels import (
     sample,
     silu_and_mul,
     skinny_linear,
+    step_rows,
 )
 from aphro_kernels.decode_work import DecodeWork, build_decode_work, plan_decode_
 from torch import Tensor
@@ -350,3 +351,32 @@ def compare_packed_linear(
     assert_close(out, packed_linear.packed_linear_reference(x, codes, scales, offsets))
     whole = packed_linear._launch_dequantise(codes, scales, offsets, nans(width, depth, dtype=dtype, device=device))
     assert_close(whole, packed_linear.dequantise_reference(codes, scales, offsets, dtype))
+
+
+def compare_step_rows(num_rows: int, device: str) -> None:
+    """Rows that begin a block and rows that do not, tokens of the host and of the device, and padding."""
+    generator = torch.Generator().manual_seed(num_rows)
+    num_slots, max_blocks = num_rows + 3, 16 * 40  # more blocks than a program copies at once
+    last = torch.randint(0, 1000, (num_slots,), generator=generator)
+    tables = torch.randint(0, 2**20, (num_slots, max_blocks), generator=generator).int()
+    rows = torch.zeros(num_rows, step_rows.ROW_FIELDS, dtype=torch.int64)
+    rows[:, step_rows.SLOT] = torch.randperm(num_slots, generator=generator)[:num_rows]
+    rows[:, step_rows.POSITION] = torch.randint(0, max_blocks * BLOCK_SIZE, (num_rows,), generator=generator)
+    rows[:, step_rows.TOKEN] = torch.where(torch.arange(num_rows) % 2 == 0, -1, 7)
+    rows[:, step_rows.BLOCK] = torch.where(torch.arange(num_rows) % 3 == 0, 99, -1)
+    rows[3::4, step_rows.POSITION] = -1
+    rows[3::4, step_rows.BLOCK] = -1
+    found, expected = ([x.to(device).clone() for x in (rows, last, tables)] for _ in range(2))
+    made = [step_rows.build_step_rows(num_rows + 2, max_blocks, torch.device(device)) for _ in range(2)]
+    for buffer in (made[0].token_ids, made[0].positions, made[0].slot_mapping, made[0].seq_lens):
+        buffer.fill_(-(2**30))
+    step_rows._launch(*found, BLOCK_SIZE, made[0])
+    step_rows.step_rows_reference(*expected, block_size=BLOCK_SIZE, out=made[1])
+    for name in ("token_ids", "positions", "slot_mapping", "seq_lens"):
+        ours, theirs = (getattr(one.first(num_rows), name) for one in made)
+        assert torch.equal(ours, theirs), name
+        assert bool((getattr(made[0], name)[num_rows:] == -(2**30)).all()), "nothing behind the rows is written"
+    assert torch.equal(found[2], expected[2]), "the begun blocks, and no other, are noted"
+    for row, seq_len in enumerate(made[1].seq_lens.tolist()[:num_rows]):
+        width = -(-seq_len // BLOCK_SIZE)
+        assert torch.equal(made[0].block_tables[row, :width], made[1].block_tables[row, :width])

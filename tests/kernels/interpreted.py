@@ -16,6 +16,7 @@ from tests.kernels.comparisons import (
     compare_sample,
     compare_silu_and_mul,
     compare_skinny_linear,
+    compare_step_rows,
 )
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -56,6 +57,11 @@ def test_rotary(
     has_norm: bool,
 ) -> None:
     compare_rotary(num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim, dtype, "cpu", has_norm)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 9])
+def test_step_rows(num_rows: int) -> None:
+    compare_step_rows(num_rows, "cpu")
 
 
 @pytest.mark.parametrize("window", [None, 300])

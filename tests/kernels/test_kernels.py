@@ -65,6 +65,11 @@ KERNELS: dict[str, dict[str, Any]] = {  # "module.kernel": types of its argument
         **{"num_rows": "i32", "num_programs": "i32"},
         **{"NUM_KV_HEADS": 2, "KEYS": 64, "WINDOW": 100, "ROWS": 256, "AT_ONCE": 8},
     },
+    "step_rows._step_rows_kernel": {
+        **dict.fromkeys(["rows", "last_token_ids", "token_ids", "positions", "slot_mapping"], "*i64"),
+        **dict.fromkeys(["block_tables", "seq_lens", "row_tables"], "*i32"),
+        **{"table_stride": "i32", "FIELDS": 6, "BLOCK_SIZE": 16, "AT_ONCE": 256},
+    },
     "rms_norm._rms_norm_kernel": {
         **dict.fromkeys(["x", "residual", "weight", "out"], "*bf16"),
         **dict.fromkeys(["width", "x_stride", "residual_stride", "out_stride"], "i32"),

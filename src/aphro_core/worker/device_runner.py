@@ -18,7 +18,7 @@ from aphro_core.messages.steps import PromptLogprobs, StepPlan, StepResult
 from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel.shard import RankShard
 from aphro_core.worker.cuda_graphs import CudaGraphs, DecodeSteps, row_buckets
-from aphro_core.worker.device_sampler import DeviceSampler, is_drawn_on_device
+from aphro_core.worker.device_sampler import DeviceSampler
 from aphro_core.worker.paged_inputs import PagedInputs, PagedStep
 from aphro_core.worker.prompt_logprobs import prompt_logprobs
 from aphro_core.worker.returning_tokens import ReturningTokens
@@ -54,6 +54,7 @@ class DeviceRunner:
             block_size=block_size,
             device=device,
             num_kv_heads=len(shard.kv_heads),
+            keeps_tokens=shard.pp_size == 1,
             works={
                 window: build_decode_work(max_rows, **heads, dtype=dtype, device=device, window=window)
                 for window in windows
@@ -145,7 +146,7 @@ class DeviceRunner:
         rows = [self._sequences[entry.seq_id].row for entry in step.draws]
         result: LaunchedStep | None = None
         tokens = torch.empty(len(rows), dtype=torch.int64, device=self._device)
-        if self._samples and all(is_drawn_on_device(row.sampling) for row in rows):
+        if self._samples and not any(row.needs_host for row in rows):
             if rows:
                 tokens = self._device_sampler.draw(logits, step.draw_positions, rows)
             wanted = [entry.seq_id if entry.samples else None for entry in step.draws]

@@ -14,12 +14,6 @@ from aphro_core.request import SamplingParams
 from aphro_core.worker.sampler import SamplingRow
 
 
-def is_drawn_on_device(params: SamplingParams) -> bool:
-    """Whether a row needs nothing that the host knows or wants to know."""
-    penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) != (1.0, 0.0, 0.0)
-    return not (penalties or params.logit_bias or params.min_tokens or params.logprobs is not None)
-
-
 class DeviceSampler:
     """The dials of a step's rows are sent when the rows change, which decode steps seldom do."""
 

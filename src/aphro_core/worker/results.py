@@ -21,7 +21,6 @@ class Results:
         self._send = send
         self._errors = errors
         self._steps: SimpleQueue[LaunchedStep | None] = SimpleQueue()
-        self._num_waiting = 0
         self._thread = threading.Thread(target=self._run, name="step-results", daemon=True)
 
     def put(self, step: LaunchedStep) -> None:

@@ -36,6 +36,12 @@ class SamplingRow:
     num_prompt_tokens: int
     stop_token_ids: Sequence[int] = ()  # masked while the output is shorter than sampling.min_tokens
     counts: TokenCounts | None = field(default=None, repr=False, compare=False)
+    needs_host: bool = field(init=False, compare=False)  # for what it knows (penalties ...) or wants to know
+
+    def __post_init__(self) -> None:
+        asked = self.sampling
+        wants = asked.logit_bias or asked.min_tokens or asked.logprobs is not None
+        self.needs_host = _has_penalty(asked) or bool(wants)
 
 
 class Sampler:
