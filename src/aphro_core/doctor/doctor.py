@@ -15,6 +15,7 @@ from aphro_core.doctor.checks import (
     comm_gloo,
     comm_nccl,
     efa,
+    gdr_acs,
     gdr_distance,
     gdr_path,
     gpu_busy,
@@ -28,6 +29,7 @@ from aphro_core.doctor.checks import (
     host_acs,
     host_iommu,
     host_numa,
+    host_ssh,
     host_sys,
     ib_devices,
     ib_disabled,
@@ -50,6 +52,7 @@ from aphro_core.doctor.checks import (
     name_loopback,
     name_unique,
     nccl_env,
+    nccl_version,
     net_interface,
     net_mtu,
     net_reach,
@@ -58,16 +61,19 @@ from aphro_core.doctor.checks import (
     nodes_versions,
     roce_gid,
     roce_mtu,
+    roce_route,
     shm_shared,
     shm_size,
     shm_stale,
 )
 from aphro_core.doctor.finding import Evidence, Finding, Status
+from aphro_core.doctor.live.model import load_sizes
 from aphro_core.errors import AphroError, UsageError
 from aphro_core.remote.remote import Host, HostUnreachableError
 from aphro_core.remote.ssh import open_host, parse_target
 
 HOST_CHECKS: Final[tuple[HostCheck, ...]] = (
+    host_ssh,
     gpu_driver,
     gpu_count,
     gpu_health,
@@ -86,6 +92,7 @@ HOST_CHECKS: Final[tuple[HostCheck, ...]] = (
     host_numa,
     host_iommu,
     host_acs,
+    nccl_version,
     job_ras,
     ib_devices,
     ib_library,
@@ -101,6 +108,7 @@ HOST_CHECKS: Final[tuple[HostCheck, ...]] = (
     roce_mtu,
     gdr_path,
     gdr_distance,
+    gdr_acs,
     efa,
 )
 CLUSTER_CHECKS: Final[tuple[ClusterCheck, ...]] = (
@@ -116,6 +124,7 @@ CLUSTER_CHECKS: Final[tuple[ClusterCheck, ...]] = (
     net_mtu,
     net_speed,
     ib_symmetry,
+    roce_route,
     comm_gloo,
     comm_nccl,
     ib_traffic,
@@ -125,7 +134,6 @@ CHECKS: Final[dict[str, HostCheck | ClusterCheck]] = {
     **{check.ID: check for check in CLUSTER_CHECKS},
 }
 
-CONNECT: Final = "host.ssh"  # the finding of a host that cannot be reached at all
 _RDMA: Final = ("ib.", "roce.", "gdr.", "efa")  # asked for by --ib or by name
 _LIMIT_SECONDS: Final = 20.0  # unless a check names its own
 _AT_ONCE: Final = 6  # checks of one host: sshd admits ten sessions on a connection
@@ -163,9 +171,11 @@ async def run_checks(
     """Run the selected checks on this host, or on ``hosts`` ([user@]host[:port]), and those between hosts.
 
     The findings come in the table's order, then in that of the hosts; ``on_finding`` gets each as soon as it is there.
-    Raises UsageError for ids or hosts that cannot be; never for what a check finds.
+    Raises UsageError or ModelError for ids, hosts or a model that cannot be; never for what a check finds.
     """
     names = selected(only, skip, ib=ib)
+    if live is not None:
+        load_sizes(live.model)  # a model that cannot be is refused before anything runs
     targets = list(dict.fromkeys(hosts)) or [""]
     for target in targets:
         parse_target(target)
@@ -210,7 +220,7 @@ async def _connect(
                 tried[target].set()
                 await leave.wait()
         except HostUnreachableError as error:
-            add([Finding(CONNECT, Status.FAIL, error.message, True, (), error.hint or "", target)])
+            add([Finding(host_ssh.ID, Status.FAIL, error.message, True, (), error.hint or "", target)])
         tried[target].set()
 
     for target in targets:
@@ -261,7 +271,7 @@ def _where(error: Exception) -> tuple[Evidence, ...]:
 
 
 def _place(finding: Finding, targets: Sequence[str]) -> tuple[int, int]:
-    order = [CONNECT, *CHECKS]
+    order = list(CHECKS)
     return (
         order.index(finding.id) if finding.id in order else len(order),
         targets.index(finding.host) if finding.host in targets else len(targets),

@@ -130,15 +130,26 @@ def _device(name: str, texts: Mapping[str, str]) -> RdmaDevice:
 def _port(device: str, number: int, texts: Mapping[str, str]) -> Port:
     base = f"{device}/ports/{number}"
     text = {name: texts.get(f"{base}/{name}", "") for name in ("state", "phys_state", "rate", "link_layer")}
-    lid, sm_lid = (int(texts.get(f"{base}/{name}") or "0", 0) for name in ("lid", "sm_lid"))
-    indices = sorted(int(path.rsplit("/", 1)[1]) for path in texts if path.startswith(f"{base}/gids/"))
+    lid, sm_lid = (_number(texts.get(f"{base}/{name}", "")) for name in ("lid", "sm_lid"))
+    names = [path.rsplit("/", 1)[1] for path in texts if path.startswith(f"{base}/gids/")]
+    indices = sorted(int(name) for name in names if name.isdecimal())
     gids = [gid for index in indices if (gid := _gid(base, index, texts)) is not None]
     return Port(device, number, **text, lid=lid, sm_lid=sm_lid, gids=tuple(gids))
 
 
+def _number(text: str) -> int:
+    try:
+        return int(text, 0)
+    except ValueError:
+        return 0
+
+
 def _gid(base: str, index: int, texts: Mapping[str, str]) -> Gid | None:
     """None for an empty index: all zero, whose attributes cannot even be read."""
-    address = ipaddress.IPv6Address(texts[f"{base}/gids/{index}"])
+    try:
+        address = ipaddress.IPv6Address(texts[f"{base}/gids/{index}"])
+    except ValueError:
+        return None
     if not int(address):
         return None
     kind = texts.get(f"{base}/gid_attrs/types/{index}", "")
