@@ -16,7 +16,7 @@ from aphro_core.doctor.doctor import run_checks
 from aphro_core.doctor.finding import Finding, Status
 from tests.netns.hosts import NetnsHost, hosts
 
-LIMIT_SECONDS = 3.0
+LIMIT_SECONDS = 2.0
 NAMES = ["node0", "node1"]
 
 

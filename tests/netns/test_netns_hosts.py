@@ -28,7 +28,7 @@ def _healthy(pair: list[NetnsHost]) -> Iterator[None]:
 
 
 def _ssh(host: str, command: str, timeout: float = 10) -> str:
-    argv = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=3", host, command]
+    argv = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=2", host, command]
     return subprocess.run(argv, capture_output=True, text=True, timeout=timeout, check=False).stdout.strip()
 
 

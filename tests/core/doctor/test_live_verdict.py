@@ -74,8 +74,10 @@ def test_a_forced_interface_is_answered_with_the_right_one() -> None:
 def test_a_host_blamed_twice_is_one_finding() -> None:
     silent = Problem("silent", (2,), "rank 2 (c) stopped answering")
     skipped = Problem("skipped", (), "not run")
-    found = judge(report(["a", "b", "c"], {(0, 2): silent, (1, 2): silent, (0, 1, 2): skipped}))
-    assert [(finding.host, finding.root_cause) for finding in found] == [("c", True)]
+    found, rest = judge(report(["a", "b", "c"], {(0, 2): silent, (1, 2): silent, (0, 1, 2): skipped}))
+    assert (found.host, found.root_cause) == ("c", True)
+    assert (rest.status, rest.title) == (Status.SKIP, "Gloo: 1 of 3 pairs add up, 0 were not run after that")
+    assert rest.evidence[0].text.startswith("0 a - 1 b: all-reduce 1 MiB")
 
 
 def test_a_slow_link_is_measured_against_what_it_promises() -> None:

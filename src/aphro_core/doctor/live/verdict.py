@@ -33,7 +33,8 @@ def findings_of(
         return [_of_problem(check_id, backend, report, report.group)]
     failed = [outcome for outcome in outcomes if outcome.problem is not None and outcome.problem.kind != "skipped"]
     if failed:
-        return _without_echoes([_of_problem(check_id, backend, report, outcome) for outcome in failed])
+        found = _without_echoes([_of_problem(check_id, backend, report, outcome) for outcome in failed])
+        return [*found, *_of_the_rest(check_id, backend, report)]
     return [_of_success(check_id, backend, report, model, link_speeds)]
 
 
@@ -130,6 +131,20 @@ def _of_success(
     title = f"{backend} adds up, but slowly: {slow[0]}" + (f" (and {len(slow) - 1} more)" if len(slow) > 1 else "")
     found = tuple(Evidence("live check", 0, line) for line in slow)
     return Finding(check_id, Status.WARN, title, evidence=(*found, *evidence), remedy=remedy)
+
+
+def _of_the_rest(check_id: str, backend: str, report: LiveReport) -> list[Finding]:
+    """Beside what failed: the pairs that work, with their times, and how many were not run any more."""
+    if len(report.pairs) < 2:
+        return []
+    good = [outcome for outcome in report.pairs if outcome.problem is None]
+    not_run = [outcome for outcome in report.pairs if outcome.problem and outcome.problem.kind == "skipped"]
+    title = f"{backend}: {len(good)} of {len(report.pairs)} pairs add up, {len(not_run)} were not run after that"
+    evidence = tuple(
+        Evidence("live check", 0, f"{_pair_label(report, outcome)}: {render_timings(outcome.timings, 2)}")
+        for outcome in good
+    )
+    return [Finding(check_id, Status.SKIP, title, evidence=evidence)]
 
 
 def _costs(report: LiveReport, model: ModelSizes) -> list[str]:
