@@ -18,8 +18,8 @@ from aphro_core.doctor.finding import Finding, Status
 from aphro_core.errors import ModelError
 from tests.core.doctor.rdma_trees import dgx, roce_port
 from tests.core.doctor.recorded import RecordedHost, write_tree
-from tests.core.doctor.test_host_checks import DF, nvml
-from tests.core.doctor.test_host_checks import gpu as gpu_row
+from tests.core.doctor.test_checks_of_hosts import DF, nvml
+from tests.core.doctor.test_checks_of_hosts import gpu as gpu_row
 
 LIMITS = (
     "Max stack size            8388608              unlimited            bytes\n"
