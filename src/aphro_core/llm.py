@@ -24,7 +24,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 class LLM:
-    """A model on this host's devices, by vLLM's names.
+    """A model on this host's devices, or on those of ``hosts``, by vLLM's names.
 
     ``LLM("model", tensor_parallel_size=2).generate(["Hello"], SamplingParams(max_tokens=8))``. Every keyword of
     :class:`aphro_core.prepare.EngineOptions` is taken; ``distributed_executor_backend`` is ``backend``. Use it as a

@@ -48,7 +48,7 @@ def check(outputs: list[RequestOutput], reference: Reference) -> None:
         for token_id, position, row in zip(output.outputs[0].token_ids, positions, expected, strict=True):
             assert position[token_id].rank == 1
             for candidate, logprob in position.items():
-                assert logprob.logprob == pytest.approx(float(row[candidate]), abs=3e-4)
+                assert logprob.logprob == pytest.approx(float(row[candidate]), abs=1e-4)
 
 
 @pytest.mark.parametrize(("tp", "pp"), LEGAL_SHAPES)
