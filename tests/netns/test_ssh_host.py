@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from aphro_core.remote import control_socket
 from aphro_core.remote.remote import NOT_FOUND, HostUnreachableError, read
 from aphro_core.remote.ssh import open_host
+from tests.e2e.server_process import descendants_of, is_running
 from tests.netns.hosts import NetnsHost, hosts
 
 
@@ -84,9 +89,65 @@ async def test_an_unknown_host_key_is_refused(node: NetnsHost) -> None:
         known.write_text(text)
 
 
+def _folders() -> set[str]:
+    return {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("aphro-ssh-")}
+
+
 @pytest.mark.anyio
-async def test_nothing_is_left_of_a_connection(node: NetnsHost) -> None:
-    before = set(os.listdir("/tmp"))
+async def test_a_connection_has_no_name(node: NetnsHost) -> None:
+    """While it is open already, so that there is nothing to be left behind; and commands still go through it."""
+    before = _folders()
     async with open_host(node.name) as host:
-        await host.run("true")
-    assert not [name for name in set(os.listdir("/tmp")) - before if name.startswith("aphro-ssh-")]
+        assert _folders() <= before
+        connections = node.run("sh", "-c", "ss -tnH state established sport = :22 | wc -l").stdout
+        assert (await host.run("echo", "yes")).stdout == "yes\n"
+        assert node.run("sh", "-c", "ss -tnH state established sport = :22 | wc -l").stdout == connections == "1\n"
+    assert _folders() <= before
+
+
+_OWNER = """
+import sys, anyio
+from aphro_core.remote import ssh
+async def main():
+    async with ssh.open_host(sys.argv[1]) as host:
+        print("open", flush=True)
+        await anyio.sleep_forever()
+anyio.run(main)
+"""
+
+
+def test_a_killed_owner_leaves_neither_name_nor_ssh(node: NetnsHost) -> None:
+    before = _folders()
+    owner = subprocess.Popen([sys.executable, "-c", _OWNER, node.name], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    assert owner.stdout.readline() == "open\n"
+    masters = descendants_of(owner.pid)
+    assert masters
+    owner.kill()
+    owner.wait()
+    deadline = time.monotonic() + 3
+    while any(map(is_running, masters)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(map(is_running, masters))
+    assert _folders() <= before
+
+
+def test_what_was_left_while_connecting_is_swept(node: NetnsHost, tmp_path: Path) -> None:
+    """The one moment in which there is a name: until ssh has connected, here to something that never answers."""
+    node.pause()
+    owner = subprocess.Popen([sys.executable, "-c", _OWNER, node.name], env={**os.environ, "TMPDIR": str(tmp_path)})
+    while not any(tmp_path.glob("aphro-ssh-*")):
+        time.sleep(0.02)
+    owner.kill()
+    owner.wait()
+    node.resume()
+    assert list(tmp_path.iterdir())
+    held, lock = control_socket._locked_folder()
+    try:
+        control_socket._sweep(tmp_path)
+        control_socket._sweep(held.parent)
+        assert not list(tmp_path.iterdir())
+        assert held.exists()
+    finally:
+        held.rmdir()
+        os.close(lock)

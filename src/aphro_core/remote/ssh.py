@@ -6,7 +6,6 @@ import re
 import shlex
 import socket
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ import anyio
 
 from aphro_core.errors import UsageError
 from aphro_core.remote import process
+from aphro_core.remote.control_socket import ControlSocket
 from aphro_core.remote.local import LocalHost
 from aphro_core.remote.remote import MAX_FILE_BYTES, Host, HostUnreachableError, Output, Process
 
@@ -45,7 +45,7 @@ _LINKS: Final = _EACH_MATCH.format('[ -e "$f" ] && readlink -f -- "$f"')
 
 
 class SshHost:
-    """Commands of a host through the connection behind ``control``, a socket in a folder of our own."""
+    """Commands of a host through the connection behind ``control``, the path of its socket."""
 
     def __init__(self, name: str, arguments: Sequence[str], control: Path, address: str) -> None:
         self.name = name
@@ -97,14 +97,13 @@ async def open_host(target: str, *, timeout_seconds: float = 10.0) -> AsyncItera
     if not target or (is_plain and _is_ours(address)):
         yield LocalHost(target, address=address)
         return
-    with tempfile.TemporaryDirectory(prefix="aphro-ssh-") as folder:
-        control = Path(folder) / "s"
+    with ControlSocket() as control:
         seconds = f"ConnectTimeout={max(1, round(timeout_seconds))}"
         # `cat` holds the connection open until our end of its input closes, however we end
-        master = [*_ssh(control), "-o", "ControlMaster=yes", "-o", seconds, *arguments, "exec cat"]
+        master = [*_ssh(control.path), "-o", "ControlMaster=yes", "-o", seconds, *arguments, "exec cat"]
         async with process.start(master, None) as connection:
             await _wait_connected(connection, target, timeout_seconds)
-            yield SshHost(target, arguments, control, address)
+            yield SshHost(target, arguments, control.take(), address)
 
 
 async def _wait_connected(connection: process.LineProcess, target: str, timeout_seconds: float) -> None:
