@@ -12,6 +12,7 @@ def test_settings_travel_and_what_belongs_to_one_host_stays() -> None:
         "HOME": "/root",
         "CUDA_VISIBLE_DEVICES": "0",
         "APHRO_API_KEY": "secret",
+        "APHRO_CLUSTER_TOKEN": "secret",
         "HF_HOME": "/here",
     }
     assert travelling(travels | stays) == travels
