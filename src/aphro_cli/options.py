@@ -19,6 +19,8 @@ from aphro_core.errors import UsageError
 
 ENVIRONMENT: Final[dict[str, str]] = {
     "APHRO_API_KEY": "API keys, separated by spaces; kept out of the process list, unlike --api-key",
+    "APHRO_CLUSTER_TOKEN": "the token that a host joins a cluster with",
+    "APHRO_CLUSTER_NODE": "set for the processes of this host's member of a cluster, not by hand",
     "APHRO_LOG_LEVEL": "default of --log-level",
     "APHRO_SMOLLM2": "the .gguf that the end-to-end tests serve, instead of the one in the cache",
 }

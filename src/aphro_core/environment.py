@@ -7,7 +7,14 @@ from typing import Final
 
 _TRAVELS: Final = ("NCCL_", "GLOO_", "UCX_", "HF_", "OMP_", "TORCH_", "CUDA_", "APHRO_")
 # those of one host (its devices, its address), and those that workers have no business with
-_STAYS: Final = ("APHRO_API_KEY", "APHRO_CLUSTER_", "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_CACHE")
+_STAYS: Final = (
+    "APHRO_API_KEY",
+    "APHRO_CLUSTER_NODE",
+    "APHRO_CLUSTER_TOKEN",
+    "CUDA_VISIBLE_DEVICES",
+    "HF_HOME",
+    "HF_HUB_CACHE",
+)
 
 
 def travelling(environment: Mapping[str, str]) -> dict[str, str]:

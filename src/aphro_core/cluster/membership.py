@@ -20,8 +20,9 @@ _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 class Membership:
     """This host's place in a cluster.
 
-    ``head_address`` is "IP:port" of Ray's GCS, what ``ray.init(address=...)`` takes; ``control_port`` is where the member
-    process of each host listens. ``token_path`` holds the cluster's token (RAY_AUTH_TOKEN_PATH, with RAY_AUTH_MODE=token).
+    ``head_address`` is "IP:port" of Ray's GCS, what ``ray.init(address=...)`` takes; ``control_port`` is where the
+    member process of each host listens. ``token_path`` holds the cluster's token: RAY_AUTH_TOKEN_PATH, with
+    RAY_AUTH_MODE=token.
     ``environment``: what was typed as ``-e`` for this node, those of the head first; it may hold secrets.
     ``started_at``: seconds since the epoch, for people. ``pid`` and ``pid_started`` (clock ticks after ``boot_id``)
     name the member process, which ends when the node leaves.
