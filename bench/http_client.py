@@ -20,9 +20,9 @@ async def stream(job: dict[str, object], prompt: list[int], max_tokens: int, sta
         {"model": job["model"], "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
         | {"stream": True}
     ).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
     await asyncio.sleep(start - time.monotonic())
-    writer.write(head.encode() + body)
+    writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
     times: list[float] = []
     status = await reader.readline()
     assert b" 200 " in status, (status, await reader.read(2000))
