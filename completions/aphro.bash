@@ -122,7 +122,7 @@ _aphro() {
         --max-model-len) _aphro_offer "" auto; return ;;
         esac
         if [[ "$current" == -* ]]; then
-            _aphro_offer "" --tensor-parallel-size -tp --pipeline-parallel-size -pp --pp-layers --gpu --gpu-memory --gpu-mem --device --max-gpus --gpus-per-node --engine --dtype --quantization -q --kv-cache-dtype --max-model-len --max-num-seqs --max-num-batched-tokens --max-num-prefill-tokens --gpu-memory-utilization -gmu --block-size --concurrency --enforce-eager --enable-lora --max-loras --max-lora-rank --enable-prefix-caching --no-enable-prefix-caching --draft-layers --num-speculative-tokens --revision --compare --json --help -h
+            _aphro_offer "" --tensor-parallel-size -tp --pipeline-parallel-size -pp --pp-layers --gpu --gpu-memory --gpu-mem --device --max-gpus --gpus-per-node --engine --dtype --quantization -q --kv-cache-dtype --max-model-len --max-num-seqs --max-num-batched-tokens --max-num-prefill-tokens --gpu-memory-utilization -gmu --block-size --concurrency --enforce-eager --enable-expert-parallel --enable-lora --max-loras --max-lora-rank --enable-prefix-caching --no-enable-prefix-caching --draft-layers --num-speculative-tokens --revision --compare --json --help -h
         else
             _aphro_models
         fi

@@ -106,6 +106,7 @@ complete -c aphro -n '__fish_seen_subcommand_from estimate' -l gpu-memory-utiliz
 complete -c aphro -n '__fish_seen_subcommand_from estimate' -l block-size -x -d 'Tokens in a KV block.'
 complete -c aphro -n '__fish_seen_subcommand_from estimate' -l concurrency -x -d 'Requests of the maximum length that must fit at once.'
 complete -c aphro -n '__fish_seen_subcommand_from estimate' -l enforce-eager -d 'Without CUDA graphs.'
+complete -c aphro -n '__fish_seen_subcommand_from estimate' -l enable-expert-parallel -d 'Tensor-parallel ranks hold whole experts, not columns of each.'
 complete -c aphro -n '__fish_seen_subcommand_from estimate' -l enable-lora -d 'With room for one adapter, or --max-loras.'
 complete -c aphro -n '__fish_seen_subcommand_from estimate' -l max-loras -x -d 'Adapters at once.'
 complete -c aphro -n '__fish_seen_subcommand_from estimate' -l max-lora-rank -x -d 'Rank of the largest adapter.'

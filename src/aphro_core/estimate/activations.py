@@ -46,6 +46,7 @@ class Run:
     dtype: str
     scheme: str | None = None  # of the quantisation
     has_lora: bool = False
+    expert_parallel: bool = False
     unpacks_weights: bool = False  # a 4-bit matrix is written out in 16 bit before it is multiplied
 
     @classmethod
@@ -59,6 +60,7 @@ class Run:
             sizes.dtype,
             scheme,
             has_lora=sizes.max_loras > 0,
+            expert_parallel=sizes.expert_parallel,
             unpacks_weights=unpacks_weights,
         )
 
@@ -102,8 +104,8 @@ def activation_peak(facts: ModelFacts, run: Run, law: Law, *, samples: bool) -> 
 def _forward(mlp: MlpFacts, hidden: int, run: Run, law: Law, element: int) -> float:
     """T e (3 I / tp + n H); dynamic 8-bit schemes hold the MLP's product once more, in 8 bit."""
     tokens = run.max_num_batched_tokens
-    width = mlp.num_matrices * ceil(mlp.intermediate_size / run.tp)
-    columns = ceil(mlp.intermediate_size / run.tp)
+    columns = ceil(mlp.intermediate_size / _expert_cut(mlp, run))
+    width = mlp.num_matrices * columns
     quantised = columns if run.scheme in ("int8", "fp8", "fp8-block") else 0
     copies = law.hidden_copies + (_LORA_HIDDEN if run.has_lora else 0.0)
     if not mlp.num_experts:
@@ -121,8 +123,14 @@ def _expert_space(mlp: MlpFacts, hidden: int, run: Run, law: Law, element: int) 
     """The two work buffers of fused experts: T k (max(2 I/tp, H) + max(I/tp, H)) e."""
     if not mlp.num_experts or not law.keeps_expert_space or run.scheme == "mxfp4":
         return 0.0
-    columns, tokens = ceil(mlp.intermediate_size / run.tp), min(run.max_num_batched_tokens, _EXPERT_CHUNK)
+    columns = ceil(mlp.intermediate_size / _expert_cut(mlp, run))
+    tokens = min(run.max_num_batched_tokens, _EXPERT_CHUNK)
     return tokens * mlp.experts_per_token * (max(2 * columns, hidden) + max(columns, hidden)) * element
+
+
+def _expert_cut(mlp: MlpFacts, run: Run) -> int:
+    """Into how many parts columns are cut: whole experts are not, though all of a step's tokens come to each rank."""
+    return 1 if run.expert_parallel and mlp.num_experts else run.tp
 
 
 def _encoder(facts: ModelFacts, run: Run, element: int) -> float:

@@ -33,15 +33,17 @@ class AphroEngine:
     def balances(self, facts: ModelFacts, sizes: Sizes, quantization: QuantizationFacts | None) -> list[RankBalance]:
         """In rank order. Raises PlacementError for sizes that the model's shapes forbid."""
         if self.spec is not None:
-            plan = build_plan(self.spec, sizes.tp, sizes.pp, sizes.pp_layers)
+            plan = build_plan(self.spec, sizes.tp, sizes.pp, sizes.pp_layers, expert_parallel=sizes.expert_parallel)
             return self.balances_of(plan, sizes)
         known: dict[tuple[object, ...], RankBalance] = {}
         balances = []
         for stage, layers in enumerate(split_layers(facts.num_layers, sizes.pp, sizes.pp_layers)):
             for tp_rank in range(sizes.tp):
-                part = RankSlice(layers, tp_rank, sizes.tp, stage == 0, stage == sizes.pp - 1)
+                ends = (stage == 0, stage == sizes.pp - 1)
+                part = RankSlice(layers, tp_rank, sizes.tp, *ends, expert_parallel=sizes.expert_parallel)
                 heads = rank_heads(facts.num_heads, facts.num_kv_heads, sizes.tp, tp_rank)
-                kind = (len(layers) if facts.is_uniform else layers, part.has_embedding, part.has_head, heads)
+                held = len(layers) if facts.is_uniform else layers
+                kind = (held, part.has_embedding, part.has_head, heads, tp_rank if sizes.expert_parallel else 0)
                 known[kind] = known.get(kind) or self._general(facts, sizes, quantization, part)
                 rank = stage * sizes.tp + tp_rank
                 balances.append(known[kind].at(rank=rank, stage=stage, tp_rank=tp_rank, layers=layers))
@@ -66,7 +68,7 @@ class AphroEngine:
         """Inside the budget, on GPUs: the CUDA context, with several ranks communicators too."""
         if not self.is_gpu:
             return 0
-        return self.foreign_bytes + round((0.5 if sizes.tp * sizes.pp == 1 else 1.5) * GIB)
+        return self.foreign_bytes + memory.outside_bytes(sizes.tp * sizes.pp)
 
     def _balance(self, shard: RankShard, sizes: Sizes) -> RankBalance:
         spec, element = self.spec, DTYPE_BYTES[sizes.dtype]
@@ -74,9 +76,15 @@ class AphroEngine:
         weights = _weights_bytes(spec, shard, element)
         if not self.is_gpu and sizes.dtype != "float16":  # float16 is not packed: layers/linear.py
             weights += memory.tied_head_bytes(spec, shard, element)
-        activations = memory.activation_bytes(spec, shard, sizes.max_num_batched_tokens, sizes.max_num_seqs, element)
-        if self.is_gpu:
-            activations += memory.graph_bytes(spec, shard, sizes.max_num_seqs, element)
+        activations = memory.working_bytes(
+            spec,
+            shard,
+            max_num_batched_tokens=sizes.max_num_batched_tokens,
+            max_num_seqs=sizes.max_num_seqs,
+            dtype_bytes=element,
+            is_gpu=self.is_gpu,
+            enforce_eager=sizes.enforce_eager,
+        )
         block_bytes = memory.kv_block_bytes(spec, shard, sizes.block_size, sizes.cache_bytes)
         return RankBalance(
             rank=shard.rank,
@@ -141,7 +149,8 @@ def expected_balances(
         max_num_batched_tokens=config.scheduler.most_tokens,
         max_num_seqs=config.scheduler.max_num_seqs,
         utilization=cache.gpu_memory_utilization if is_gpu else cache.cpu_memory_utilization,
-        enforce_eager=False,
+        enforce_eager=config.enforce_eager,
+        expert_parallel=parallel.expert_parallel,
     )
     engine = AphroEngine(spec, device_bytes, is_gpu, foreign_bytes)
     return tuple(engine.balances_of(plan, sizes))

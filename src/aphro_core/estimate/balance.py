@@ -53,6 +53,7 @@ class Sizes:
     max_num_seqs: int
     utilization: float
     enforce_eager: bool
+    expert_parallel: bool = False
     max_loras: int = 0
     max_lora_rank: int = 16
     prefix_caching: bool | None = None

@@ -37,7 +37,14 @@ class Estimate:
 
     @property
     def num_blocks(self) -> int:
-        return self.limiting.num_blocks
+        """aphro allocates no more than ``max_num_seqs`` requests of the maximum length can use."""
+        held = self.limiting.num_blocks
+        return held if self.question.version is not None else min(held, self.useful_blocks)
+
+    @property
+    def useful_blocks(self) -> int:
+        """Blocks that requests can hold at once at most."""
+        return self.sizes.max_num_seqs * self.blocks_per_request
 
     @property
     def tokens(self) -> int:
@@ -62,7 +69,7 @@ class Estimate:
     def longest_request(self) -> int:
         """Tokens of the largest single request, up to the model's own limit."""
         limit = max(self.sizes.max_model_len, self.question.source.facts.max_position_embeddings)
-        return self.limiting.layout.longest_request(self.num_blocks, self.sizes.max_num_batched_tokens, limit)
+        return self.limiting.layout.longest_request(self.limiting.num_blocks, self.sizes.max_num_batched_tokens, limit)
 
     @property
     def missing_bytes(self) -> int:
@@ -130,11 +137,17 @@ def _estimate(question: Question, sizes: Sizes) -> Estimate:
         if spec is not None and expands_gguf(spec.quantization, question.asked_quantization, sizes.dtype, device.kind):
             spec = replace(spec, quantization=None)
         if spec is None:
-            check_general(source.facts, sizes.tp, sizes.pp, question.scheme)
+            check_general(source.facts, sizes.tp, sizes.pp, question.scheme, expert_parallel=sizes.expert_parallel)
         engine = AphroEngine(spec, device.total_bytes, device.kind == "cuda", device.foreign_bytes)
         return Estimate(question, sizes, tuple(engine.balances(source.facts, sizes, question.scheme)))
     is_own = question.quantization is None or question.quantization == source.facts.quantization
-    check_vllm(source.facts, sizes.tp, sizes.pp, question.scheme if is_own else None)
+    check_vllm(
+        source.facts,
+        sizes.tp,
+        sizes.pp,
+        question.scheme if is_own else None,
+        expert_parallel=sizes.expert_parallel,
+    )
     server = VllmServer(
         generation=generation,
         card=device.card,

@@ -24,6 +24,7 @@ class RankSlice:
     tp: int
     has_embedding: bool
     has_head: bool
+    expert_parallel: bool = False  # tp ranks hold whole experts instead of columns of each
 
 
 Precision = Literal["linear", "experts", "kept"]  # what a quantisation scheme does with it; kept stays in 16 bit
@@ -50,6 +51,14 @@ def rank_heads(num_heads: int, num_kv_heads: int, tp: int, tp_rank: int) -> tupl
 def rank_columns(columns: int, tp: int) -> int:
     """The largest share of a dimension that is cut evenly."""
     return ceil(columns / tp)
+
+
+def rank_experts(num_experts: int, part: RankSlice) -> int:
+    """How many of a layer's experts a rank holds: all, cut by columns, or its share of whole ones."""
+    if not part.expert_parallel:
+        return num_experts
+    each, rest = divmod(num_experts, part.tp)
+    return each + (part.tp_rank < rest)
 
 
 def padded_vocab(facts: ModelFacts, tp: int) -> int:
@@ -85,7 +94,7 @@ def rank_matrices(facts: ModelFacts, part: RankSlice) -> list[Matrix]:
 def _layer(facts: ModelFacts, layer: LayerFacts, part: RankSlice) -> list[Matrix]:
     norms = facts.norms_per_layer * facts.hidden_size + layer.attention.qk_norm_size
     own = [Matrix(facts.hidden_size * facts.layer_input_size, "linear", 2)] if facts.layer_input_size else []
-    return [*_attention(facts, layer.attention, part), *_mlp(facts, layer.mlp, part.tp), *own, Matrix(norms, "kept")]
+    return [*_attention(facts, layer.attention, part), *_mlp(facts, layer.mlp, part), *own, Matrix(norms, "kept")]
 
 
 def _attention(facts: ModelFacts, attention: AttentionFacts, part: RankSlice) -> list[Matrix]:
@@ -120,7 +129,8 @@ def _latent(facts: ModelFacts, attention: AttentionFacts, tp: int) -> list[Matri
     return [*(Matrix(elements, "linear") for elements in linear), Matrix(up, "kept"), Matrix(latent.kv_rank, "kept")]
 
 
-def _mlp(facts: ModelFacts, mlp: MlpFacts, tp: int) -> list[Matrix]:
+def _mlp(facts: ModelFacts, mlp: MlpFacts, part: RankSlice) -> list[Matrix]:
+    tp = 1 if part.expert_parallel and mlp.num_experts else part.tp
     hidden, columns = facts.hidden_size, rank_columns(mlp.intermediate_size, tp)
     inputs = mlp.num_matrices - 1  # gate and up are one matrix
     if not mlp.num_experts:
@@ -130,12 +140,12 @@ def _mlp(facts: ModelFacts, mlp: MlpFacts, tp: int) -> list[Matrix]:
             Matrix(hidden * columns, "linear"),
             Matrix(bias, "kept"),
         ]
-    shared = rank_columns(mlp.shared_size, tp)
+    shared, experts = rank_columns(mlp.shared_size, part.tp), rank_experts(mlp.num_experts, part)
     return [
-        Matrix(mlp.num_experts * inputs * hidden * columns, "experts"),
-        Matrix(mlp.num_experts * hidden * columns, "experts"),
+        Matrix(experts * inputs * hidden * columns, "experts"),
+        Matrix(experts * hidden * columns, "experts"),
         Matrix(hidden * mlp.num_experts, "kept"),
-        Matrix(mlp.num_experts * (2 * columns + hidden) * mlp.has_bias, "kept"),
+        Matrix(experts * (2 * columns + hidden) * mlp.has_bias, "kept"),
         Matrix(2 * hidden * shared, "linear"),
         Matrix(hidden * shared, "linear"),
     ]

@@ -77,6 +77,7 @@ class Question:
     block_size: int = 16
     utilization: float | None = None
     enforce_eager: bool = False
+    expert_parallel: bool = False
     max_loras: int = 0
     max_lora_rank: int = 16
     prefix_caching: bool | None = None
@@ -148,6 +149,7 @@ def resolve(question: Question, tp: int, pp: int) -> Sizes:
         max_num_seqs=min(seqs, tokens),
         utilization=question.utilization if question.utilization is not None else utilization,
         enforce_eager=question.enforce_eager,
+        expert_parallel=question.expert_parallel,
         max_loras=question.max_loras,
         max_lora_rank=question.max_lora_rank,
         prefix_caching=question.prefix_caching,

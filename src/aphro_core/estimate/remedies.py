@@ -101,7 +101,7 @@ def _utilization(found: Estimate) -> Iterator[_Candidate]:
 
 
 def _eager(found: Estimate) -> Iterator[_Candidate]:
-    if found.question.version is not None and not found.sizes.enforce_eager:
+    if found.question.device.kind == "cuda" and not found.sizes.enforce_eager:
         yield _changed(found, "--enforce-eager", "slower decoding", enforce_eager=True)
 
 

@@ -103,6 +103,11 @@ def assumptions(found: Estimate) -> list[str]:
         notes.append("the encoder's work space is a guess within 1 GiB")
     if question.device.origin:
         notes.append(question.device.origin)
+    if found.num_blocks < found.limiting.num_blocks:
+        notes.append(
+            f"{found.sizes.max_num_seqs:,} requests of {found.sizes.max_model_len:,} tokens use no more blocks; "
+            f"the memory would hold {found.limiting.num_blocks:,} (--max-num-seqs, --max-model-len)"
+        )
     if len(found.limiting.layout.groups) > 1:
         notes.append(
             "the server's token figure divides by all groups of layers; concurrency and the longest request count"

@@ -51,9 +51,12 @@ class VllmServer:
         balances = []
         for stage, layers in enumerate(split_layers(self.facts.num_layers, sizes.pp, sizes.pp_layers)):
             for tp_rank in range(sizes.tp):
-                part = RankSlice(layers, tp_rank, sizes.tp, stage == 0, stage == sizes.pp - 1)
+                ends = (stage == 0, stage == sizes.pp - 1)
+                part = RankSlice(layers, tp_rank, sizes.tp, *ends, expert_parallel=sizes.expert_parallel)
                 held = len(layers) if self.facts.is_uniform else layers
-                kind = (held, part.has_embedding, part.has_head, tp_rank == 0)  # all tp ranks but V0's first are alike
+                # all tp ranks but V0's first are alike, unless whole experts do not divide
+                which = tp_rank if sizes.expert_parallel else tp_rank == 0
+                kind = (held, part.has_embedding, part.has_head, which)
                 known[kind] = known.get(kind) or self._balance(part, stage)
                 rank = stage * sizes.tp + tp_rank
                 balances.append(known[kind].at(rank=rank, stage=stage, tp_rank=tp_rank, layers=layers))

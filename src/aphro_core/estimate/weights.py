@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from aphro_core.estimate.facts import ModelFacts, QuantizationFacts
-from aphro_core.estimate.parameters import Precision, RankSlice, absorbed_elements, padded_vocab, rank_matrices
+from aphro_core.estimate.parameters import (
+    Precision,
+    RankSlice,
+    absorbed_elements,
+    padded_vocab,
+    rank_experts,
+    rank_matrices,
+)
 from aphro_core.estimate.quantization import SCHEMES
 
 DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -21,6 +28,7 @@ _EMBEDDING: Final = re.compile(r"embed_tokens|wte|embed_in|word_embeddings|token
 _POSITIONS: Final = re.compile(r"embed_positions|wpe|position_embd")
 _HEAD: Final = re.compile(r"lm_head|embed_out|output\.weight|output_layer")
 _COPIED: Final = re.compile(r"norm|ln_|router|mlp\.gate\.|ffn_gate_inp|q_a_proj|kv_a_proj|kv_a_layernorm|rotary|bias$")
+_EXPERT: Final = re.compile(r"(?<!shared_)experts?\.|_exps\.")  # not the shared ones
 _KEY_VALUE: Final = re.compile(r"[._](k_proj|v_proj|attn_k|attn_v)[._]")
 _MXFP4: Final = re.compile(r"experts\.\w+_(blocks|scales)$")  # as gpt-oss stores them
 _DRAFT: Final = re.compile(r"\bmtp\.|eagle|nextn")
@@ -105,7 +113,7 @@ def stored_weight_bytes(
         elif found:
             if int(found[1]) in part.layers:
                 is_packed = _MXFP4.search(tensor.name) is not None
-                total += size * _share(facts, tensor.name, part.tp) * (mxfp4_padding if is_packed else 1.0)
+                total += size * _share(facts, tensor.name, part) * (mxfp4_padding if is_packed else 1.0)
         elif _POSITIONS.search(tensor.name):
             total += size * part.has_embedding
         elif _EMBEDDING.search(tensor.name):
@@ -120,8 +128,12 @@ def stored_weight_bytes(
     return round(total) + absorbed_elements(facts, part) * DTYPE_BYTES[dtype]
 
 
-def _share(facts: ModelFacts, name: str, tp: int) -> float:
+def _share(facts: ModelFacts, name: str, part: RankSlice) -> float:
     """How much of a layer's tensor one rank holds."""
+    tp = part.tp
     if _COPIED.search(name):
         return 1.0
+    if part.expert_parallel and _EXPERT.search(name):
+        num_experts = max(layer.mlp.num_experts for layer in facts.layers)
+        return rank_experts(num_experts, part) / max(num_experts, 1)
     return max(1 / tp, 1 / facts.num_kv_heads) if _KEY_VALUE.search(name) else 1 / tp

@@ -15,6 +15,10 @@ from aphro_core.parallel.shard import RankShard
 # ranks' parts, gathered, with penalties, divided by the temperature, with noise, probabilities, and two while cutting.
 LOGITS_COPIES: Final = 8
 SAMPLED_ROWS: Final = 256  # that the sampler looks at at once
+_GIB: Final = 2**30
+# What a process holds of a GPU outside torch before its cache is sized: bench/gpu_memory.py measures it.
+CONTEXT_BYTES: Final = _GIB // 2  # the driver's context with torch's kernels
+COMMUNICATOR_BYTES: Final = _GIB  # of all communicators of a rank, channels of NCCL and the peers' buffers
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,29 @@ def kv_block_bytes(spec: DecoderSpec, shard: RankShard, block_size: int, kv_dtyp
     2 x layers x KV heads x block_size x head_dim x bytes; a copied KV head counts on every rank that has it.
     """
     return 2 * len(shard.layers) * len(shard.kv_heads) * block_size * spec.head_dim * kv_dtype_bytes
+
+
+def working_bytes(
+    spec: DecoderSpec,
+    shard: RankShard,
+    *,
+    max_num_batched_tokens: int,
+    max_num_seqs: int,
+    dtype_bytes: int,
+    is_gpu: bool,
+    enforce_eager: bool = False,
+) -> int:
+    """All that a rank keeps free beside weights and cache: what engine and estimate alike call its activations.
+
+    A step's activations, and on GPUs what captured decode graphs keep.
+    """
+    step = activation_bytes(spec, shard, max_num_batched_tokens, max_num_seqs, dtype_bytes)
+    return step + (graph_bytes(spec, shard, max_num_seqs, dtype_bytes) if is_gpu and not enforce_eager else 0)
+
+
+def outside_bytes(num_ranks: int) -> int:
+    """What one of ``num_ranks`` processes holds of its GPU outside torch once its weights are loaded."""
+    return CONTEXT_BYTES + (COMMUNICATOR_BYTES if num_ranks > 1 else 0)
 
 
 def activation_bytes(

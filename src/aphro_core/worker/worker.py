@@ -134,11 +134,15 @@ class Worker:
         cache, scheduler = self._config.cache, self._config.scheduler
         element = self._dtype.itemsize
         block_bytes = memory.kv_block_bytes(self._spec, self._shard, cache.block_size, element)
-        activation_bytes = memory.activation_bytes(
-            self._spec, self._shard, scheduler.most_tokens, scheduler.max_num_seqs, element
+        activation_bytes = memory.working_bytes(
+            self._spec,
+            self._shard,
+            max_num_batched_tokens=scheduler.most_tokens,
+            max_num_seqs=scheduler.max_num_seqs,
+            dtype_bytes=element,
+            is_gpu=self._device.type == "cuda",
+            enforce_eager=self._config.enforce_eager,
         )
-        if self._device.type == "cuda":
-            activation_bytes += memory.graph_bytes(self._spec, self._shard, scheduler.max_num_seqs, element)
         kv_bytes = self._memory_budget() - self._weights_bytes - activation_bytes
         return WorkerLoaded(
             rank=self._start.rank,

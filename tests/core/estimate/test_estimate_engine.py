@@ -13,7 +13,7 @@ from aphro_core.checkpoint.open import open_checkpoint
 from aphro_core.config import EngineConfig, ModelConfig
 from aphro_core.estimate.aphro_engine import expected_balances
 from aphro_core.estimate.estimate import estimate
-from aphro_core.estimate.parameters import RankSlice, rank_matrices
+from aphro_core.estimate.parameters import RankSlice, rank_experts, rank_matrices
 from aphro_core.estimate.question import DeviceFacts, Question
 from aphro_core.estimate.source import build_source
 from aphro_core.estimate.weights import stored_weight_bytes
@@ -111,6 +111,30 @@ def test_weights_of_a_plan_are_the_memory_models(family: str, tp: int, pp: int, 
     found = estimate(Question(source=source, device=device, dtype="float16"), tp, pp)
     for rank, shard in zip(found.ranks, build_plan(spec, tp, pp).ranks, strict=True):
         assert rank.weights_bytes == memory.weights_bytes(spec, shard, 2)
+
+
+@pytest.mark.parametrize("family", [name for name in TINY if "moe" in name or name == "mixtral"])
+@pytest.mark.parametrize("tp", [2, 3])
+def test_whole_experts_are_counted_as_the_engine_places_them(
+    family: str, tp: int, checkpoints: dict[str, Path]
+) -> None:
+    """By the memory model, and, as for a model that aphro does not run, by the general count."""
+    with open_checkpoint(checkpoints[family]) as checkpoint:
+        source = build_source("m", checkpoint.hf_config)
+    assert source.spec is not None
+    device = DeviceFacts(kind="cuda", total_bytes=FREE)
+    asked = Question(source=source, device=device, dtype="float16", expert_parallel=True)
+    shards = build_plan(source.spec, tp, 1, expert_parallel=True).ranks
+    own = [rank.weights_bytes for rank in estimate(asked, tp, 1).ranks]
+    assert own == [memory.weights_bytes(source.spec, shard, 2) for shard in shards]
+    asked = replace(asked, source=replace(source, spec=None))
+    general = [rank.weights_bytes for rank in estimate(asked, tp, 1).ranks]
+    cut = [rank.weights_bytes for rank in estimate(replace(asked, expert_parallel=False), tp, 1).ranks]
+    parts = [RankSlice(range(1), rank, tp, True, True, expert_parallel=True) for rank in range(tp)]
+    assert source.spec.moe is not None
+    held = [rank_experts(source.spec.moe.num_experts, part) for part in parts]
+    assert held == [len(shard.experts) for shard in shards]
+    assert sum(general) == pytest.approx(sum(cut), rel=0.1)
 
 
 @families

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from aphro_core.estimate.cards import GIB
+from aphro_core.estimate.report import assumptions
 from tests.core.estimate.asking import ask
 from tests.core.estimate.configs import (
     DEEPSEEK_LITE,
@@ -86,3 +87,12 @@ def test_sliding_layers_have_their_own_groups() -> None:
     assert found.limiting.layout.block_bytes == 1.25 * 2**20
     assert found.max_concurrency == pytest.approx(4.46, rel=0.005)
     assert found.tokens == pytest.approx(36_560, rel=0.005)
+
+
+def test_aphro_allocates_no_more_blocks_than_its_requests_can_use() -> None:
+    found = ask(LLAMA_8B, engine="aphro", max_num_seqs=4, max_model_len=1000)
+    assert found.num_blocks == 4 * 63 < found.limiting.num_blocks
+    assert found.max_concurrency == 4
+    assert any("the memory would hold" in note for note in assumptions(found))
+    servers = ask(LLAMA_8B, max_num_seqs=4, max_model_len=1000)
+    assert servers.num_blocks == servers.limiting.num_blocks > 4 * 63

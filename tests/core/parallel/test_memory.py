@@ -67,6 +67,18 @@ def test_the_head_dominates_many_sequences_and_the_mlp_many_tokens() -> None:
     assert memory.activation_bytes(LLAMA_8B, first, 2048, 1, 2) >= forward
 
 
+def test_graphs_count_on_gpus_that_capture_them_alone() -> None:
+    (rank,) = build_plan(LLAMA_8B, 1, 1).ranks
+    sizes = {"max_num_batched_tokens": 8192, "max_num_seqs": 512, "dtype_bytes": 2}
+
+    def working(is_gpu: bool, enforce_eager: bool) -> int:
+        return memory.working_bytes(LLAMA_8B, rank, is_gpu=is_gpu, enforce_eager=enforce_eager, **sizes)
+
+    step = memory.activation_bytes(LLAMA_8B, rank, 8192, 512, 2)
+    assert working(False, False) == working(False, True) == working(True, True) == step
+    assert working(True, False) == step + memory.graph_bytes(LLAMA_8B, rank, 512, 2)
+
+
 @given(st.integers(-(2**40), 2**40), st.integers(1, 2**24))
 def test_blocks_fit_their_budget_and_one_more_would_not(budget: int, block: int) -> None:
     blocks = memory.num_blocks(budget, block)

@@ -1,0 +1,155 @@
+"""What a start takes of a GPU, term by term, beside the memory model.
+
+    python bench/gpu_memory.py [SHAPE ...] [-tp N] [--enforce-eager]
+
+Dummy weights of published shapes go the way of ``aphro run``: prepare, load, size, warm up with graphs. A row a rank:
+blocks as estimated and as the worker sizes them; what the process holds outside torch (context, then communicators
+and peers' buffers, then modules and graphs of the warm-up); torch's peak besides weights and cache against the bound
+that is kept free for it; and what was left of the budget at the end. GiB unless named otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from aphro_core.config import EngineConfig
+from aphro_core.messages.steps import StartWorker
+from aphro_core.parallel import memory
+from aphro_core.prepare import EngineOptions, prepare
+from aphro_core.reporter import SilentReporter
+
+GIB = 2**30
+_DENSE = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16"}
+_DENSE |= {"max_position_embeddings": 32768, "tie_word_embeddings": False, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
+_QWEN = _DENSE | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False}
+_NAMES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+
+
+def _shape(base: dict[str, Any], vocab_size: int, *sizes: int, **more: Any) -> dict[str, Any]:
+    return base | dict(zip(_NAMES, sizes, strict=True)) | {"vocab_size": vocab_size, **more}
+
+
+SHAPES = {
+    "0.5b": _shape(_QWEN, 151_936, 896, 24, 14, 2, 4864, tie_word_embeddings=True),  # Qwen2.5-0.5B
+    "7b": _shape(_QWEN, 152_064, 3584, 28, 28, 4, 18_944),  # Qwen2.5-7B
+    "8b": _shape(_DENSE, 128_256, 4096, 32, 32, 8, 14_336, head_dim=128, rope_theta=5e5),  # Llama-3.1-8B
+}
+COLUMNS = (
+    "shape", "tp", "rank", "blocks est", "blocks got", "diff", "context", "+groups", "+warm-up", "model", "bound",
+    "peak", "reserved", "spare",
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shapes", nargs="*", metavar="SHAPE", default=[], help=f"of {', '.join(SHAPES)}; default: all")
+    parser.add_argument("-tp", type=int, default=1)
+    parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--expected", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--foreign", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.rank is not None:
+        print(json.dumps(measure(arguments.folder, arguments.rank, arguments.expected, arguments.foreign)))
+        return
+    print("  ".join(COLUMNS))
+    for shape in arguments.shapes or SHAPES:
+        for row in run_shape(shape, arguments.tp, arguments.enforce_eager):
+            print("  ".join(f"{row[column]:>{len(column)}}" for column in COLUMNS), flush=True)
+
+
+def run_shape(shape: str, tp: int, eager: bool) -> list[dict[str, str]]:
+    """A process a rank, as a start has them."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "config.json").write_text(json.dumps(SHAPES[shape]))
+        options = EngineOptions(
+            model=name, load_format="dummy", tensor_parallel_size=tp, device="cuda", enforce_eager=eager
+        )
+        prepared = prepare(options, SilentReporter())
+        if prepared.expected is None:
+            raise SystemExit("nvidia-smi does not answer")
+        (folder / "engine.json").write_bytes(msgspec.json.encode(prepared.config))
+        limiting = min(prepared.expected, key=lambda balance: balance.num_blocks)
+        foreign = limiting.overhead_bytes - memory.outside_bytes(tp)
+        known = ["--folder", name, "--expected", str(limiting.num_blocks), "--foreign", str(foreign)]
+        command = [sys.executable, __file__, *known]
+        ranks = [
+            subprocess.Popen([*command, "--rank", str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(tp)
+        ]
+        answers = [rank.communicate()[0] for rank in ranks]
+    if any(rank.returncode for rank in ranks):
+        raise SystemExit(f"{shape}: a rank ended with {[rank.returncode for rank in ranks]}")
+    return [{"shape": shape, "tp": str(tp)} | json.loads(answer.splitlines()[-1]) for answer in answers]
+
+
+def measure(folder: Path, rank: int, expected: int, foreign: int) -> dict[str, str]:
+    """One rank's row, all values as they are printed. ``foreign`` bytes were held before any rank started."""
+    import torch
+
+    from aphro_core.worker.worker import Worker
+
+    config = msgspec.json.decode((folder / "engine.json").read_bytes(), type=EngineConfig)
+    tp = config.parallel.tensor_parallel_size
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    torch.zeros(1, device=device)
+
+    def outside() -> int:
+        free, total = torch.cuda.mem_get_info(device)
+        return int(total - free - torch.cuda.memory_reserved(device) - foreign)
+
+    context = outside()
+    worker = Worker(StartWorker(config, rank, rank, str(folder / "store"), 0), lambda progress: None)
+    loaded = worker.load()
+    groups = outside() - context
+    blocks = loaded.num_blocks
+    if tp > 1:  # the engine would tell all ranks the least of their numbers
+        blocks = _least(blocks, device)
+    worker.allocate(blocks)
+    torch.cuda.synchronize(device)
+    free, total = torch.cuda.mem_get_info(device)
+    held = loaded.weights_bytes + blocks * loaded.block_bytes
+    spare = total * config.cache.gpu_memory_utilization - (total - free)
+    row = {
+        "rank": str(rank),
+        "blocks est": str(expected),
+        "blocks got": str(loaded.num_blocks),
+        "diff": f"{expected / loaded.num_blocks - 1:+.2%}",
+        "context": _gib(context),
+        "+groups": _gib(groups),
+        "+warm-up": _gib(outside() - context - groups),
+        "model": _gib(memory.outside_bytes(tp)),
+        "bound": _gib(loaded.activation_bytes),
+        "peak": _gib(torch.cuda.max_memory_allocated(device) - held),
+        "reserved": _gib(torch.cuda.memory_reserved(device) - held),
+        "spare": _gib(spare),
+    }
+    worker.close()
+    return row
+
+
+def _least(number: int, device: Any) -> int:
+    import torch
+    import torch.distributed as dist
+
+    least = torch.tensor([number], device=device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return int(least.item())
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f}"
+
+
+if __name__ == "__main__":
+    main()
