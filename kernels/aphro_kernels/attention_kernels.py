@@ -1,12 +1,12 @@
 """The online softmax over pages of keys that all attention shares, and the kernel for chunks of queries."""
-# ruff: noqa: N803  (the constants of a kernel are in capitals)
+# ruff: noqa: N803, N806  (the constants of a kernel are in capitals)
 
 from __future__ import annotations
 
 from aphro_kernels.language import jit, start_in_chain, tl
 
 
-@jit(do_not_specialize=["num_seqs", "table_stride", "scale"])
+@jit(do_not_specialize=["num_seqs", "table_stride", "scale", "value_scale"])
 def attention_kernel(
     q: tl.tensor,
     k_cache: tl.tensor,
@@ -20,6 +20,7 @@ def attention_kernel(
     block_stride: tl.tensor,
     table_stride: tl.tensor,
     scale: tl.tensor,
+    value_scale: tl.tensor,
     QUERIES: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
@@ -27,6 +28,7 @@ def attention_kernel(
     DIMS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
@@ -70,15 +72,16 @@ def attention_kernel(
     plain_high = 0 if WINDOW > 0 else tl.minimum(first_position + 1, high) // KEYS * KEYS
     mixed, largest, total = attend(
         mixed, largest, total, q_tile, positions, k_cache, v_cache, table, kv_head, block_stride, low, plain_high,
-        scale, HEAD_DIM, BLOCK_SIZE, WINDOW, PRECISION, KEYS, IS_MASKED=False,
+        scale, HEAD_DIM, BLOCK_SIZE, WINDOW, SOFTCAP, PRECISION, KEYS, IS_MASKED=False,
     )  # fmt: skip
     mixed, largest, total = attend(
         mixed, largest, total, q_tile, positions, k_cache, v_cache, table, kv_head, block_stride,
-        tl.maximum(low, plain_high), high, scale, HEAD_DIM, BLOCK_SIZE, WINDOW, PRECISION, KEYS, IS_MASKED=True,
+        tl.maximum(low, plain_high), high, scale, HEAD_DIM, BLOCK_SIZE, WINDOW, SOFTCAP, PRECISION, KEYS,
+        IS_MASKED=True,
     )  # fmt: skip
 
     row = token * (tl.num_programs(1) * GROUP) + head
-    mixed = mixed / tl.where(total > 0.0, total, 1.0)[:, None]
+    mixed = mixed * (value_scale / tl.where(total > 0.0, total, 1.0))[:, None]
     tl.store(out + row[:, None] * HEAD_DIM + dims[None, :], mixed.to(out.dtype.element_ty), mask=is_inside)
 
 
@@ -100,15 +103,23 @@ def attend(
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     KEYS: tl.constexpr,
     IS_MASKED: tl.constexpr,
 ) -> tl.tensor:
-    """Go on with an online softmax over keys ``low`` to ``high``; scores in units of log2.
+    """Go on with an online softmax over keys ``low`` to ``high``; scores, and their cap (0: none), in units of log2.
 
     ``mixed``: sum of values by weight, ``largest`` score, ``total`` weight of each row so far. Nothing outside the
-    range is read: it may be anything. Without masks the range is whole tiles of KEYS.
+    range is read: it may be anything. Without masks the range is whole tiles of KEYS. A cache of bytes holds float8:
+    16-bit queries meet it in float16, which float8 becomes in one instruction and without loss.
     """
+    IS_FLOAT8: tl.constexpr = k_cache.dtype.element_ty == tl.uint8
+    if IS_FLOAT8 and q.dtype == tl.bfloat16:
+        q = q.to(tl.float16)
+    factor = scale
+    if SOFTCAP > 0:
+        factor = 1.0
     dims = tl.arange(0, q.shape[1])[None, :]
     for start in range(low // KEYS * KEYS, high, KEYS):
         keys = start + tl.arange(0, KEYS)
@@ -121,19 +132,25 @@ def attend(
             block = tl.load(block_table + keys // BLOCK_SIZE).to(tl.int64)
         at = (block * block_stride + (kv_head * BLOCK_SIZE + keys % BLOCK_SIZE) * HEAD_DIM)[:, None] + dims
         k = _load(k_cache + at, is_inside, IS_MASKED or q.shape[1] > HEAD_DIM)
+        if IS_FLOAT8:
+            k = k.to(tl.float8e4nv, bitcast=True).to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if SOFTCAP > 0:
+            scores = SOFTCAP * (1.0 - 2.0 / (tl.exp2(scores * (scale * (2.0 * 1.4426950408889634 / SOFTCAP))) + 1.0))
         if IS_MASKED:
             is_seen = is_key[None, :] & (keys[None, :] <= positions[:, None])
             if WINDOW > 0:
                 is_seen = is_seen & (keys[None, :] > positions[:, None] - WINDOW)
             scores = tl.where(is_seen, scores, float("-inf"))
-        peak = tl.maximum(largest, tl.max(scores, axis=1) * scale)
+        peak = tl.maximum(largest, tl.max(scores, axis=1) * factor)
         shift = peak
         if IS_MASKED:
             shift = tl.where(peak == float("-inf"), 0.0, peak)  # a row that has seen no key yet
-        weight = tl.exp2(scores * scale - shift[:, None])
+        weight = tl.exp2(scores * factor - shift[:, None])
         decay = tl.exp2(largest - shift)
         v = _load(v_cache + at, is_inside, IS_MASKED or q.shape[1] > HEAD_DIM)
+        if IS_FLOAT8:
+            v = v.to(tl.float8e4nv, bitcast=True).to(q.dtype)
         mixed = mixed * decay[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=PRECISION)
         total = total * decay + tl.sum(weight, axis=1)
         largest = peak
@@ -143,7 +160,7 @@ def attend(
 @jit()
 def _load(at: tl.tensor, is_inside: tl.tensor, IS_MASKED: tl.constexpr) -> tl.tensor:
     if IS_MASKED:
-        return tl.load(at, mask=is_inside, other=0.0)
+        return tl.load(at, mask=is_inside, other=0)
     else:
         return tl.load(at)
 

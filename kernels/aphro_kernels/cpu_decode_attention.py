@@ -14,6 +14,7 @@ from torch import Tensor
 from aphro_kernels import openmp
 from aphro_kernels.vector_blocks import (
     BFLOAT16,
+    FLOAT8,
     FLOAT16,
     FLOAT32,
     SOURCE_DIGEST,
@@ -27,8 +28,13 @@ from aphro_kernels.vector_blocks import (
     widen,
 )
 
-_KINDS: Final = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
-_NUM_ARGUMENTS: Final = 14
+_KINDS: Final = {
+    torch.float32: FLOAT32,
+    torch.bfloat16: BFLOAT16,
+    torch.float16: FLOAT16,
+    torch.float8_e4m3fn: FLOAT8,
+}
+_NUM_ARGUMENTS: Final = 15
 
 
 def decode_attention_reference(
@@ -40,11 +46,13 @@ def decode_attention_reference(
     scale: float,
     window: int | None,
     softcap: float | None,
+    cache_scales: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
     """What :class:`DecodeAttention` computes, row by row in float32."""
     rows = []
     for row, num_keys in enumerate(seq_lens.tolist()):
-        keys, values = kv_cache[block_tables[row]].float().permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :num_keys]
+        keys, values = kv_cache.float()[block_tables[row]].permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :num_keys]
+        keys, values = keys * cache_scales[0], values * cache_scales[1]
         scores = q[row].float().view(len(keys), -1, q.shape[2]) @ keys.transpose(1, 2) * scale
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
@@ -69,12 +77,16 @@ class DecodeAttention:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        cache_dtype: torch.dtype | None = None,
+        cache_scales: tuple[float, float] = (1.0, 1.0),
     ) -> None:
-        """``window``: only so many of the last keys are seen; ``softcap`` c makes scores c * tanh(score / c)."""
+        """``window``: only so many of the last keys are seen; ``softcap`` c makes scores c * tanh(score / c).
+        ``cache_dtype`` None: as the queries'; ``cache_scales``: what K and V in the cache are multiplied with."""
         self._num_kv_heads = num_kv_heads
         self._window = 2**62 if window is None else window
-        self._scale, self._softcap = _bits(scale), _bits(softcap or 0.0)
-        self._function = _compile(_KINDS[dtype], num_heads // num_kv_heads, head_dim)
+        self._scale, self._softcap = _bits(scale * cache_scales[0]), _bits(softcap or 0.0)
+        self._value_scale = _bits(cache_scales[1])
+        self._function = _compile(_KINDS[dtype], _KINDS[cache_dtype or dtype], num_heads // num_kv_heads, head_dim)
 
     def __call__(self, q: Tensor, kv_cache: Tensor, block_tables: Tensor, seq_lens: Tensor) -> Tensor:
         """``q`` [rows, num_heads, head_dim] to the same shape, contiguous; rows of ``q`` may be strided.
@@ -100,6 +112,7 @@ class DecodeAttention:
                 self._window,
                 self._scale,
                 self._softcap,
+                self._value_scale,
             ],
             dtype=np.int64,
         )
@@ -112,12 +125,13 @@ def _bits(number: float) -> int:
 
 
 @cache
-def _compile(kind: int, group: int, head_dim: int) -> Any:
+def _compile(kind: int, cache_kind: int, group: int, head_dim: int) -> Any:
     """The C function that each thread runs: it takes a pair of a row and a KV head, until all are taken.
 
     Kept on disk between starts, beside this file or in Numba's cache folder.
     """
     row_bytes, loops_version = head_dim * element_bytes(kind), SOURCE_DIGEST
+    key_bytes = head_dim * element_bytes(cache_kind)
 
     @cfunc(types.void(types.voidptr), cache=True)
     def thread(pointer):  # type: ignore[no-untyped-def]
@@ -127,7 +141,8 @@ def _compile(kind: int, group: int, head_dim: int) -> Any:
         tables = carray(pointer_to(a[4]), (num_rows, max_blocks), np.int64)
         seq_lens = carray(pointer_to(a[5]), (num_rows,), np.int64)
         scale, softcap = float_of(np.int32(a[12])), float_of(np.int32(a[13]))
-        head_bytes = block_size * row_bytes
+        value_scale = float_of(np.int32(a[14]))
+        head_bytes = block_size * key_bytes
         num_tasks = num_rows * num_kv_heads
         task = take_number(a.ctypes.data)
         while task < num_tasks:
@@ -137,9 +152,11 @@ def _compile(kind: int, group: int, head_dim: int) -> Any:
             next_keys = (tables[after // num_kv_heads, 0] * 2 * num_kv_heads + after % num_kv_heads) * head_bytes
             _attend(
                 kind,
+                cache_kind,
                 group,
                 head_dim,
                 row_bytes,
+                key_bytes,
                 a[1] + row * a[2] + heads,
                 a[6] + row * num_kv_heads * group * row_bytes + heads,
                 a[3] + head * head_bytes,
@@ -150,6 +167,7 @@ def _compile(kind: int, group: int, head_dim: int) -> Any:
                 block_size,
                 scale,
                 softcap,
+                value_scale,
                 a[3] + next_keys,
             )
             task = take_number(a.ctypes.data)
@@ -160,9 +178,11 @@ def _compile(kind: int, group: int, head_dim: int) -> Any:
 @njit(fastmath=True, error_model="numpy", inline="always")
 def _attend(  # type: ignore[no-untyped-def]
     kind,
+    cache_kind,
     group,
     head_dim,
     row_bytes,
+    key_bytes,
     q,
     out,
     cache,
@@ -173,6 +193,7 @@ def _attend(  # type: ignore[no-untyped-def]
     block_size,
     scale,
     softcap,
+    value_scale,
     next_keys,
 ):
     """One KV head of one row. ``cache`` is where that head's keys in block 0 are, ``next_keys`` what is read next."""
@@ -186,28 +207,28 @@ def _attend(  # type: ignore[no-untyped-def]
     half = block_bytes // 2  # from the keys of a block to its values
     for block in range(begin, end):
         low, high = max(first, block * block_size), min(stop, (block + 1) * block_size)
-        keys = cache + table[block] * block_bytes + (low - block * block_size) * row_bytes
+        keys = cache + table[block] * block_bytes + (low - block * block_size) * key_bytes
         ahead = cache + (table[block + 1] * block_bytes if block + 1 < end else table[begin] * block_bytes + half)
         target = scores.ctypes.data + (low - first) * 4
-        block_scores(kind, group, head_dim, queries.ctypes.data, keys, target, stride, high - low, ahead)
+        block_scores(cache_kind, group, head_dim, queries.ctypes.data, keys, target, stride, high - low, ahead)
     for g in range(group):
         if softcap > 0:
             for i in range(stride):
                 scores[g, i] = math.tanh(scores[g, i] / softcap) * softcap
-        _softmax(scores[g])
+        _softmax(scores[g], value_scale)
     for block in range(begin, end):
         low, high = max(first, block * block_size), min(stop, (block + 1) * block_size)
-        values = cache + table[block] * block_bytes + half + (low - block * block_size) * row_bytes
+        values = cache + table[block] * block_bytes + half + (low - block * block_size) * key_bytes
         ahead = cache + table[block + 1] * block_bytes + half if block + 1 < end else next_keys
         weights = scores.ctypes.data + (low - first) * 4
-        block_values(kind, group, head_dim, weights, values, sums.ctypes.data, stride, high - low, ahead)
+        block_values(cache_kind, group, head_dim, weights, values, sums.ctypes.data, stride, high - low, ahead)
     for g in range(group):
         narrow(kind, head_dim, sums.ctypes.data + g * head_dim * 4, out + g * row_bytes)
 
 
 @njit(fastmath=True, error_model="numpy")
-def _softmax(scores):  # type: ignore[no-untyped-def]
-    """In place over a vector of float32."""
+def _softmax(scores, factor=np.float32(1)):  # type: ignore[no-untyped-def]  # noqa: B008
+    """In place over a vector of float32, times ``factor``."""
     peak = np.float32(-np.inf)
     for i in range(len(scores)):
         peak = max(peak, scores[i])
@@ -215,7 +236,7 @@ def _softmax(scores):  # type: ignore[no-untyped-def]
     for i in range(len(scores)):
         scores[i] = _exponential(scores[i] - peak)
         total += scores[i]
-    scale = np.float32(1) / total
+    scale = factor / total
     for i in range(len(scores)):
         scores[i] *= scale
 

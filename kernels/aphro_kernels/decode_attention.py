@@ -33,6 +33,8 @@ def decode_attention(
     seq_lens: Tensor,
     scale: float,
     work: DecodeWork,
+    value_scale: float = 1.0,
+    softcap: float | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """``[num_rows, num_heads, head_dim]``: row i of ``q`` sees its ``seq_lens[i]`` keys; a row of length 0 gives zeros.
@@ -66,12 +68,14 @@ def decode_attention(
         k_cache.stride(0),
         block_tables.stride(0),
         scale * math.log2(math.e),
+        value_scale,
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
         HEAD_DIM=head_dim,
         DIMS=max(next_power_of_2(head_dim), 16),  # the least that tl.dot takes
         BLOCK_SIZE=block_size,
         WINDOW=work.window,
+        SOFTCAP=(softcap or 0.0) * math.log2(math.e),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         HEADS=next_power_of_2(group),
         ROWS=max(next_power_of_2(group), 16),
@@ -83,7 +87,7 @@ def decode_attention(
     return out
 
 
-@jit(do_not_specialize=["table_stride", "scale"])
+@jit(do_not_specialize=["table_stride", "scale", "value_scale"])
 def _decode_kernel(
     q: tl.tensor,
     k_cache: tl.tensor,
@@ -100,12 +104,14 @@ def _decode_kernel(
     block_stride: tl.tensor,
     table_stride: tl.tensor,
     scale: tl.tensor,
+    value_scale: tl.tensor,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIMS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
     HEADS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -154,13 +160,14 @@ def _decode_kernel(
             plain_high = tl.minimum(high, seq_len // KEYS * KEYS)  # whole tiles need no masks
             mixed, largest, sums = attend(
                 mixed, largest, sums, q_tile, positions, k_cache, v_cache, table, kv_head, block_stride, low,
-                plain_high, scale, HEAD_DIM, BLOCK_SIZE, WINDOW, PRECISION, KEYS, IS_MASKED=False,
+                plain_high, scale, HEAD_DIM, BLOCK_SIZE, WINDOW, SOFTCAP, PRECISION, KEYS, IS_MASKED=False,
             )  # fmt: skip
         mixed, largest, sums = attend(
             mixed, largest, sums, q_tile, positions, k_cache, v_cache, table, kv_head, block_stride,
-            tl.maximum(low, plain_high), high, scale, HEAD_DIM, BLOCK_SIZE, WINDOW, PRECISION, KEYS, IS_MASKED=True,
+            tl.maximum(low, plain_high), high, scale, HEAD_DIM, BLOCK_SIZE, WINDOW, SOFTCAP, PRECISION, KEYS,
+            IS_MASKED=True,
         )  # fmt: skip
-        mixed = mixed / tl.where(sums > 0.0, sums, 1.0)[:, None]
+        mixed = mixed * (value_scale / tl.where(sums > 0.0, sums, 1.0))[:, None]
 
         out_at = out + (row.to(tl.int64) * NUM_KV_HEADS + kv_head) * (GROUP * HEAD_DIM)
         if (tile == begin) & (until == end):

@@ -10,6 +10,7 @@ from torch import Tensor
 from aphro_kernels.attention_kernels import attention_kernel
 from aphro_kernels.decode_attention import decode_attention
 from aphro_kernels.decode_work import DecodeWork, build_decode_work, plan_decode_
+from aphro_kernels.float8 import float8_as_bytes
 from aphro_kernels.language import chain_options, next_power_of_2, runs_kernels
 
 
@@ -25,6 +26,9 @@ def paged_attention_reference(
     max_seq_len: int,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
     work: DecodeWork | None = None,
 ) -> Tensor:
     num_kv_heads, block_size, head_dim = k_cache.shape[1:]
@@ -36,11 +40,13 @@ def paged_attention_reference(
             continue
         blocks = block_tables[i, : -(-seq_len // block_size)].long()
         k, v = (
-            cache[blocks].transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, :seq_len].float()
-            for cache in (k_cache, v_cache)
+            cache[blocks].transpose(0, 1).reshape(num_kv_heads, -1, head_dim)[:, :seq_len].float() * cache_scale
+            for cache, cache_scale in ((k_cache, key_scale), (v_cache, value_scale))
         )
         grouped = query.view(len(query), num_kv_heads, -1, head_dim)
         scores = torch.einsum("qhgd,hkd->hgqk", grouped, k) * scale
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
         positions = torch.arange(seq_len - len(query), seq_len, device=q.device).unsqueeze(1)
         keys = torch.arange(seq_len, device=q.device)
         is_hidden = (keys > positions) | (keys <= positions - (window or seq_len))
@@ -61,12 +67,16 @@ def paged_attention(
     max_seq_len: int,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
     work: DecodeWork | None = None,
 ) -> Tensor:
     """``[num_tokens, num_heads, head_dim]``, the shape and dtype of ``q``; tokens of a sequence stand together.
 
     The last of a sequence's queries sees all its ``seq_lens`` keys, those before it one less each; with ``window``
-    only the last ``window`` of these. Caches ``[num_blocks, num_kv_heads, block_size, head_dim]``; ``block_tables``
+    only the last ``window`` of these; with ``softcap`` c a score s counts as c * tanh(s / c). Caches ``[num_blocks,
+    num_kv_heads, block_size, head_dim]``, in float8_e4m3fn times ``key_scale`` and ``value_scale``; ``block_tables``
     [num_seqs, max_blocks], ``seq_lens`` [num_seqs] (this step's tokens included), ``query_start_loc``
     [num_seqs + 1], all int32. ``max_query_len`` 1 says that every sequence has exactly one query: that takes
     decode_attention.py, for which ``work`` should be this step's plan (without one, each call makes its own). Call
@@ -85,6 +95,9 @@ def paged_attention(
         max_seq_len=max_seq_len,
         scale=scale,
         window=window,
+        softcap=softcap,
+        key_scale=key_scale,
+        value_scale=value_scale,
         work=work,
     )
 
@@ -101,16 +114,29 @@ def _launch(
     max_seq_len: int,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
     work: DecodeWork | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, block_size = k_cache.shape[1:3]
+    k_cache, v_cache, scale = float8_as_bytes(k_cache), float8_as_bytes(v_cache), scale * key_scale
     if max_query_len == 1:
         work = _plan(q, num_kv_heads, seq_lens, window) if work is None else work
         assert work.window == (window or 0)
         return decode_attention(
-            q, k_cache, v_cache, block_tables=block_tables, seq_lens=seq_lens, scale=scale, work=work, out=out
+            q,
+            k_cache,
+            v_cache,
+            block_tables=block_tables,
+            seq_lens=seq_lens,
+            scale=scale,
+            work=work,
+            value_scale=value_scale,
+            softcap=softcap,
+            out=out,
         )
     assert q.stride()[1:] == (head_dim, 1)
     assert k_cache[0].is_contiguous()
@@ -135,6 +161,7 @@ def _launch(
         k_cache.stride(0),
         block_tables.stride(0),
         scale * math.log2(math.e),
+        value_scale,
         QUERIES=queries,
         GROUP=group,
         GROUP_PADDED=group_padded,
@@ -142,6 +169,7 @@ def _launch(
         DIMS=dims,
         BLOCK_SIZE=block_size,
         WINDOW=window or 0,
+        SOFTCAP=(softcap or 0.0) * math.log2(math.e),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         **tile,
         **chain_options(q),

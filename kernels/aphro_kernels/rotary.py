@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from aphro_kernels.float8 import FLOAT8, float8_as_bytes, narrow_to_float8
 from aphro_kernels.language import chain_options, jit, next_power_of_2, runs_kernels, start_in_chain, tl, triton
 from aphro_kernels.rms_norm import rms_norm_reference
 
@@ -21,14 +22,19 @@ def rotary_and_cache_reference(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 0.0,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
 ) -> Tensor:
     num_kv_heads, block_size = k_cache.shape[1:3]
     q, k, v = qkv[:, : -2 * num_kv_heads], qkv[:, -2 * num_kv_heads : -num_kv_heads], qkv[:, -num_kv_heads:]
     q, k = _rotate_reference(q, cos, sin, q_norm, eps), _rotate_reference(k, cos, sin, k_norm, eps)
     is_real = slot_mapping >= 0
     blocks, offsets = slot_mapping[is_real] // block_size, slot_mapping[is_real] % block_size
-    k_cache[blocks, :, offsets] = k[is_real].to(k_cache.dtype)
-    v_cache[blocks, :, offsets] = v[is_real].to(v_cache.dtype)
+    for cache, values, scale in ((k_cache, k, key_scale), (v_cache, v, value_scale)):
+        if cache.dtype == FLOAT8:
+            cache.view(torch.uint8)[blocks, :, offsets] = narrow_to_float8(values[is_real], scale).view(torch.uint8)
+        else:
+            cache[blocks, :, offsets] = values[is_real].to(cache.dtype)
     return q
 
 
@@ -51,6 +57,8 @@ def rotary_and_cache(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 0.0,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
 ) -> Tensor:
     """Rotated q ``[num_tokens, num_heads, head_dim]``; rotated k, and v, go to their slots and nowhere else.
 
@@ -58,7 +66,8 @@ def rotary_and_cache(
     ``sin`` [num_tokens, rotary_dim / 2] float32 are each token's own; dim i < rotary_dim / 2 rotates with
     i + rotary_dim / 2, dims beyond rotary_dim pass. ``q_norm``, ``k_norm`` [head_dim]: RMSNorm per head before the
     rotation, both or neither. Caches ``[num_blocks, num_kv_heads, block_size, head_dim]``. ``slot_mapping``
-    [num_tokens] int64 = block * block_size + offset; a negative slot marks padding and is not written.
+    [num_tokens] int64 = block * block_size + offset; a negative slot marks padding and is not written. Caches of
+    float8_e4m3fn get k / ``key_scale`` and v / ``value_scale``, cut off at its range.
     """
     op = _launch if runs_kernels(qkv) else rotary_and_cache_reference
     return op(
@@ -71,6 +80,8 @@ def rotary_and_cache(
         q_norm=q_norm,
         k_norm=k_norm,
         eps=eps,
+        key_scale=key_scale,
+        value_scale=value_scale,
     )
 
 
@@ -85,6 +96,8 @@ def _launch(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     eps: float,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
     out: Tensor | None = None,
 ) -> Tensor:
     num_tokens, num_all_heads, head_dim = qkv.shape
@@ -106,11 +119,13 @@ def _launch(
             qkv if k_norm is None else k_norm,
             slot_mapping,
             out,
-            k_cache,
-            v_cache,
+            float8_as_bytes(k_cache),
+            float8_as_bytes(v_cache),
             qkv.stride(0),
             k_cache.stride(0),
             eps,
+            1.0 / key_scale,
+            1.0 / value_scale,
             HAS_NORM=q_norm is not None,
             NUM_HEADS=num_heads,
             NUM_KV_HEADS=num_kv_heads,
@@ -125,7 +140,7 @@ def _launch(
     return out
 
 
-@jit(do_not_specialize=["eps"])
+@jit(do_not_specialize=["eps", "key_factor", "value_factor"])
 def _rotary_and_cache_kernel(
     qkv: tl.tensor,
     cos: tl.tensor,
@@ -139,6 +154,8 @@ def _rotary_and_cache_kernel(
     token_stride: tl.tensor,
     block_stride: tl.tensor,
     eps: tl.tensor,
+    key_factor: tl.tensor,
+    value_factor: tl.tensor,
     HAS_NORM: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -188,5 +205,13 @@ def _rotary_and_cache_kernel(
     at = slot // BLOCK_SIZE * block_stride + (kv_head * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM + dims
     if slot >= 0:
         is_k = is_kv & (heads < NUM_HEADS + NUM_KV_HEADS)
+        if k_cache.dtype.element_ty == tl.uint8:
+            rotated = _float8_bytes(rotated * key_factor)
+            raw = _float8_bytes(raw * value_factor)
         tl.store(k_cache + at, rotated.to(k_cache.dtype.element_ty), mask=inside & is_k)
         tl.store(v_cache + at, raw.to(v_cache.dtype.element_ty), mask=inside & is_v)
+
+
+@jit()
+def _float8_bytes(x: tl.tensor) -> tl.tensor:
+    return tl.minimum(tl.maximum(x, -448.0), 448.0).to(tl.float8e4nv).to(tl.uint8, bitcast=True)

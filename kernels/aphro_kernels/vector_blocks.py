@@ -17,12 +17,12 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-_INT16, _INT32, _INT64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_INT8, _INT16, _INT32, _INT64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _HALF, _FLOAT = ir.HalfType(), ir.FloatType()
 _ADDRESS = types.intp
 _LINE_BYTES = 64
 
-FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # kinds: how an element of the cache is read
+FLOAT32, BFLOAT16, FLOAT16, FLOAT8 = 0, 1, 2, 3  # kinds: how an element of the cache is read
 SOURCE_DIGEST = zlib.crc32(Path(__file__).read_bytes()) | 1  # for the keys of caches of compiled code
 
 
@@ -139,7 +139,7 @@ def float_of(typingctx, bits):  # type: ignore[no-untyped-def]
 
 
 def element_bytes(kind: int) -> int:
-    return 4 if kind == FLOAT32 else 2
+    return {FLOAT32: 4, FLOAT8: 1}.get(kind, 2)
 
 
 def _int64(value: int) -> Any:
@@ -160,8 +160,13 @@ def _load(builder: Any, address: Any, kind: int, width: int, offset: Any) -> Any
     if kind == FLOAT16:
         loaded = builder.load(_pointer(builder, address, ir.VectorType(_HALF, width), 2, offset), align=2)
         return builder.fpext(loaded, wide)
-    loaded = builder.load(_pointer(builder, address, ir.VectorType(_INT16, width), 2, offset), align=2)
     ints = ir.VectorType(_INT32, width)
+    if kind == FLOAT8:  # its bits in a float32, whose exponent counts from 127 instead of 7
+        loaded = builder.load(_pointer(builder, address, ir.VectorType(_INT8, width), 1, offset), align=1)
+        bits = builder.shl(builder.sext(loaded, ints), ir.Constant(ints, [20] * width))
+        bits = builder.and_(bits, ir.Constant(ints, [0x87F00000 - 2**32] * width))
+        return builder.fmul(builder.bitcast(bits, wide), ir.Constant(wide, [2.0**120] * width))
+    loaded = builder.load(_pointer(builder, address, ir.VectorType(_INT16, width), 2, offset), align=2)
     return builder.bitcast(builder.shl(builder.zext(loaded, ints), ir.Constant(ints, [16] * width)), wide)
 
 

@@ -19,7 +19,7 @@ from aphro_core.config import (
     ParallelConfig,
     SchedulerConfig,
 )
-from aphro_core.errors import ModelError, PlacementError, UsageError
+from aphro_core.errors import PlacementError, UsageError
 from aphro_core.estimate.aphro_engine import expected_balances
 from aphro_core.estimate.balance import RankBalance
 from aphro_core.models.quantization import expands_gguf, is_int4
@@ -98,7 +98,6 @@ def prepare(options: EngineOptions, reporter: Reporter) -> Prepared:
         options.pp_layers,
         expert_parallel=options.enable_expert_parallel,
     )
-    _check_kernels(spec, device)
     config = EngineConfig(
         model=ModelConfig(
             path=str(path),
@@ -246,14 +245,6 @@ def _choose_device(options: EngineOptions, reporter: Reporter) -> Device:
     if device == "cpu" and world_size > host.num_cores():
         reporter.line(f"{world_size} ranks share {host.num_cores()} cores: correct, but slower than fewer ranks.")
     return device
-
-
-def _check_kernels(spec: DecoderSpec, device: Device) -> None:
-    if device == "cuda" and spec.attention_softcap is not None:
-        raise ModelError(
-            f"{spec.architecture} caps its attention scores, which the attention kernels for GPUs do not do yet",
-            hint="--device cpu",
-        )
 
 
 def _choose_dtype(options: EngineOptions, spec: DecoderSpec, device: Device, reporter: Reporter) -> DType:

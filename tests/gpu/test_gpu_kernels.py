@@ -86,6 +86,27 @@ def test_chunks(num_heads: int, num_kv_heads: int, head_dim: int, window: int | 
         compare_attention(query_lens, seq_lens, num_heads, num_kv_heads, head_dim, dtype, "cuda", window)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("softcap", "is_float8"), [(0.7, False), (None, True), (30.0, True)])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(9, 3, 64), (32, 8, 128), (8, 4, 256), (4, 4, 80)])
+def test_caps_and_float8(
+    num_heads: int, num_kv_heads: int, head_dim: int, softcap: float | None, is_float8: bool, dtype: torch.dtype
+) -> None:
+    heads = (num_heads, num_kv_heads, head_dim, dtype, "cuda")
+    options = {"softcap": softcap, "is_float8": is_float8}
+    for window in (None, 100):
+        compare_attention([1] * 4, [1500, 1, 257, 4096], *heads, window, **options)
+        compare_attention([63, 1, 300, 1], [63, 500, 1100, 1], *heads, window, **options)
+        compare_attention([1500], [1500], *heads, window, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(9, 3, 64), (32, 8, 128), (4, 4, 80)])
+def test_rotary_into_float8(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    for num_tokens in (1, 63, 1500):
+        compare_rotary(num_tokens, num_heads, num_kv_heads, head_dim, head_dim, dtype, "cuda", is_float8=True)
+
+
 def test_decode_is_the_same_run_for_run() -> None:
     heads = (32, 8, 128, torch.bfloat16, "cuda")
     first = compare_attention([1] * 4, [3000, 20, 700, 1025], *heads)

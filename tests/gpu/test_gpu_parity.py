@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from aphro_core.llm import LLM
-from aphro_core.models.catalogue import CPU_ONLY
 from aphro_core.request import SamplingParams
 from tests.e2e.server_process import running_server
 from tests.families import TINY
@@ -17,7 +16,7 @@ from tests.reference import Reference
 from tests.tiny import PLAIN, write_tiny_checkpoint
 
 NUM_GPUS = torch.cuda.device_count()
-FAMILIES = tuple(name for name, row in TINY.items() if row.architecture not in CPU_ONLY)
+FAMILIES = tuple(TINY)
 FORMATS = (
     "gptq",
     "gptq-act-order",

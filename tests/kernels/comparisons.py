@@ -23,6 +23,7 @@ from aphro_kernels import (
     step_rows,
 )
 from aphro_kernels.decode_work import DecodeWork, build_decode_work, plan_decode_
+from aphro_kernels.float8 import FLOAT8
 from torch import Tensor
 
 BLOCK_SIZE = 16
@@ -85,7 +86,9 @@ def compare_rotary(
     dtype: torch.dtype,
     device: str,
     has_norm: bool = False,
+    is_float8: bool = False,
 ) -> None:
+    """``is_float8``: the cache's dtype, with scales."""
     wide = random(num_tokens, num_heads + 2 * num_kv_heads + 1, head_dim, dtype=dtype, device=device)
     qkv = wide[:, :-1]
     angles = random(num_tokens, rotary_dim // 2, dtype=torch.float32, device=device) * 10
@@ -97,6 +100,7 @@ def compare_rotary(
     results = []
     for op in (rotary._launch, rotary.rotary_and_cache_reference):
         cache = nans(num_blocks, 2, num_kv_heads, BLOCK_SIZE, head_dim, dtype=dtype, device=device)
+        cache = cache.to(FLOAT8) if is_float8 else cache
         k_cache, v_cache = cache.unbind(1)  # strided, as the engine's are
         options = {"out": nans(num_tokens, num_heads, head_dim, dtype=dtype, device=device)}
         q = op(
@@ -109,11 +113,23 @@ def compare_rotary(
             q_norm=norms[0],
             k_norm=norms[1],
             eps=1e-6,
+            key_scale=0.003 if is_float8 else 1.0,  # some are beyond the range then
+            value_scale=0.3 if is_float8 else 1.0,
             **(options if op is rotary._launch else {}),
         )
         results.append((q, k_cache, v_cache))
     (q, k_cache, v_cache), (q_expected, k_expected, v_expected) = results
     assert_close(q, q_expected)
+    if is_float8:
+        k_cache, v_cache, k_expected, v_expected = (x.float() for x in (k_cache, v_cache, k_expected, v_expected))
+        # at most one code apart, and rarely; the interpreter rounds up to the wrong power of 2, and small ones down
+        share, most = (1 / 8, 0.01) if device == "cuda" else (1 / 2, 0.1)
+        for ours, theirs in ((k_cache, k_expected), (v_cache, v_expected)):
+            assert torch.equal(ours.isnan(), theirs.isnan())
+            apart = (ours - theirs).nan_to_num(0).abs()
+            assert bool((apart <= theirs.nan_to_num(0).abs() * share + 0.004).all())
+            assert (apart > 0).float().mean() < most
+        return
     torch.testing.assert_close(v_cache, v_expected, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(k_cache.isnan(), k_expected.isnan())  # nothing beside the slots was written
     assert_close(k_cache.nan_to_num(0), k_expected.nan_to_num(0))
@@ -128,12 +144,16 @@ def compare_attention(
     dtype: torch.dtype,
     device: str,
     window: int | None = None,
+    *,
+    softcap: float | None = None,
+    is_float8: bool = False,
 ) -> Tensor:
     """Returns the kernel's output."""
     blocks_of = [-(-seq_len // BLOCK_SIZE) for seq_len in seq_lens]
     num_blocks = sum(blocks_of) + 2
     shuffled = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(5)).tolist()
     cache = nans(num_blocks, 2, num_kv_heads, BLOCK_SIZE, head_dim, dtype=dtype, device=device)
+    cache = cache.to(FLOAT8) if is_float8 else cache
     k_cache, v_cache = cache.unbind(1)  # strided, as the engine's are
     tables = torch.full((len(seq_lens), max(blocks_of) + 3), 2**30, dtype=torch.int32)  # far outside the cache
     for i, seq_len in enumerate(seq_lens):
@@ -143,7 +163,7 @@ def compare_attention(
             tokens = random(seq_len, num_kv_heads, head_dim, dtype=dtype, device=device, seed=seed)
             for place, block in enumerate(blocks):
                 part = tokens[place * BLOCK_SIZE : (place + 1) * BLOCK_SIZE]
-                half[block, :, : len(part)] = part.transpose(0, 1)
+                half[block, :, : len(part)] = part.transpose(0, 1).to(half.dtype)
     num_tokens = sum(query_lens)
     q = torch.cat(
         [
@@ -160,6 +180,9 @@ def compare_attention(
         "max_seq_len": max(seq_lens),
         "scale": head_dim**-0.5,
         "window": window,
+        "softcap": softcap,
+        "key_scale": 0.7 if is_float8 else 1.0,
+        "value_scale": 1.3 if is_float8 else 1.0,
     }
     expected = paged_attention.paged_attention_reference(q, k_cache, v_cache, **arguments)
     if max(query_lens) == 1:

@@ -59,6 +59,10 @@ def test_rotary(
     compare_rotary(num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim, dtype, "cpu", has_norm)
 
 
+def test_rotary_into_float8() -> None:
+    compare_rotary(21, 9, 3, 64, 64, F32, "cpu", is_float8=True)
+
+
 @pytest.mark.parametrize("num_rows", [0, 1, 9])
 def test_step_rows(num_rows: int) -> None:
     compare_step_rows(num_rows, "cpu")
@@ -86,6 +90,13 @@ def test_chunks(query_lens: list[int], seq_lens: list[int], window: int | None) 
 def test_heads(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
     compare_attention([1, 1], [30, 200], num_heads, num_kv_heads, head_dim, dtype, "cpu")
     compare_attention([9, 20], [9, 40], num_heads, num_kv_heads, head_dim, dtype, "cpu")
+
+
+@pytest.mark.parametrize(("softcap", "is_float8"), [(0.7, False), (None, True), (0.7, True)])
+def test_caps_and_float8(softcap: float | None, is_float8: bool) -> None:
+    options = {"softcap": softcap, "is_float8": is_float8}
+    compare_attention([1, 1, 1], [70, 0, 129], 6, 2, 64, F32, "cpu", 100, **options)
+    compare_attention([5, 1, 33], [5, 70, 50], 6, 2, 64, F32, "cpu", **options)
 
 
 def test_one_row_is_cut_over_all_programs() -> None:

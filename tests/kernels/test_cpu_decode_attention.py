@@ -45,6 +45,19 @@ def test_equals_its_reference(shape: tuple[Any, ...], window: int | None, softca
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("shape", SHAPES[2:4])
+def test_a_cache_of_float8(shape: tuple[Any, ...]) -> None:
+    q, cache, tables, seq_lens = case(*shape)
+    scales = (0.5, 1.7)
+    cache = cache.to(torch.float8_e4m3fn)
+    attention = DecodeAttention(
+        q.shape[1], shape[1], shape[2], q.dtype, 0.3, None, None, cache_dtype=cache.dtype, cache_scales=scales
+    )
+    found = attention(q, cache, tables, seq_lens)
+    options = {"scale": 0.3, "window": None, "softcap": None, "cache_scales": scales}
+    torch.testing.assert_close(found, decode_attention_reference(q, cache, tables, seq_lens, **options))
+
+
 def test_rows_do_not_depend_on_their_neighbours() -> None:
     """The same bits alone and in a batch, so that a request's tokens do not depend on who else is served."""
     q, cache, tables, seq_lens = case(3, 2, 64, 16, torch.bfloat16)

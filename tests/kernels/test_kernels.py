@@ -53,13 +53,15 @@ ATTENTION = {
     **dict.fromkeys(["block_tables", "seq_lens", "query_start_loc"], "*i32"),
     **dict.fromkeys(["num_seqs", "q_stride", "block_stride", "table_stride"], "i32"),
     **{"scale": "fp32", "GROUP": 4, "GROUP_PADDED": 4, "HEAD_DIM": 80, "DIMS": 128, "BLOCK_SIZE": 16},
-    **{"WINDOW": 100, "PRECISION": "tf32", "KEYS": 64},
+    **{"WINDOW": 100, "SOFTCAP": 0.0, "PRECISION": "tf32", "KEYS": 64, "value_scale": "fp32"},
 }
+OF_FLOAT8 = {"k_cache": "*u8", "v_cache": "*u8", "SOFTCAP": 43.0}
 KERNELS: dict[str, dict[str, Any]] = {  # "module.kernel": types of its arguments, values of its constants
     "attention_kernels.attention_kernel": ATTENTION | {"QUERIES": 32, "ROWS": 128},
     "decode_attention._decode_kernel": ATTENTION
     | dict.fromkeys(["stretches", "totals", "arrivals"], "*i32")
     | {"parts": "*fp32", "part_weights": "*fp32", "NUM_KV_HEADS": 2, "HEADS": 4, "ROWS": 16},
+    "attention_kernels.attention_kernel float8": ATTENTION | OF_FLOAT8 | {"QUERIES": 32, "ROWS": 128},
     "decode_work._plan_kernel": {
         **dict.fromkeys(["seq_lens", "stretches", "totals"], "*i32"),
         **{"num_rows": "i32", "num_programs": "i32"},
@@ -81,6 +83,7 @@ KERNELS: dict[str, dict[str, Any]] = {  # "module.kernel": types of its argument
     "rotary._rotary_and_cache_kernel": {
         **dict.fromkeys(["qkv", "q_norm", "k_norm", "q_out", "k_cache", "v_cache"], "*bf16"),
         **{"cos": "*fp32", "sin": "*fp32", "slot_mapping": "*i64", "token_stride": "i32", "block_stride": "i32"},
+        **{"key_factor": "fp32", "value_factor": "fp32"},
         **{"eps": "fp32", "HAS_NORM": True, "NUM_HEADS": 9, "NUM_KV_HEADS": 3, "HEAD_DIM": 80, "HALF": 40},
         **{"BLOCK_SIZE": 16, "HEADS": 16, "DIMS": 128},
     },

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from aphro_core.distributed import TensorParallelGroup
 from aphro_core.layers.batch import GatheredRows, PagedRows
+from aphro_core.layers.cache_format import PLAIN_SCALES
 from aphro_core.layers.gathered_attention import GatheredAttention
 from aphro_core.layers.linear import AnyLinear
 from aphro_core.layers.norm import RMSNorm
@@ -37,16 +38,29 @@ class Attention:
         k_norm: RMSNorm | None = None,
         scale: float | None = None,
         softcap: float | None = None,
+        cache_dtype: torch.dtype | None = None,
+        cache_scales: tuple[float, float] = PLAIN_SCALES,
     ) -> None:
-        """``scale`` of the scores, None = head_dim ** -0.5; ``softcap`` c makes them c * tanh(score / c)."""
+        """``scale`` of the scores, None = head_dim ** -0.5; ``softcap`` c makes them c * tanh(score / c). In a cache of
+        ``cache_dtype`` (None: ``dtype``) K and V stand divided by ``cache_scales``."""
         scale = head_dim**-0.5 if scale is None else scale
         self._qkv, self._out, self._group = qkv, out, group
         self._all_heads, self._head_dim = num_heads + 2 * num_kv_heads, head_dim
-        self._paged = PagedAttention(window, q_norm, k_norm, scale)
+        self._paged = PagedAttention(window, q_norm, k_norm, scale, softcap, cache_scales)
         self._gathered: GatheredAttention | None = None  # on GPUs: it would be compiled for nothing
         if device.type == "cpu":
             self._gathered = GatheredAttention(
-                num_heads, num_kv_heads, head_dim, window, dtype, q_norm, k_norm, scale, softcap
+                num_heads,
+                num_kv_heads,
+                head_dim,
+                window,
+                dtype,
+                q_norm,
+                k_norm,
+                scale,
+                softcap,
+                cache_dtype or dtype,
+                cache_scales,
             )
 
     def __call__(self, x: Tensor, rotation: Rotation, rows: GatheredRows | PagedRows, cache: Tensor) -> Tensor:
@@ -63,8 +77,17 @@ class Attention:
 class PagedAttention:
     """From a layer's QKV to the output of its heads by two kernels on the block tables (GPU)."""
 
-    def __init__(self, window: int | None, q_norm: RMSNorm | None, k_norm: RMSNorm | None, scale: float) -> None:
-        self._scale = scale
+    def __init__(
+        self,
+        window: int | None,
+        q_norm: RMSNorm | None,
+        k_norm: RMSNorm | None,
+        scale: float,
+        softcap: float | None = None,
+        cache_scales: tuple[float, float] = PLAIN_SCALES,
+    ) -> None:
+        self._scale, self._softcap = scale, softcap
+        self._key_scale, self._value_scale = cache_scales
         self._window = window
         self._q_gain = None if q_norm is None else q_norm.weight
         self._k_gain = None if k_norm is None else k_norm.weight
@@ -83,6 +106,8 @@ class PagedAttention:
             q_norm=self._q_gain,
             k_norm=self._k_gain,
             eps=self._eps,
+            key_scale=self._key_scale,
+            value_scale=self._value_scale,
         )
         parts = [
             paged_attention(
@@ -96,6 +121,9 @@ class PagedAttention:
                 max_seq_len=part.max_seq_len,
                 scale=self._scale,
                 window=self._window,
+                softcap=self._softcap,
+                key_scale=self._key_scale,
+                value_scale=self._value_scale,
                 work=part.works.get(self._window),
             )
             for part in rows.parts

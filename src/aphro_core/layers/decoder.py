@@ -12,6 +12,7 @@ from torch import Tensor
 from aphro_core.distributed import TensorParallelGroup
 from aphro_core.layers.attention import Attention
 from aphro_core.layers.batch import Batch, GatheredRows, PagedRows
+from aphro_core.layers.cache_format import CacheFormat
 from aphro_core.layers.embedding import PositionEmbedding, VocabEmbedding, VocabHead
 from aphro_core.layers.linear import AnyLinear, Linear
 from aphro_core.layers.mlp import GatedMLP, PlainMLP
@@ -58,10 +59,18 @@ class Block:
 class Decoder:
     """What one rank computes. ``weights_bytes`` is what its parameters take in memory, as they are kept."""
 
-    def __init__(self, spec: DecoderSpec, shard: RankShard, weights: Weights, group: TensorParallelGroup) -> None:
-        """Empties ``weights`` (ARCHITECTURE.md, "Weights of a rank"): a reordered one must not stay in memory twice."""
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        shard: RankShard,
+        weights: Weights,
+        group: TensorParallelGroup,
+        cache_format: CacheFormat | None = None,
+    ) -> None:
+        """Empties ``weights`` (ARCHITECTURE.md, "Weights of a rank"): a reordered one must not stay in memory twice.
+        ``cache_format`` None: the weights' dtype."""
         sample = next(weight for weight in weights.values() if isinstance(weight, Tensor))
-        parts = _Parts(spec, shard, weights, group)
+        parts = _Parts(spec, shard, weights, group, cache_format or CacheFormat(sample.dtype))
         ropes = [spec.rope_of(layer) for layer in shard.layers]
         self._rotaries = [RotaryEmbedding(rope, sample.dtype, sample.device) for rope in _distinct(ropes)]
         self._rotary_of = [_distinct(ropes).index(rope) for rope in ropes]
@@ -101,8 +110,16 @@ class Decoder:
 class _Parts:
     """Builds the parts of a decoder from a rank's parameters, which it takes out of ``weights``."""
 
-    def __init__(self, spec: DecoderSpec, shard: RankShard, weights: Weights, group: TensorParallelGroup) -> None:
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        shard: RankShard,
+        weights: Weights,
+        group: TensorParallelGroup,
+        cache_format: CacheFormat,
+    ) -> None:
         self._spec, self._shard, self._weights, self._group = spec, shard, weights, group
+        self._cache_format = cache_format
         sample = next(weight for weight in weights.values() if isinstance(weight, Tensor))  # norms are everywhere
         self._dtype, self._device = sample.dtype, sample.device
         self._plain: dict[int, int] = {}  # address -> bytes, so that tied weights count once
@@ -135,7 +152,7 @@ class _Parts:
 
     def block(self, layer: int) -> Block:
         spec, name = self._spec, f"layers.{layer}"
-        attention = self._attention(f"{name}.attention", spec.window_of(layer))
+        attention = self._attention(f"{name}.attention", layer)
         mlp = self._moe(f"{name}.moe") if spec.has_experts(layer) else self._mlp(f"{name}.mlp")
         outs: list[Callable[[Tensor], Tensor] | None] = [None, None]
         if spec.sandwich_norms:
@@ -144,7 +161,7 @@ class _Parts:
             outs = [partial(_scale_, scale=spec.residual_scale)] * 2
         return Block(self.norm(f"{name}.input_norm"), attention, self.norm(f"{name}.post_attention_norm"), mlp, *outs)
 
-    def _attention(self, name: str, window: int | None) -> Attention:
+    def _attention(self, name: str, layer: int) -> Attention:
         spec, shard = self._spec, self._shard
         return Attention(
             self.linear(f"{name}.qkv_proj"),
@@ -153,13 +170,15 @@ class _Parts:
             num_heads=len(shard.heads),
             num_kv_heads=len(shard.kv_heads),
             head_dim=spec.head_dim,
-            window=window,
+            window=spec.window_of(layer),
             dtype=self._dtype,
             device=self._device,
             q_norm=self._rms_norm(f"{name}.q_norm") if spec.qk_norm else None,
             k_norm=self._rms_norm(f"{name}.k_norm") if spec.qk_norm else None,
             scale=spec.attention_scale,
             softcap=spec.attention_softcap,
+            cache_dtype=self._cache_format.dtype,
+            cache_scales=self._cache_format.scales_of(layer),
         )
 
     def _mlp(self, name: str) -> GatedMLP | PlainMLP:

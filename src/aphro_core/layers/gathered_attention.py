@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 from aphro_kernels.cpu_decode_attention import DecodeAttention
+from aphro_kernels.float8 import FLOAT8, float8_as_bytes, narrow_to_float8, widen_float8
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
 from aphro_core.layers.batch import Chunk, GatheredRows
+from aphro_core.layers.cache_format import PLAIN_SCALES
 from aphro_core.layers.norm import RMSNorm
 from aphro_core.layers.rotary import Rotation
 
@@ -26,11 +28,17 @@ class GatheredAttention:
         k_norm: RMSNorm | None,
         scale: float,
         softcap: float | None,
+        cache_dtype: torch.dtype | None = None,
+        cache_scales: tuple[float, float] = PLAIN_SCALES,
     ) -> None:
         self._num_heads, self._num_kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
         self._window = window
         self._scale, self._softcap = scale, softcap
-        self._direct = DecodeAttention(num_heads, num_kv_heads, head_dim, dtype, scale, window, softcap)
+        self._direct = DecodeAttention(
+            num_heads, num_kv_heads, head_dim, dtype, scale, window, softcap, cache_dtype, cache_scales
+        )
+        self._key_scale, self._value_scale = cache_scales
+        self._divisors = torch.tensor(cache_scales).repeat_interleave(num_kv_heads).view(-1, 1)  # of the K and V heads
         self._qk_gain: Tensor | None = None  # [heads, head_dim]
         if q_norm is not None and k_norm is not None:
             gains = [q_norm.weight.expand(num_heads, -1), k_norm.weight.expand(num_kv_heads, -1)]
@@ -42,7 +50,7 @@ class GatheredAttention:
         if self._qk_gain is not None:
             torch.mul(rms_norm(qk, (self._head_dim,), None, self._eps), self._qk_gain, out=qk)
         rotation.apply_(qk)
-        cache.view(-1, self._head_dim).index_put_((rows.slot_rows,), qkv[:, self._num_heads :])
+        self._write(qkv[:, self._num_heads :], rows.slot_rows, cache)
         q, parts = qkv[:, : self._num_heads], []
         if rows.direct is not None:
             tables, lens = rows.direct.block_tables, rows.direct.seq_lens
@@ -51,16 +59,22 @@ class GatheredAttention:
         parts += [self._prefill(part, q[part.start : part.stop], cache) for part in rows.chunks[self._window]]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def _write(self, kv: Tensor, slot_rows: Tensor, cache: Tensor) -> None:
+        if cache.dtype == FLOAT8:
+            kv, cache = float8_as_bytes(narrow_to_float8(kv, self._divisors)), float8_as_bytes(cache)
+        cache.view(-1, self._head_dim).index_put_((slot_rows,), kv)
+
     def _prefill(self, part: Chunk, q: Tensor, cache: Tensor) -> Tensor:
         num_kv_heads, head_dim = self._num_kv_heads, self._head_dim
         _gather(cache, part.block_rows, part.gathered)
         attended = torch.empty_like(q, memory_format=torch.contiguous_format)
         for tile in part.tiles:
-            folded = torch.mul(q[tile.start : tile.stop].transpose(0, 1), self._scale)
+            folded = torch.mul(q[tile.start : tile.stop].transpose(0, 1), self._scale * self._key_scale)
             torch.bmm(folded.reshape(num_kv_heads, -1, head_dim), tile.keys_t, out=tile.scores)
             self._cap_(tile.scores)
             tile.masked_scores.add_(tile.mask)
             out = torch.bmm(_softmax_(tile.scores), tile.values)
+            out = out if self._value_scale == 1.0 else out.mul_(self._value_scale)
             attended[tile.start : tile.stop] = out.view(-1, tile.stop - tile.start, head_dim).transpose(0, 1)
         return attended.view(len(q), -1)
 
@@ -71,6 +85,10 @@ class GatheredAttention:
 
 def _gather(cache: Tensor, block_rows: Tensor, out: Tensor) -> None:
     """Chosen (block, K or V, head) rows of the cache, one after the other."""
+    if cache.dtype == FLOAT8:
+        chosen = torch.index_select(float8_as_bytes(cache).view(-1, out.shape[1]), 0, block_rows)
+        out.copy_(widen_float8(chosen.view(FLOAT8), out.dtype))
+        return
     torch.index_select(cache.view(-1, out.shape[1]), 0, block_rows, out=out)
 
 

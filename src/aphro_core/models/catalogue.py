@@ -9,8 +9,6 @@ from aphro_core.models.quant_config import METHODS, ONLINE, RECOGNISED
 from aphro_core.models.quantization import GGUF_KINDS
 from aphro_core.models.registry import FAMILIES, RECOGNISED_ARCHITECTURES
 
-CPU_ONLY: Final = ("Gemma2ForCausalLM",)  # attention's kernels for GPUs do not cap scores
-
 
 @dataclass(frozen=True)
 class ModelRow:
@@ -45,7 +43,7 @@ def model_rows() -> list[ModelRow]:
             architecture,
             str(family.__doc__).split(":", maxsplit=1)[0],
             True,
-            ("cpu",) if architecture in CPU_ONLY else ("cuda", "cpu"),
+            ("cuda", "cpu"),
         )
         for architecture, family in FAMILIES.items()
     ]

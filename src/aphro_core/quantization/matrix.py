@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from aphro_kernels.float8 import FLOAT8, widen_float8
 from aphro_kernels.packed_linear import dequantise
 from torch import Tensor
 
 from aphro_core.models.quantization import Kind
 from aphro_core.quantization.packing import unpack_nibbles
 
-FP8 = torch.float8_e4m3fn
+FP8 = FLOAT8
 
 
 @dataclass(slots=True)
@@ -120,12 +121,4 @@ def _joined(run: Sequence[PackedMatrix]) -> PackedMatrix:
 
 
 def _widened(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """Codes as numbers. On CPUs torch converts float8 one by one: shifting its bits into those of a wider float, whose
-    exponent counts from 127 instead of 7, is fifty times as fast."""
-    is_shiftable = codes.dtype == FP8 and codes.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
-    if not is_shiftable:
-        return codes.to(dtype)
-    integer, shift = (torch.int32, 20) if dtype == torch.float32 else (torch.int16, 4)
-    signed = codes.view(torch.int8).to(integer)  # the sign is extended: one of its copies arrives at the top
-    bits = (signed << shift) & (0x87F00000 - 2**32 if dtype == torch.float32 else 0x87F0 - 2**16)
-    return bits.view(dtype).mul_(2.0**120)
+    return widen_float8(codes, dtype) if codes.dtype == FP8 else codes.to(dtype)

@@ -152,7 +152,7 @@ def paged(step: Step) -> Tensor:
     batch = inputs.decode_batch(staged.padded_rows) if staged.chunks is None else inputs.mixed_batch(staged)
     padding = batch.num_tokens - len(step.qkv)
     assert batch.positions.tolist() == [*step.positions.tolist(), *[0] * padding]
-    attention = PagedAttention(step.case.window, *step.norms, step.case.head_dim**-0.5)
+    attention = PagedAttention(step.case.window, *step.norms, step.case.scale, step.case.softcap)
     assert isinstance(batch.cache_rows, PagedRows)
     rotation = step.rotation(is_whole=False)
     return attention(step.qkv.clone(), rotation, batch.cache_rows, step.cache.clone())
@@ -195,7 +195,7 @@ def test_long_rows_beside_short_ones(window: int | None) -> None:
 
 def test_capped_scores() -> None:
     step = Step(Case(lengths=((40, 1), (3, 1), (0, 20)), softcap=0.7, head_dim=4, block_size=16))
-    for way in (gathered, multiplied):
+    for way in (gathered, multiplied, paged):
         torch.testing.assert_close(way(step).double(), step.expected(), rtol=1e-4, atol=1e-5)
 
 
