@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +20,9 @@ from aphro_core.config import ServerConfig
 from aphro_core.errors import first_cause
 from aphro_core.frontend.recovery_budget import RecoveryBudget
 from aphro_core.frontend.supervisor import engine_environment
-from aphro_core.keeper import Kept, keep
+from aphro_core.keeper.heartbeat import BEAT_SECONDS
+from aphro_core.keeper.keeper import Kept, keep
+from aphro_core.lifeline import STACKS_SIGNAL
 from aphro_core.llm import LLM
 from aphro_core.messages.requests import EngineReady
 from aphro_core.prepare import EngineOptions, Prepared, prepare
@@ -69,7 +73,11 @@ def serve(options: ServeOptions, reporter: Reporter) -> int:
         budget = RecoveryBudget(options.max_recoveries, time.monotonic)
 
         def run_api(kept: Kept) -> int:
-            return anyio.run(_serve, options, server_config, prepared, sockets, kept, reporter)
+            faulthandler.register(STACKS_SIGNAL, all_threads=True)  # for the keeper, when this process hangs
+            try:
+                return anyio.run(_serve, options, server_config, prepared, sockets, kept, reporter)
+            finally:
+                kept.leave()
 
         with open_fork_server(engine_environment(prepared.config)) as fork_server:
             return keep(run_api, fork_server, budget, reporter)
@@ -94,15 +102,32 @@ async def _serve(
         reporter,
         max_queued_requests=config.max_queued_requests,
         fork_server=kept.fork_server,
-        takes_requests=kept.is_replacement,
+        is_replacement=kept.is_replacement,
+        orphan=kept.engine,
+        hand_on=kept.hand_on,
     )
-    async with opened as session, anyio.create_task_group() as tasks:
+    async with _beating(kept), opened as session, anyio.create_task_group() as tasks:
         server = Server(build_app(session.frontend, config), sockets, config)
         tasks.start_soon(_stop_on_signals, server, session, reporter)
         tasks.start_soon(_announce, session, server, config, prepared, kept, reporter)
         await server.run()
         tasks.cancel_scope.cancel()
     return 0
+
+
+@asynccontextmanager
+async def _beating(kept: Kept) -> AsyncIterator[None]:
+    """The keeper replaces a process whose loop does not run."""
+
+    async def beat() -> None:
+        while True:
+            kept.beat()
+            await anyio.sleep(BEAT_SECONDS)
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(beat)
+        yield
+        tasks.cancel_scope.cancel()
 
 
 async def _announce(

@@ -16,7 +16,17 @@ from typing import Final
 
 from aphro_core.engine import entry as engine_entry
 from aphro_core.lifeline import die_with_parent, name_process
-from aphro_core.spawn import MAX_REQUEST_BYTES, STATUS, Door, ForkChild, Forked, OpenLink, decode_request, encode
+from aphro_core.spawn import (
+    MAX_FDS,
+    MAX_REQUEST_BYTES,
+    STATUS,
+    Door,
+    ForkChild,
+    Forked,
+    OpenLink,
+    decode_request,
+    encode,
+)
 from aphro_core.templates import child as template_child
 from aphro_core.worker import entry as worker_entry
 
@@ -69,7 +79,7 @@ class Server:
 
     def _serve(self, link: Link) -> None:
         try:
-            data, fds, _, _ = socket.recv_fds(link.sock, MAX_REQUEST_BYTES, 2)
+            data, fds, _, _ = socket.recv_fds(link.sock, MAX_REQUEST_BYTES, MAX_FDS)
         except OSError:
             data, fds = b"", []
         if not data:
@@ -158,7 +168,8 @@ def _be_child(server_pid: int, door: Door, name: str, fds: list[int]) -> None:
         name_process(name)
         channel = socket.socket(fileno=fds[0])
         if door == "engine":
-            exit_code = engine_entry.main(channel, socket.socket(fileno=fds[1]))
+            link, adoption = (socket.socket(fileno=fd) for fd in fds[1:])
+            exit_code = engine_entry.main(channel, link, adoption)
         elif door == "worker":
             exit_code = worker_entry.main(channel)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from aphro_core.frontend.frontend import Frontend
 from aphro_core.frontend.recovery_budget import RecoveryBudget
 from aphro_core.frontend.supervisor import EngineLostError, EngineProcess, Supervisor, engine_environment
 from aphro_core.frontend.tokenizer import Tokenizer, open_tokenizer
+from aphro_core.held_engine import HeldEngine
 from aphro_core.messages.requests import (
     EngineProgress,
     EnginePulse,
@@ -39,7 +40,16 @@ _LOG: Final = logging.getLogger(__name__)
 class Session:
     """A starting, then serving, then perhaps dead model. Engines come and go in it; the first one is waited for."""
 
-    def __init__(self, prepared: Prepared, frontend: Frontend, reporter: Reporter, tasks: TaskGroup) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        frontend: Frontend,
+        reporter: Reporter,
+        tasks: TaskGroup,
+        *,
+        is_replacement: bool = False,
+    ) -> None:
+        self._is_replacement = is_replacement
         self.prepared = prepared
         self.frontend = frontend
         self.ready: EngineReady | None = None
@@ -82,7 +92,7 @@ class Session:
                 self._tasks.start_soon(partial(self.frontend.resume, engine, after_failed_step=True))
 
     def _take_ready(self, ready: EngineReady, engine: EngineProcess) -> None:
-        if self.ready is None:
+        if self.ready is None and not self._is_replacement:
             self._report_capacity(ready)
         else:
             num_open = self.frontend.num_open
@@ -163,11 +173,14 @@ async def open_session(
     *,
     max_queued_requests: int,
     fork_server: ForkServer | None = None,
-    takes_requests: bool = False,
+    is_replacement: bool = False,
+    orphan: HeldEngine | None = None,
+    hand_on: Callable[[HeldEngine], None] = lambda _: None,
 ) -> AsyncIterator[Session]:
     """Start the engine and read the tokenizer. Nothing of either is left when the block is left.
 
-    ``fork_server`` None: one of its own. ``takes_requests``: they wait for the first engine, instead of being refused.
+    ``fork_server`` None: one of its own. ``is_replacement`` of an API process that served: requests wait for the
+    engine, instead of being refused, and ``orphan`` is the engine it had. ``hand_on`` is told of each that serves.
     """
     config = prepared.config
     with ExitStack() as stack:
@@ -183,11 +196,12 @@ async def open_session(
                 max_model_len=config.model.max_model_len,
                 eos_token_ids=prepared.spec.eos_token_ids,
                 max_queued_requests=max_queued_requests,
-                takes_requests=takes_requests,
+                takes_requests=is_replacement,
             )
-            session = Session(prepared, frontend, reporter, tasks)
+            session = Session(prepared, frontend, reporter, tasks, is_replacement=is_replacement)
             budget = RecoveryBudget(options.max_recoveries, time.monotonic)
-            tasks.start_soon(Supervisor(config, fork_server, budget, session).run)
+            supervisor = Supervisor(config, fork_server, budget, session, orphan=orphan, hand_on=hand_on)
+            tasks.start_soon(supervisor.run)
             if not options.skip_tokenizer_init:
                 frontend.use_tokenizer(await anyio.to_thread.run_sync(_open_tokenizer, prepared, options, renderer))
             yield session

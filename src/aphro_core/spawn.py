@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Final, Literal, Self
+from typing import Final, Literal, Protocol
 
 import anyio
 import msgspec
@@ -22,11 +22,12 @@ Door = Literal["engine", "worker", "template"]
 
 STATUS: Final = struct.Struct("<i")  # an exit code, or minus the signal, written once to a child's status pipe
 MAX_REQUEST_BYTES: Final = 4096
+MAX_FDS: Final = 3  # handed over with one request
 _ANSWER_SECONDS: Final = 120.0  # the first answer waits for the fork server's imports
 
 
 class ForkChild(msgspec.Struct, frozen=True, tag="fork"):
-    """Fork a child that runs ``door``. With it: its channel, and for an engine a link of its own to fork workers."""
+    """Fork a child that runs ``door``. With it: its channel, and an engine's link to fork workers and its door."""
 
     door: Door
     name: str  # as /proc shows it; 15 bytes
@@ -47,6 +48,10 @@ Request = ForkChild | OpenLink
 encode: Final = msgspec.msgpack.Encoder().encode
 decode_request: Final = msgspec.msgpack.Decoder(Request).decode
 _decode_answer: Final = msgspec.msgpack.Decoder(Forked).decode
+
+
+class HasFileno(Protocol):
+    def fileno(self) -> int: ...
 
 
 class Child:
@@ -77,6 +82,11 @@ class Child:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, number)
 
+    @property
+    def fds(self) -> list[int]:
+        """What knows it: its pidfd and status pipe."""
+        return [self._pidfd, self._status_fd]
+
     def close(self) -> None:
         for fd in (self._pidfd, self._status_fd):
             if fd >= 0:
@@ -101,10 +111,9 @@ class Spawner:
         self._lock = threading.Lock()  # links are asked from the threads that wait for their answers
         link.settimeout(_ANSWER_SECONDS)
 
-    def fork(self, door: Door, name: str, channel: socket.socket, link: Self | None = None) -> Child:
-        """A new process that serves ``door`` at the other end of ``channel``. Raises EngineDeadError."""
-        handed = [channel.fileno()] if link is None else [channel.fileno(), link.fileno()]
-        answer, fds = self._ask(ForkChild(door, name), handed, num_fds=2)
+    def fork(self, door: Door, name: str, *handed: HasFileno) -> Child:
+        """A new process that serves ``door`` with its ends of what is ``handed``. Raises EngineDeadError."""
+        answer, fds = self._ask(ForkChild(door, name), [each.fileno() for each in handed], num_fds=2)
         return Child(answer.pid, *fds)
 
     def open_link(self) -> Spawner:
@@ -116,6 +125,12 @@ class Spawner:
         return self._link.fileno()
 
     def close(self) -> None:
+        self._link.close()
+
+    def end(self) -> None:
+        """Close it for whoever holds it, too."""
+        with suppress(OSError):  # the fork server is gone
+            self._link.shutdown(socket.SHUT_RDWR)
         self._link.close()
 
     def _ask(self, request: Request, fds: Sequence[int], num_fds: int) -> tuple[Forked, list[int]]:

@@ -16,19 +16,32 @@ from tests.faults.lab import SMALL, FaultyServer, Lab, Probe, complete
 from tests.faults.load import Load, bodies, prompt_of, run_load
 
 
-def p04(lab: Lab) -> Outcome:
+def lose_api(lab: Lab, number: signal.Signals, seconds: float) -> Outcome:
+    """The API process is killed or stopped: its requests are cancelled, its engine serves the next one."""
     outcome = Outcome()
-    with lab.server("-tp", "2") as server, Load(server.url, bodies(4, 900)) as load:
-        load.wait_tokens(5)
-        engine = server.pid_of("aphro-engine")
-        killed = server.kill("aphro-api")
-        while is_running(engine):
-            time.sleep(0.002)
-        outcome.at_most("orphans gone", time.monotonic() - killed, 1.0)
-        answer = complete(server.url, prompt_of(1), 2)
-        outcome.at_most("served again", time.monotonic() - killed, 2.0)
-        outcome.check("200", answer.status_code == 200)
+    with lab.server("-tp", "2") as server:
+        expected = complete(server.url, prompt_of(1), return_token_ids=True).json()["choices"][0]["token_ids"]
+        with Load(server.url, bodies(4, 900)) as load:
+            load.wait_tokens(5)
+            engine = server.pid_of("aphro-engine")
+            hit = server.kill("aphro-api", number)
+            answer = complete(server.url, prompt_of(1), return_token_ids=True)
+            outcome.at_most("served again", time.monotonic() - hit, seconds)
+            while server.metric("num_requests_running") or server.metric("kv_cache_usage_perc"):
+                time.sleep(0.005)
+            outcome.at_most("orphans cancelled", time.monotonic() - hit, seconds)
+        outcome.check("the same tokens", answer.json()["choices"][0]["token_ids"] == expected)
+        outcome.check("by the same engine", server.pid_of("aphro-engine") == engine)
+        outcome.check("its clients know", all(answer.error is not None for answer in load.answers))
     return outcome
+
+
+def p04(lab: Lab) -> Outcome:
+    return lose_api(lab, signal.SIGKILL, 1.0)
+
+
+def hung_api(lab: Lab) -> Outcome:
+    return lose_api(lab, signal.SIGSTOP, 3.0)
 
 
 def p05(lab: Lab) -> Outcome:
@@ -210,6 +223,7 @@ def p21(lab: Lab) -> Outcome:
 
 CASES = [
     Case("P-04", "SIGKILL of the API process under load", p04),
+    Case("P-04b", "SIGSTOP of the API process under load", hung_api),
     Case("P-05", "SIGKILL of the supervising process under load", p05),
     Case("P-13", "SIGTERM under load", p13),
     Case("P-14", "the drain deadline passes, with a client that never reads", p14),

@@ -10,7 +10,8 @@ from typing import Final
 import anyio
 from anyio.abc import TaskGroup
 
-from aphro_core.channel import Channel
+from aphro_core.channel import ChannelClosedError
+from aphro_core.engine.api_link import ApiLink
 from aphro_core.engine.progress import Progress, describe_hang
 from aphro_core.engine.step_watch import StepWatch
 from aphro_core.engine.trial import trial_steps
@@ -20,14 +21,12 @@ from aphro_core.messages.requests import (
     AbortSequences,
     AddSequence,
     EnginePulse,
-    FromEngine,
     ResumeEngine,
     SequenceOutput,
     StartEngine,
     StepFailed,
     StepOutputs,
     StopEngine,
-    ToEngine,
 )
 from aphro_core.messages.steps import StepFailure, StepPlan, StepResult
 from aphro_core.scheduler.scheduler import Scheduler
@@ -37,11 +36,14 @@ _STACKS_SECONDS: Final = 0.3  # for the ranks of a group that hangs to write the
 
 
 class Engine:
-    """Drives one scheduler over one group of workers, for the API process at the other end of ``api``."""
+    """Drives one scheduler over one group of workers, for the API process at the other end of ``api``.
+
+    When that dies, its requests are forgotten, and the engine goes on for the next one.
+    """
 
     def __init__(
         self,
-        api: Channel[FromEngine, ToEngine],
+        api: ApiLink,
         executor: Executor,
         build_scheduler: Callable[[], Scheduler],
         watch: StepWatch,
@@ -58,6 +60,8 @@ class Engine:
         self._refused: list[SequenceOutput] = []
         self._owes_stats = False
         self._awaits_resume = False
+        self._is_orphan = False
+        self._has_api = anyio.Event()
         self._num_answered = 0
         self._wake = anyio.Event()
 
@@ -67,18 +71,29 @@ class Engine:
         return sorted({row.seq_id for plan in self._plans for row in plan.scheduled})
 
     async def run(self, announce: Callable[[], Awaitable[None]]) -> None:
-        """Try the group out, ``announce`` it, serve until StopEngine. Raises ChannelClosedError without the API."""
+        """Try the group out, ``announce`` it to each API process, serve until StopEngine.
+
+        Raises EngineDeadError when the group hangs, or no API process is left.
+        """
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._take_results)
             tasks.start_soon(self._watch_progress)
             await self._try_out()
             await announce()
             tasks.start_soon(self._take_commands, tasks)
-            await self._step_for_ever()
+            await self._step_for_ever(announce)
 
     async def _take_commands(self, tasks: TaskGroup) -> None:
         while True:
-            match await self._api.receive():
+            try:
+                command = await self._api.receive()
+            except ChannelClosedError:
+                self._is_orphan, self._has_api = True, anyio.Event()
+                self._wake.set()
+                await self._api.wait_next()
+                self._has_api.set()
+                continue
+            match command:
                 case StopEngine():
                     tasks.cancel_scope.cancel()
                     return
@@ -108,19 +123,22 @@ class Engine:
             self._results.append(result)
             self._wake.set()
 
-    async def _step_for_ever(self) -> None:
+    async def _step_for_ever(self, announce: Callable[[], Awaitable[None]]) -> None:
         while True:
+            if self._is_orphan:
+                await self._start_over(announce)
             outputs, self._refused = self._refused, []
             has_news = self._owes_stats or bool(self._results)
             failure = self._take_answers(outputs)
             if failure is None:
                 await self._submit_plans()
-            if outputs or has_news:
+            if (outputs or has_news) and not self._is_orphan:  # the next API process counts its sequences anew
                 self._owes_stats = False
                 await self._api.send(StepOutputs(outputs=outputs, stats=self._scheduler.stats()))
             if failure is not None:
                 await self._recover(failure)
-            await self._wait_for_news()
+            if not self._is_orphan:
+                await self._wait_for_news()
 
     def _take_answers(self, outputs: list[SequenceOutput]) -> StepFailure | None:
         """Update the scheduler with each answer, up to one that failed: what follows was computed on top of it."""
@@ -157,16 +175,32 @@ class Engine:
     # --- failures ---
 
     async def _recover(self, failure: StepFailure) -> None:
-        """Forget every sequence, here and in the workers, prove that the group still works, and say so."""
+        """Forget every sequence, prove that the group still works, and say so."""
         self._awaits_resume = True
+        await self._forget_all()
+        await self._try_out()
+        if not self._is_orphan:
+            await self._api.send(StepFailed(failure.message, failure.seq_ids, failure.detail))
+
+    async def _start_over(self, announce: Callable[[], Awaitable[None]]) -> None:
+        """The API process has died: nobody waits for what it had asked. Be there for the next one."""
+        self._awaits_resume = True
+        await self._forget_all()
+        while self._is_orphan:
+            has_api = self._has_api
+            await has_api.wait()
+            self._is_orphan = has_api is not self._has_api  # it has died, too
+        self._awaits_resume = False
+        await announce()
+
+    async def _forget_all(self) -> None:
+        """Let what is in flight end, then forget every sequence, here and in the workers."""
         while self._plans:
             await self._wait_answer()
         self._scheduler = self._build_scheduler()
         self._refused.clear()
         await self._submit(StepPlan(step_id=0, scheduled=[], released=sorted(self._known)))
         await self._wait_answer()
-        await self._try_out()
-        await self._api.send(StepFailed(failure.message, failure.seq_ids, failure.detail))
 
     async def _try_out(self) -> None:
         """Raises EngineDeadError when the group cannot compute a step of no request at all."""

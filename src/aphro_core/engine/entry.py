@@ -11,8 +11,9 @@ from contextlib import suppress
 import anyio
 import msgspec
 
-from aphro_core.channel import Channel, ChannelClosedError
+from aphro_core.channel import Channel
 from aphro_core.config import EngineConfig
+from aphro_core.engine.api_link import ApiLink
 from aphro_core.engine.engine import Engine
 from aphro_core.engine.step_watch import StepWatch
 from aphro_core.errors import AphroError, EngineDeadError, ExitCode, MemoryBudgetError, first_cause
@@ -23,42 +24,41 @@ from aphro_core.messages.requests import (
     EngineFailed,
     EngineProgress,
     EngineReady,
-    FromEngine,
     StartEngine,
-    ToEngine,
 )
 from aphro_core.messages.steps import WorkerLoaded, WorkerProgress
 from aphro_core.parallel.memory import max_useful_blocks
 from aphro_core.scheduler.scheduler import Scheduler
 from aphro_core.spawn import Spawner
 
-ApiChannel = Channel[FromEngine, ToEngine]
 
+def main(sock: socket.socket, link: socket.socket, door: socket.socket) -> int:
+    """Serve the API process at the other end of ``sock``, and later ones that come through ``door``.
 
-def main(sock: socket.socket, link: socket.socket) -> int:
-    """Serve the API process at the other end of ``sock``; ``link`` leads to the fork server. Returns the exit code."""
+    ``link`` leads to the fork server. Returns the exit code. Once nobody holds the other end of the door this process
+    ends, whatever it does.
+    """
     faulthandler.register(STACKS_SIGNAL, all_threads=True)
-    exit_on_hangup(sock.fileno(), grace_seconds=0.5)
-    return anyio.run(_serve, sock, Spawner(link))
+    exit_on_hangup(door.fileno(), grace_seconds=0.5)
+    return anyio.run(_serve, sock, Spawner(link), door)
 
 
-async def _serve(sock: socket.socket, spawner: Spawner) -> int:
-    api: ApiChannel = await Channel.over(sock, codec.engine_side_of_api())
+async def _serve(sock: socket.socket, spawner: Spawner, door: socket.socket) -> int:
+    api = ApiLink(await Channel.over(sock, codec.engine_side_of_api()), door)
     process = EngineProcess(api, spawner)
     try:
         await process.run()
         return 0
     except BaseException as group:
         failed = _describe(first_cause(group), process.in_flight)
-    with suppress(ChannelClosedError):  # the API process may be gone, and with it whoever would read this
-        await api.send(failed)
+    await api.send(failed)
     return failed.exit_code
 
 
 class EngineProcess:
     """Builds what an engine is made of, once it is told which."""
 
-    def __init__(self, api: ApiChannel, spawner: Spawner) -> None:
+    def __init__(self, api: ApiLink, spawner: Spawner) -> None:
         self._api = api
         self._spawner = spawner
         self._engine: Engine | None = None

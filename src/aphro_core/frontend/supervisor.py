@@ -6,8 +6,8 @@ import os
 import random
 import signal
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from typing import Final, Protocol
 
 import anyio
@@ -19,10 +19,11 @@ from aphro_core.channel import Channel, ChannelClosedError
 from aphro_core.config import EngineConfig
 from aphro_core.errors import AphroError, EngineDeadError, ExitCode
 from aphro_core.frontend.recovery_budget import WINDOW_SECONDS, RecoveryBudget
+from aphro_core.held_engine import HeldEngine
 from aphro_core.lifeline import STACKS_SIGNAL
 from aphro_core.messages import codec
 from aphro_core.messages.requests import EngineFailed, EngineReady, FromEngine, StartEngine, StopEngine, ToEngine
-from aphro_core.spawn import Child, ForkServer
+from aphro_core.spawn import ForkServer
 
 _STOP_SECONDS: Final = 3.0  # for the engine to end its workers and itself before it is killed
 _END_SECONDS: Final = 2.0  # from the last message of an engine to the end of its process
@@ -44,8 +45,9 @@ class EngineLostError(EngineDeadError):
 class EngineProcess:
     """One running engine: send it messages, take what it says."""
 
-    def __init__(self, process: Child, channel: Channel[ToEngine, FromEngine], config: EngineConfig) -> None:
-        self._process = process
+    def __init__(self, held: HeldEngine, channel: Channel[ToEngine, FromEngine], config: EngineConfig) -> None:
+        self.held = held
+        self._process = held.child
         self._channel = channel
         self._config = config
         self._num_oom_kills = host.num_oom_kills()
@@ -117,22 +119,46 @@ class EngineProcess:
 async def open_engine(config: EngineConfig, fork_server: ForkServer, epoch: int) -> AsyncIterator[EngineProcess]:
     """Start an engine process for ``config``. Nothing of it is left when the block is left."""
     link = await anyio.to_thread.run_sync(fork_server.open_link)
-    ours, theirs = socket.socketpair()
-    try:
+    with ExitStack() as stack:
+        stack.callback(link.end)  # kills the engine, whose own link kills its workers
         workers = await anyio.to_thread.run_sync(link.open_link)
-        with theirs:
-            process = await anyio.to_thread.run_sync(link.fork, "engine", "aphro-engine", theirs, workers)
+        door, its_door = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        stack.callback(door.close)
+        ours, theirs = socket.socketpair()
+        with theirs, its_door:
+            parts = (theirs, workers, its_door)
+            process = await anyio.to_thread.run_sync(link.fork, "engine", "aphro-engine", *parts)
         workers.close()
-        engine = EngineProcess(process, await Channel.over(ours, codec.api_side_of_engine()), config)
-        try:
+        stack.callback(process.close)
+        async with _talking(HeldEngine(epoch, process, link, door), ours, config) as engine:
             await engine.send(StartEngine(config=config, epoch=epoch))
             yield engine
-        finally:
-            with anyio.CancelScope(shield=True):
-                await engine.stop()
-            process.close()
+
+
+@asynccontextmanager
+async def adopt_engine(held: HeldEngine, config: EngineConfig) -> AsyncIterator[EngineProcess]:
+    """Go on with an engine whose API process has died. It says that it is ready; then it knows of no request."""
+    with ExitStack() as stack:
+        stack.callback(held.end)
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                held.offer(theirs)
+            except OSError as error:
+                ours.close()
+                raise EngineDeadError(f"the engine process (pid {held.child.pid}) cannot be taken over") from error
+        async with _talking(held, ours, config) as engine:
+            yield engine
+
+
+@asynccontextmanager
+async def _talking(held: HeldEngine, sock: socket.socket, config: EngineConfig) -> AsyncIterator[EngineProcess]:
+    engine = EngineProcess(held, await Channel.over(sock, codec.api_side_of_engine()), config)
+    try:
+        yield engine
     finally:
-        link.close()  # kills the engine, whose own link kills its workers
+        with anyio.CancelScope(shield=True):
+            await engine.stop()
 
 
 class Listener(Protocol):
@@ -147,15 +173,26 @@ class Supervisor:
     """Runs engine after engine, each under its own epoch, until one fails that was never ready, or the budget ends."""
 
     def __init__(
-        self, config: EngineConfig, fork_server: ForkServer, budget: RecoveryBudget, listener: Listener
+        self,
+        config: EngineConfig,
+        fork_server: ForkServer,
+        budget: RecoveryBudget,
+        listener: Listener,
+        *,
+        orphan: HeldEngine | None = None,
+        hand_on: Callable[[HeldEngine], None] = lambda _: None,
     ) -> None:
+        """``orphan``: the engine of an API process that has died; ``hand_on`` is told of each engine that serves."""
         self._config = config
         self._fork_server = fork_server
         self._budget = budget
         self._listener = listener
-        self._was_ready = self._is_ready = False  # of any engine, of this one
+        self._orphan = orphan
+        self._hand_on = hand_on
+        self._is_ready = False  # this engine
+        self._was_ready = orphan is not None  # any engine
         self._started_at = 0.0
-        self.epoch = 0
+        self.epoch = 0 if orphan is None else orphan.epoch
 
     async def run(self) -> None:
         """Returns when there will be no engine any more; the listener has been told why."""
@@ -169,20 +206,27 @@ class Supervisor:
                 await anyio.sleep(_RETRY_SECONDS * (0.5 + random.random()))
 
     async def _run_engine(self) -> EngineLostError:
-        self.epoch += 1
         self._is_ready = False
         self._started_at = anyio.current_time()
         try:
-            async with open_engine(self._config, self._fork_server, self.epoch) as engine:
+            async with self._open_engine() as engine:
                 while True:
                     message = await engine.receive()
                     if isinstance(message, EngineReady):
                         self._take_ready(message)
+                        self._hand_on(engine.held)
                     self._listener.take_message(message, engine)
         except EngineLostError as lost:
             return lost
         except AphroError as error:  # it could not even be started
             return EngineLostError(error, [])
+
+    def _open_engine(self) -> AbstractAsyncContextManager[EngineProcess]:
+        if self._orphan is not None:
+            orphan, self._orphan = self._orphan, None
+            return adopt_engine(orphan, self._config)
+        self.epoch += 1
+        return open_engine(self._config, self._fork_server, self.epoch)
 
     def _take_ready(self, ready: EngineReady) -> None:
         """The next engine is to have the same cache, however much memory is free then."""

@@ -9,10 +9,12 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from aphro_core.channel import Channel
 from aphro_core.config import SchedulerConfig
+from aphro_core.engine.api_link import ApiLink
 from aphro_core.engine.engine import Engine
 from aphro_core.engine.step_watch import StepWatch
 from aphro_core.errors import EngineDeadError, first_cause
@@ -20,6 +22,7 @@ from aphro_core.messages import codec
 from aphro_core.messages.requests import (
     AddSequence,
     EnginePulse,
+    EngineReady,
     FromEngine,
     ResumeEngine,
     StepFailed,
@@ -62,7 +65,10 @@ class FakeGroup:
             return
         failure = StepFailure("MemoryError: no", rows) if self.broken & set(rows) else None
         sampled = [] if failure else [SampledToken(row.seq_id, 1) for row in plan.scheduled if row.samples]
-        await self._send.send(StepResult(plan.step_id, sampled, failure=failure))
+        await self.answer(StepResult(plan.step_id, sampled, failure=failure))
+
+    async def answer(self, result: StepResult) -> None:
+        await self._send.send(result)
 
 
 def build_scheduler() -> Scheduler:
@@ -72,22 +78,32 @@ def build_scheduler() -> Scheduler:
 
 @asynccontextmanager
 async def running(group: FakeGroup, step_seconds: float = 30.0) -> AsyncIterator[Channel[ToEngine, FromEngine]]:
+    async with running_with_door(group, step_seconds) as (api, _):
+        yield api
+        await api.send(StopEngine())
+
+
+@asynccontextmanager
+async def running_with_door(
+    group: FakeGroup, step_seconds: float = 30.0
+) -> AsyncIterator[tuple[Channel[ToEngine, FromEngine], socket.socket]]:
+    """Its first API process's end, and the way in for the next one's."""
     ours, theirs = socket.socketpair()
+    door, its_door = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     api: Channel[ToEngine, FromEngine] = await Channel.over(ours, codec.api_side_of_engine())
     engine_end = await Channel[FromEngine, ToEngine].over(theirs, codec.engine_side_of_api())
     watch = StepWatch(step_seconds, step_seconds, anyio.current_time)
-    engine = Engine(engine_end, group, build_scheduler, watch)
-    is_ready = anyio.Event()
+    link = ApiLink(engine_end, its_door)
+    engine = Engine(link, group, build_scheduler, watch)
 
     async def announce() -> None:
-        is_ready.set()
+        await link.send(EngineReady(16, 32, group.ranks))
 
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(engine.run, announce)
-        with anyio.fail_after(5):
-            await is_ready.wait()
-        yield api
-        await api.send(StopEngine())
+    with door, its_door:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(engine.run, announce)
+            await next_of(api, EngineReady)
+            yield api, door
     await api.aclose()
     await engine_end.aclose()
 
@@ -181,3 +197,60 @@ async def test_pulses_come_while_a_step_computes() -> None:
         for _ in range(3):
             await next_of(api, EnginePulse)
         os.sched_yield()
+
+
+async def next_api(door: socket.socket) -> Channel[ToEngine, FromEngine]:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        socket.send_fds(door, [b"channel"], [theirs.fileno()])
+    return await Channel[ToEngine, FromEngine].over(ours, codec.api_side_of_engine())
+
+
+async def test_an_engine_outlives_its_api_process_and_forgets_what_that_had_asked() -> None:
+    group = FakeGroup()
+    async with running_with_door(group) as (first, door):
+        api = first
+        for _ in range(3):
+            await api.send(add(1, max_tokens=20))
+            await outputs_until(api, bool)
+            await api.aclose()
+            api = await next_api(door)
+            with anyio.fail_after(5):
+                while not isinstance(message := await api.receive(), EngineReady):
+                    assert isinstance(message, EnginePulse), "nothing of the requests of the one that died"
+            forgotten = next(plan for plan in reversed(group.plans) if plan.released and plan.released != [0])
+            assert forgotten.released == [1]
+            assert not forgotten.scheduled
+            await api.send(add(1, max_tokens=2))  # which counts its sequences anew
+            assert await outputs_until(api, lambda got: len(got.get(1, [])) == 2) == {1: [1, 1]}
+        await api.send(StopEngine())
+        await anyio.lowlevel.checkpoint()
+
+
+async def test_a_step_that_fails_while_there_is_no_api_process_is_nobodys() -> None:
+    group = FakeGroup()
+    async with running_with_door(group) as (first, door):
+        group.hangs = True
+        await first.send(add(1, max_tokens=20))
+        while not any(row.seq_id for plan in group.plans for row in plan.scheduled):
+            await next_of(first, EnginePulse)
+        await first.aclose()
+        plan = next(plan for plan in group.plans if any(row.seq_id for row in plan.scheduled))
+        group.hangs = False
+        await group.answer(StepResult(plan.step_id, [], failure=StepFailure("MemoryError: no", [1])))
+        api = await next_api(door)
+        with anyio.fail_after(5):
+            while not isinstance(message := await api.receive(), EngineReady):
+                assert isinstance(message, EnginePulse)
+        await api.send(add(1, max_tokens=2))
+        assert await outputs_until(api, lambda got: len(got.get(1, [])) == 2) == {1: [1, 1]}
+        await api.send(StopEngine())
+
+
+async def test_without_any_api_process_an_engine_ends() -> None:
+    with pytest.raises(BaseExceptionGroup) as caught:  # noqa: PT012
+        async with running_with_door(FakeGroup()) as (api, door):
+            await api.aclose()
+            door.close()
+            await anyio.sleep(5)
+    assert "no other one has taken its engine over" in str(first_cause(caught.value))

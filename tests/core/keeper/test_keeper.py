@@ -19,9 +19,10 @@ import os, signal, socket, sys, time
 from pathlib import Path
 from aphro_core.errors import AphroError
 from aphro_core.frontend.recovery_budget import RecoveryBudget
-from aphro_core.keeper import keep
+from aphro_core.held_engine import HeldEngine
+from aphro_core.keeper.keeper import keep
 from aphro_core.reporter import SilentReporter
-from aphro_core.spawn import Spawner
+from aphro_core.spawn import Child, Spawner
 
 counter = Path(sys.argv[1])
 
@@ -85,6 +86,8 @@ READY = "kept.mark_ready();"
         (READY + "os.kill(os.getpid(), 9) if is_first else None; return 3", 3, 2),
         (READY + "return 0 if is_first else 3", 3, 2),  # an end that nobody asked for is a death
         (READY + "os.kill(os.getpid(), 11)", ExitCode.RECOVERY, 3),
+        # the second one dies before it serves: the next one has its chance all the same
+        (f"if is_first: {READY}\n    if runs < 3: os.kill(os.getpid(), 9)\n    return 3", 3, 3),
     ],
     indirect=["kept"],
 )
@@ -117,3 +120,49 @@ def test_one_that_does_not_listen_is_ended(kept: Kept, num_signals: int) -> None
     assert kept.process.wait(10) == 0
     assert 1.0 < time.monotonic() - began < 3.0
     assert kept.num_runs == 1
+
+
+STOPPED = "os.kill(os.getpid(), 19)"  # SIGSTOP
+ASLEEP = "time.sleep(30)"
+BEATING = "[(kept.beat(), time.sleep(0.1)) for _ in range(30)]"
+
+
+HANGS = [f"{READY}{hang} if is_first else None; return 3" for hang in (STOPPED, ASLEEP)]
+
+
+@pytest.mark.parametrize("kept", HANGS, indirect=True)
+def test_one_that_hangs_is_replaced_within_the_bound_of_health(kept: Kept) -> None:
+    kept.wait_runs(1)
+    began = time.monotonic()
+    kept.wait_runs(2)
+    assert 1.0 < time.monotonic() - began < 2.5
+    assert kept.process.wait(5) == 3
+
+
+LIVES = [f"{READY}{BEATING}; return 3", f"{READY}kept.leave(); time.sleep(3); return 3"]
+
+
+@pytest.mark.parametrize("kept", LIVES, indirect=True)
+def test_one_that_beats_or_leaves_is_let_alone(kept: Kept) -> None:
+    assert kept.process.wait(10) == 3
+    assert kept.num_runs == 1
+
+
+HAND_ON = """
+    if is_first:
+        ours, theirs = socket.socketpair()
+        theirs.send(b"held")
+        pidfd = os.pidfd_open(os.getppid())
+        kept.hand_on(HeldEngine(7, Child(1234, pidfd, os.dup(pidfd)), Spawner(socket.socketpair()[0]), ours))
+        kept.mark_ready()
+    if runs < 3:
+        os.kill(os.getpid(), 9)
+    engine = kept.engine
+    return 3 if (engine.epoch, engine.child.pid, engine.door.recv(9)) == (7, 1234, b"held") else 4
+"""
+
+
+@pytest.mark.parametrize("kept", [HAND_ON.strip()], indirect=True)
+def test_an_engine_goes_from_one_to_the_next(kept: Kept) -> None:
+    assert kept.process.wait(20) == 3
+    assert kept.num_runs == 3

@@ -4,51 +4,69 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
 from aphro_core.errors import AphroError, ExitCode
 from aphro_core.frontend.recovery_budget import WINDOW_SECONDS, RecoveryBudget
-from aphro_core.lifeline import die_with_parent, name_process
+from aphro_core.held_engine import HeldEngine
+from aphro_core.host import process_state
+from aphro_core.keeper.heartbeat import BEAT_SECONDS, Heartbeat
+from aphro_core.keeper.reports import Beat, Leaving, Ready, Reporting, Reports
+from aphro_core.lifeline import STACKS_SIGNAL, die_with_parent, name_process
 from aphro_core.reporter import Reporter
 from aphro_core.spawn import ForkServer
 
 _STOPS: Final = (signal.SIGINT, signal.SIGTERM)
 _MASK: Final = (*_STOPS, signal.SIGCHLD)
 _STOP_SECONDS: Final = 1.5  # for a process that has nothing to drain, or is not to drain
-_FOREVER: Final = 3600.0
+_STACKS_SECONDS: Final = 0.2  # for a process that hangs to write its stacks
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What the API process is given. ``mark_ready`` tells the keeper that it serves: from then on it is replaced."""
+    """What the API process is given. ``engine`` has outlived a predecessor, and waits to be taken over."""
 
     keeper_pid: int
     is_replacement: bool  # of one that served
     fork_server: ForkServer
-    _ready_fd: int
+    engine: HeldEngine | None
+    _reporting: Reporting
 
     def mark_ready(self) -> None:
-        os.write(self._ready_fd, b"r")
+        """It serves: from then on it is replaced."""
+        self._reporting.tell(Ready())
+
+    def beat(self) -> None:
+        """Its loop runs: to be called every ``BEAT_SECONDS``."""
+        self._reporting.tell(Beat())
+
+    def leave(self) -> None:
+        """Its loop ends, and no beat follows."""
+        self._reporting.tell(Leaving())
+
+    def hand_on(self, engine: HeldEngine) -> None:
+        """Whoever replaces this process goes on with that engine."""
+        self._reporting.hand_on(engine)
 
 
 def keep(run_api: Callable[[Kept], int], fork_server: ForkServer, budget: RecoveryBudget, reporter: Reporter) -> int:
-    """Run ``run_api`` in a child, and again whenever that dies. Returns the exit code, in either process.
+    """Run ``run_api`` in a child, and again whenever that dies or hangs. Returns the exit code, in either process.
 
     The keeper imports no torch, parses no request and has one thread. The child returns or raises out of here as if it
     were alone; the keeper returns what it ended with. Raises AphroError when the child cannot be replaced any more.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, _MASK)
     try:
-        end = None
+        reports: Reports | None = None
         while True:
-            child = _start(fork_server, is_replacement=end is not None)
+            child = _start(fork_server, reports)
             if isinstance(child, Kept):
                 return run_api(child)
-            end = child.wait()
+            end, reports = child.wait(), child.reports
             if end.is_final:
                 return end.exit_code
             _check(end, budget)
@@ -74,74 +92,80 @@ def _check(end: _End, budget: RecoveryBudget) -> None:
         )
 
 
-def _start(fork_server: ForkServer, *, is_replacement: bool) -> Kept | _ApiProcess:
-    """Fork; each side closes what is the other's."""
+def _start(fork_server: ForkServer, earlier: Reports | None) -> Kept | _ApiProcess:
+    """Fork; each side closes what is the other's. ``earlier``: of the process that is replaced."""
     link = fork_server.take_link()
-    ready, mark = os.pipe()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     keeper_pid = os.getpid()
     pid = os.fork()
     if pid:
         link.close()
-        os.close(mark)
-        return _ApiProcess(pid, ready)
-    os.close(ready)
+        theirs.close()
+        return _ApiProcess(pid, Reports(ours, earlier))
+    ours.close()
     os.setpgid(0, 0)  # Ctrl-C in the terminal is for the keeper, who passes it on once
     die_with_parent(keeper_pid)
     name_process("aphro-api")
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _MASK)
-    return Kept(keeper_pid, is_replacement, fork_server.inherited(link), mark)
+    engine = earlier.held_engine() if earlier is not None else None
+    return Kept(keeper_pid, earlier is not None, fork_server.inherited(link), engine, Reporting(theirs))
 
 
 class _ApiProcess:
     """The child, as the keeper sees it."""
 
-    def __init__(self, pid: int, ready_fd: int) -> None:
+    def __init__(self, pid: int, reports: Reports) -> None:
         self._pid = pid
         self._pidfd = os.pidfd_open(pid)
-        self._ready_fd = ready_fd
+        self.reports = reports
+        self._heartbeat = Heartbeat(time.monotonic)
         self._is_stopping = False
-        self._was_ready = False
+        self._hang = ""
         self._deadline: float | None = None  # to be gone by itself
 
     def wait(self) -> _End:
-        """Pass signals on until it has ended."""
+        """Pass signals on until it has ended; end it when it hangs."""
         while (status := self._poll()) is None:
-            left = _FOREVER if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)
-            info = signal.sigtimedwait(_MASK, left)
-            if info is None and self._deadline is not None:
+            left = BEAT_SECONDS if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)
+            info = signal.sigtimedwait(_MASK, min(left, BEAT_SECONDS))
+            if info is not None and info.si_signo in _STOPS:
+                self._stop(info.si_signo)
+            elif self._deadline is not None and time.monotonic() >= self._deadline:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
                 self._deadline = None
-            elif info is not None and info.si_signo in _STOPS:
-                self._stop(info.si_signo)
-        was_ready = self._is_ready()
-        os.close(self._ready_fd)
+            self._look()
+        self.reports.take()
+        self.reports.close()
         os.close(self._pidfd)
-        return self._explain(os.waitstatus_to_exitcode(status), was_ready)
+        return self._explain(os.waitstatus_to_exitcode(status), self.reports.has_served)
+
+    def _look(self) -> None:
+        num_reports = self.reports.take()
+        hang = self._heartbeat.look(num_reports, process_state(self._pid))
+        if hang and self.reports.has_served and not self.reports.is_leaving and not self._hang:
+            self._hang = hang
+            signal.pidfd_send_signal(self._pidfd, STACKS_SIGNAL)
+            time.sleep(_STACKS_SECONDS)
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def _stop(self, number: int) -> None:
         """Pass it on. One that serves drains as long as it may; before that, and at a second signal, it is hurried."""
-        if self._is_stopping or not self._is_ready():
+        self.reports.take()
+        if self._is_stopping or not self.reports.is_ready:
             self._deadline = time.monotonic() + _STOP_SECONDS
         self._is_stopping = True
         signal.pidfd_send_signal(self._pidfd, number)
-
-    def _is_ready(self) -> bool:
-        if not self._was_ready:
-            os.set_blocking(self._ready_fd, False)
-            with suppress(BlockingIOError):  # nothing is written yet
-                self._was_ready = bool(os.read(self._ready_fd, 1))
-        return self._was_ready
 
     def _poll(self) -> int | None:
         pid, status = os.waitpid(self._pid, os.WNOHANG)
         return status if pid else None
 
-    def _explain(self, code: int, was_ready: bool) -> _End:
+    def _explain(self, code: int, has_served: bool) -> _End:
         if code >= 0:
             # it says itself what it ends with; an end that nobody asked for is a death
-            is_final = self._is_stopping or not was_ready or code not in (ExitCode.OK, ExitCode.INTERNAL)
+            is_final = self._is_stopping or not has_served or code not in (ExitCode.OK, ExitCode.INTERNAL)
             return _End(code, f"exited with code {code}", is_final)
         if self._is_stopping:
             return _End(ExitCode.OK, "was stopped", is_final=True)
-        text = f"(pid {self._pid}) was killed by signal {-code} ({signal.Signals(-code).name})"
-        return _End(ExitCode.INTERNAL, text, not was_ready)
+        how = self._hang or f"was killed by signal {-code} ({signal.Signals(-code).name})"
+        return _End(ExitCode.INTERNAL, f"(pid {self._pid}) {how}", not has_served)
