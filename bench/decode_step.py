@@ -39,6 +39,7 @@ from aphro_core.messages.steps import NewSequence, ScheduledSequence, StepPlan
 from aphro_core.models.registry import load_spec
 from aphro_core.models.spec import DecoderSpec, RopeSpec
 from aphro_core.parallel.shard import build_plan
+from aphro_core.quantization.linear import QuantizedLinear
 from aphro_core.request import SamplingParams
 from aphro_core.worker.batch import BatchBuilder
 from aphro_core.worker.kv_cache import allocate_kv_cache
@@ -63,6 +64,9 @@ SMOLLM2 = DecoderSpec(
 )
 PARTS: dict[str, tuple[Any, str]] = {  # row of the table -> where the call lives
     "linear": (Linear, "__call__"),
+    "gate, up": (Linear, "gated"),
+    "packed linear": (QuantizedLinear, "__call__"),
+    "packed gate, up": (QuantizedLinear, "gated"),
     "norm": (RMSNorm, "__call__"),
     "residual": (RMSNorm, "add_"),
     "rotation": (Rotation, "apply_"),

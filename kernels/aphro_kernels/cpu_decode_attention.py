@@ -11,7 +11,7 @@ import torch
 from numba import carray, cfunc, njit, types
 from torch import Tensor
 
-from aphro_kernels import openmp
+from aphro_kernels import openmp, vector_math
 from aphro_kernels.vector_blocks import (
     BFLOAT16,
     FLOAT8,
@@ -27,6 +27,7 @@ from aphro_kernels.vector_blocks import (
     take_number,
     widen,
 )
+from aphro_kernels.vector_math import exponential
 
 _KINDS: Final = {
     torch.float32: FLOAT32,
@@ -86,7 +87,8 @@ class DecodeAttention:
         self._window = 2**62 if window is None else window
         self._scale, self._softcap = _bits(scale * cache_scales[0]), _bits(softcap or 0.0)
         self._value_scale = _bits(cache_scales[1])
-        self._function = _compile(_KINDS[dtype], _KINDS[cache_dtype or dtype], num_heads // num_kv_heads, head_dim)
+        function = _compile(_KINDS[dtype], _KINDS[cache_dtype or dtype], num_heads // num_kv_heads, head_dim)
+        self._call = openmp.Call(function.address, _NUM_ARGUMENTS)
 
     def __call__(self, q: Tensor, kv_cache: Tensor, block_tables: Tensor, seq_lens: Tensor) -> Tensor:
         """``q`` [rows, num_heads, head_dim] to the same shape, contiguous; rows of ``q`` may be strided.
@@ -95,28 +97,23 @@ class DecodeAttention:
         ``seq_lens`` [rows] int64, contiguous: the keys of a row, its own token included.
         """
         out = torch.empty(q.shape, dtype=q.dtype)
-        threads = min(openmp.num_threads(), len(q) * self._num_kv_heads)
-        arguments = np.array(
-            [
-                0,  # pairs of a row and a KV head that threads have taken
-                q.data_ptr(),
-                q.stride(0) * q.element_size(),
-                kv_cache.data_ptr(),
-                block_tables.data_ptr(),
-                seq_lens.data_ptr(),
-                out.data_ptr(),
-                len(q),
-                block_tables.shape[1],
-                self._num_kv_heads,
-                kv_cache.shape[3],
-                self._window,
-                self._scale,
-                self._softcap,
-                self._value_scale,
-            ],
-            dtype=np.int64,
+        self._call(
+            len(q) * self._num_kv_heads,
+            q.data_ptr(),
+            q.stride(0) * q.element_size(),
+            kv_cache.data_ptr(),
+            block_tables.data_ptr(),
+            seq_lens.data_ptr(),
+            out.data_ptr(),
+            len(q),
+            block_tables.shape[1],
+            self._num_kv_heads,
+            kv_cache.shape[3],
+            self._window,
+            self._scale,
+            self._softcap,
+            self._value_scale,
         )
-        openmp.run(self._function.address, arguments.ctypes.data, threads)
         return out
 
 
@@ -130,12 +127,12 @@ def _compile(kind: int, cache_kind: int, group: int, head_dim: int) -> Any:
 
     Kept on disk between starts, beside this file or in Numba's cache folder.
     """
-    row_bytes, loops_version = head_dim * element_bytes(kind), SOURCE_DIGEST
+    row_bytes, versions = head_dim * element_bytes(kind), (SOURCE_DIGEST, vector_math.SOURCE_DIGEST)
     key_bytes = head_dim * element_bytes(cache_kind)
 
     @cfunc(types.void(types.voidptr), cache=True)
     def thread(pointer):  # type: ignore[no-untyped-def]
-        assert loops_version  # a closure's values are part of the key, the source of other files is not
+        assert versions[0]  # a closure's values are part of the key, the source of other files is not
         a = carray(pointer, (_NUM_ARGUMENTS,), np.int64)
         num_rows, max_blocks, num_kv_heads, block_size, window = a[7], a[8], a[9], a[10], a[11]
         tables = carray(pointer_to(a[4]), (num_rows, max_blocks), np.int64)
@@ -234,24 +231,8 @@ def _softmax(scores, factor=np.float32(1)):  # type: ignore[no-untyped-def]  # n
         peak = max(peak, scores[i])
     total = np.float32(0)
     for i in range(len(scores)):
-        scores[i] = _exponential(scores[i] - peak)
+        scores[i] = exponential(scores[i] - peak)
         total += scores[i]
     scale = factor / total
     for i in range(len(scores)):
         scores[i] *= scale
-
-
-@njit(fastmath=True, inline="always")
-def _exponential(x):  # type: ignore[no-untyped-def]
-    """``e ** x`` for ``x <= 0``: a whole power of 2 by its bits, Cephes' exp2f polynomial for the rest, -1/2 to 1/2."""
-    power = max(x * np.float32(1.4426950408889634), np.float32(-126))
-    whole = np.float32(math.floor(power + np.float32(0.5)))
-    rest = power - whole
-    value = np.float32(1.535336188319500e-4)
-    value = value * rest + np.float32(1.339887440266574e-3)
-    value = value * rest + np.float32(9.618437357674640e-3)
-    value = value * rest + np.float32(5.550332471162809e-2)
-    value = value * rest + np.float32(2.402264791363012e-1)
-    value = value * rest + np.float32(6.931472028550421e-1)
-    value = value * rest + np.float32(1)
-    return value * float_of((np.int32(whole) + np.int32(127)) << np.int32(23))

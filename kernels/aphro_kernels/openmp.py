@@ -30,14 +30,30 @@ def _runtime() -> ctypes.CDLL | None:
 
 
 def num_threads() -> int:
-    """Threads that :func:`run` uses: torch's, or 1 where torch's OpenMP library was not found."""
+    """Threads that :class:`Call` uses: torch's, or 1 where torch's OpenMP library was not found."""
     return torch.get_num_threads() if _runtime() is not None else 1
 
 
-def run(function: int, argument: int, threads: int) -> None:
-    """Call ``void function(void *argument)``, both given as addresses, once on each of ``threads`` threads."""
-    library = _runtime()
-    if library is None or threads == 1:
-        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)(argument)
-    else:
-        library.GOMP_parallel(function, argument, threads, 0)
+class Call:
+    """``void function(int64 *numbers)``, run at once on several threads, which share out its tasks by ``numbers[0]``.
+
+    The numbers' memory is kept from call to call (making it anew takes longer than a small function does), so one
+    thread at a time may call.
+    """
+
+    __slots__ = ("_address", "_alone", "_at", "_numbers")
+
+    def __init__(self, address: int, num_arguments: int) -> None:
+        self._address = address
+        self._alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+        self._numbers = (ctypes.c_int64 * num_arguments)()
+        self._at = ctypes.addressof(self._numbers)
+
+    def __call__(self, num_tasks: int, *arguments: int) -> None:
+        """``numbers`` becomes (0, *arguments): tasks taken so far, then what the function reads."""
+        self._numbers[:] = [0, *arguments]
+        library, threads = _runtime(), min(torch.get_num_threads(), num_tasks)
+        if library is None or threads <= 1:
+            self._alone(self._at)
+        else:
+            library.GOMP_parallel(self._address, self._at, threads, 0)

@@ -138,6 +138,16 @@ def float_of(typingctx, bits):  # type: ignore[no-untyped-def]
     return types.float32(types.int32), generate
 
 
+@intrinsic
+def bits_of(typingctx, number):  # type: ignore[no-untyped-def]
+    """The 32 bits of a float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], _INT32)
+
+    return types.int32(types.float32), generate
+
+
 def element_bytes(kind: int) -> int:
     return {FLOAT32: 4, FLOAT8: 1}.get(kind, 2)
 

@@ -7,11 +7,13 @@ import os
 import re
 import subprocess
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Final
 
 _MEMINFO: Final = Path("/proc/meminfo")
 _CGROUP: Final = Path("/sys/fs/cgroup")
+_PRODUCT_FLAGS: Final = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni"}
 _BF16_FLAGS: Final = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}
 
 
@@ -30,14 +32,27 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def has_bf16_instructions() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; without, bfloat16 is slower than float32."""
+@cache
+def cpu_instructions() -> frozenset[str]:
+    """The instruction sets of this CPU as /proc/cpuinfo names them (``avx512_bf16``, ``sve``); none where it is not."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return False
+        return frozenset()
     found = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)
-    return found is not None and bool(_BF16_FLAGS & set(found[1].split()))
+    return frozenset(found[1].split()) if found else frozenset()
+
+
+def has_bf16_instructions() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware; without, bfloat16 is slower than float32."""
+    return not _BF16_FLAGS.isdisjoint(cpu_instructions())
+
+
+def has_product_kernels() -> bool:
+    """Whether aphro's own products run on this CPU (aphro_kernels/cpu_linear.py, cpu_packed_linear.py), rather than
+    torch's. CPUs with AMX multiply many rows faster than these do, by oneDNN."""
+    found = cpu_instructions()
+    return found >= _PRODUCT_FLAGS and "amx_bf16" not in found
 
 
 def visible_gpus() -> list[str]:

@@ -255,6 +255,8 @@ def _choose_dtype(options: EngineOptions, spec: DecoderSpec, device: Device, rep
     dtype: DType = "bfloat16" if host.has_bf16_instructions() else "float32"
     why = "this CPU multiplies bfloat16" if dtype == "bfloat16" else "this CPU has no bfloat16 instructions"
     reporter.line(f"Data type {dtype}: {why} (--dtype float32 for exact comparisons).")
+    if dtype == "bfloat16" and not host.has_product_kernels():
+        reporter.line("Products are torch's: aphro's own are for CPUs with AVX512-BF16 and VNNI and without AMX.")
     return dtype
 
 

@@ -96,7 +96,7 @@ class Decoder:
                 x = x * self._embedding_scale
             if self._positions is not None:
                 x = self._positions.add_(x, batch.positions)
-        halves, delta = isinstance(batch.cache_rows, PagedRows), None
+        halves, delta = isinstance(batch.cache_rows, PagedRows) or x.dtype == torch.bfloat16, None
         rotations = [rotary.at(batch.positions, halves=halves) for rotary in self._rotaries]
         for block, rotary, cache in zip(self._blocks, self._rotary_of, caches, strict=True):
             delta = block(x, delta, rotations[rotary], batch.cache_rows, cache)
@@ -230,7 +230,7 @@ class _Parts:
         return LayerNorm(self._gain(name), bias, self._spec.norm_eps)
 
     def _rms_norm(self, name: str) -> RMSNorm:
-        return RMSNorm(self._gain(name), self._spec.norm_eps)
+        return RMSNorm(self._gain(name), self._spec.norm_eps, self._dtype)
 
     def _gain(self, name: str) -> Tensor:
         """A norm's weight. One that is stored less 1 is kept in float32: the sum has more digits than its parts."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from aphro_kernels.cpu_decode_attention import DecodeAttention
+from aphro_kernels.cpu_rotary import CpuRotaryAndCache
 from aphro_kernels.float8 import FLOAT8, float8_as_bytes, narrow_to_float8, widen_float8
 from torch import Tensor
 from torch.nn.functional import rms_norm
@@ -39,18 +40,25 @@ class GatheredAttention:
         )
         self._key_scale, self._value_scale = cache_scales
         self._divisors = torch.tensor(cache_scales).repeat_interleave(num_kv_heads).view(-1, 1)  # of the K and V heads
+        self._rotary: CpuRotaryAndCache | None = None
+        if dtype == torch.bfloat16:
+            q_gain, k_gain = (None if norm is None else norm.weight for norm in (q_norm, k_norm))
+            eps = 0.0 if q_norm is None else q_norm.eps
+            self._rotary = CpuRotaryAndCache(num_heads, num_kv_heads, q_gain, k_gain, eps)
         self._qk_gain: Tensor | None = None  # [heads, head_dim]
         if q_norm is not None and k_norm is not None:
-            gains = [q_norm.weight.expand(num_heads, -1), k_norm.weight.expand(num_kv_heads, -1)]
-            self._qk_gain, self._eps = torch.cat(gains), q_norm.eps
+            each = [q_norm.weight.expand(num_heads, -1), k_norm.weight.expand(num_kv_heads, -1)]
+            self._qk_gain, self._eps = torch.cat(each), q_norm.eps
 
     def __call__(self, qkv: Tensor, rotation: Rotation, rows: GatheredRows, cache: Tensor) -> Tensor:
         """``qkv`` [num_tokens, num_heads + 2 * num_kv_heads, head_dim], overwritten, to [num_tokens, q width]."""
-        qk = qkv[:, : self._num_heads + self._num_kv_heads]
-        if self._qk_gain is not None:
-            torch.mul(rms_norm(qk, (self._head_dim,), None, self._eps), self._qk_gain, out=qk)
-        rotation.apply_(qk)
-        self._write(qkv[:, self._num_heads :], rows.slot_rows, cache)
+        is_written = self._rotary is not None and cache.dtype == qkv.dtype
+        if self._rotary is not None:
+            self._rotary(qkv, rotation.cos, rotation.sin, cache if is_written else None, rows.slot_rows)
+        else:
+            self._rotate_(qkv[:, : self._num_heads + self._num_kv_heads], rotation)
+        if not is_written:
+            self._write(qkv[:, self._num_heads :], rows.slot_rows, cache)
         q, parts = qkv[:, : self._num_heads], []
         if rows.direct is not None:
             tables, lens = rows.direct.block_tables, rows.direct.seq_lens
@@ -58,6 +66,11 @@ class GatheredAttention:
             parts.append(attended.view(len(lens), -1))
         parts += [self._prefill(part, q[part.start : part.stop], cache) for part in rows.chunks[self._window]]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _rotate_(self, qk: Tensor, rotation: Rotation) -> None:
+        if self._qk_gain is not None:
+            torch.mul(rms_norm(qk, (self._head_dim,), None, self._eps), self._qk_gain, out=qk)
+        rotation.apply_(qk)
 
     def _write(self, kv: Tensor, slot_rows: Tensor, cache: Tensor) -> None:
         if cache.dtype == FLOAT8:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Final
 
 import torch
+from aphro_kernels import cpu_linear
+from aphro_kernels.cpu_linear import CpuLinear
 from aphro_kernels.silu_and_mul import silu_and_mul
 from aphro_kernels.skinny_linear import SkinnyWorkspace, skinny_linear
 from aphro_kernels.tuned import skinny_config
 from torch import Tensor
 from torch.nn.functional import linear
 
+from aphro_core import host
 from aphro_core.quantization.linear import QuantizedLinear
 
 _ROWS: Final = 16  # for which oneDNN chooses the order; one order serves every number of rows as fast as its own
@@ -20,22 +23,29 @@ _FEWEST_ROWS: Final = 4  # oneDNN reads a weight more slowly for one row than fo
 class Linear:
     """A shard of a linear layer.
 
-    On CPUs oneDNN orders float32 and bfloat16 weights once, which halves the time at 1 to 64 rows. Drop the plain
-    ``weight`` afterwards: nothing here keeps it then. On GPUs few rows take a kernel of our own where the tables of
-    aphro_kernels/tuned.py say that it is faster.
+    On CPUs weights are put into another order once: bfloat16 for a kernel of our own where the CPU has its
+    instructions, bfloat16 elsewhere and float32 for oneDNN. Drop the plain ``weight`` afterwards: nothing here keeps it
+    then. On GPUs few rows take a kernel of our own where the tables of aphro_kernels/tuned.py say that it is faster.
     """
 
-    __slots__ = ("_bias", "_is_packed", "_weight", "_workspace")
+    __slots__ = ("_bias", "_cpu", "_is_packed", "_weight", "_workspace")
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, workspace: SkinnyWorkspace | None = None) -> None:
         """``workspace``: of the stream that the calls of this layer follow each other on; None: cuBLAS alone."""
         self._bias = bias
         self._workspace = workspace
+        self._cpu: CpuLinear | None = None
+        self._is_packed = False
+        if host.has_product_kernels() and cpu_linear.suits(weight):
+            self._cpu = CpuLinear(weight, bias)
+            return
         self._is_packed = _can_pack(weight)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS) if self._is_packed else weight
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[rows, in_features]`` to ``[rows, out_features]``, the dtype of the weight."""
+        if self._cpu is not None:
+            return self._cpu(x)
         if self._workspace is not None and (config := skinny_config(self._weight, x.shape[0])) is not None:
             return skinny_linear(x, self._weight, self._bias, config=config, workspace=self._workspace)
         if not self._is_packed:
@@ -45,7 +55,9 @@ class Linear:
         return self._multiply(x.expand(_FEWEST_ROWS, -1))[:1]
 
     def gated(self, x: Tensor) -> Tensor:
-        """SiLU(gate) * up of a weight that holds the rows of the gate, then those of up (GPU)."""
+        """SiLU(gate) * up of a weight that holds the rows of the gate, then those of up."""
+        if self._cpu is not None and self._cpu.can_gate:
+            return self._cpu.gated(x)
         if self._workspace is not None:
             config = skinny_config(self._weight, x.shape[0], is_gated=True)
             if config is not None:
@@ -59,7 +71,9 @@ class Linear:
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of the weight in oneDNN's order, 0 where it is kept as it came."""
+        """Bytes of the weight in another order, 0 where it is kept as it came."""
+        if self._cpu is not None:
+            return self._cpu.nbytes
         return int(torch.ops.mkldnn._nbytes(self._weight)) if self._is_packed else 0
 
 

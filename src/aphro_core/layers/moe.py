@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aphro_core.distributed import TensorParallelGroup
 from aphro_core.layers.linear import AnyLinear
-from aphro_core.layers.mlp import GatedMLP, gated
+from aphro_core.layers.mlp import GatedMLP, gated, gated_product
 from aphro_core.models.spec import Activation, MoeSpec
 from aphro_core.quantization.matrix import PackedMatrix
 
@@ -80,7 +80,7 @@ class LoopedExperts:
             expert = self._first + local
             here = slice(stops[expert - 1] if expert else 0, stops[expert])
             if here.start < here.stop:
-                y = down(gated(gate_up(x[rows[here]]), self._activation))
+                y = down(gated_product(gate_up, x[rows[here]], self._activation))
                 out.index_add_(0, rows[here], y.mul_(weights[here, None]))
         return out
 

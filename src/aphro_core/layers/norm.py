@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 import torch
+from aphro_kernels.cpu_rms_norm import CpuRMSNorm
 from aphro_kernels.rms_norm import add_rms_norm_, rms_norm
 from torch import Tensor
 from torch.nn import functional
@@ -15,18 +16,23 @@ _FEW_ROWS: Final = 4  # up to here a norm on a CPU costs its calls, above it its
 class RMSNorm:
     """``x / sqrt(mean(x ** 2) + eps) * weight``, float32 inside. The weight may be finer than ``x``."""
 
-    __slots__ = ("_doubled_weight", "_width", "eps", "weight")
+    __slots__ = ("_cpu", "_doubled_weight", "_width", "eps", "weight")
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
+    def __init__(self, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> None:
+        """``dtype`` of what will be normed, if it is not the weight's."""
         self.weight = weight
         self.eps = eps
         self._width = weight.shape[0]
+        has_kernel = weight.device.type == "cpu" and (dtype or weight.dtype) == torch.bfloat16
+        self._cpu = CpuRMSNorm(weight, eps) if has_kernel else None
         self._doubled_weight = torch.cat((weight, weight))
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[..., width]`` to the same shape; rows may be strided, also in the answer."""
         if x.is_cuda:
             return rms_norm(x, self.weight, self.eps)
+        if self._cpu is not None:
+            return self._cpu(x)
         if x.dtype != self.weight.dtype:
             return functional.rms_norm(x.float(), (self._width,), self.weight, self.eps).to(x.dtype)
         if x.shape[0] > _FEW_ROWS:
@@ -41,6 +47,8 @@ class RMSNorm:
         """``residual += delta`` in place; the norm of that sum."""
         if residual.is_cuda:
             return add_rms_norm_(residual, delta, self.weight, self.eps)
+        if self._cpu is not None:
+            return self._cpu.add_(residual, delta)
         return self(residual.add_(delta))
 
 
