@@ -25,13 +25,20 @@ _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
 class TensorParallelGroup:
-    """The ranks of one stage. With one rank every call is the identity."""
+    """The ranks of one stage. With one rank every call is the identity.
+
+    ``num_...`` count the collectives of a step: what its peers still wait for when it fails (worker/dues.py).
+    """
 
     def __init__(self, rank: int, size: int, process_group: dist.ProcessGroup | None = None) -> None:
         self.rank = rank
         self.size = size
         self._group = process_group
         self._peers: PeerMemory | None = None
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        self.num_sums = self.num_gathers = self.num_broadcasts = 0
 
     def connect(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
         """Let small sums of ``[rows, width]`` go by peer memory, if all are GPUs of one host that reach each other.
@@ -54,6 +61,7 @@ class TensorParallelGroup:
         by peer memory all ranks add in the same order."""
         if self.size == 1:
             return x
+        self.num_sums += 1
         peers = self._peers
         if peers is not None and x.dim() == 2 and x.is_contiguous() and x.dtype == peers.dtype:
             num_rows, width = x.shape
@@ -77,6 +85,7 @@ class TensorParallelGroup:
     def broadcast_(self, x: Tensor) -> Tensor:
         """What tp rank 0 has in ``x``, on every rank, in place."""
         if self.size > 1:
+            self.num_broadcasts += 1
             dist.broadcast(x, src=self._first_rank(), group=self._group)
         return x
 
@@ -84,6 +93,7 @@ class TensorParallelGroup:
         """``[rows, columns]`` of every rank side by side on tp rank 0, None on the others; equal shapes."""
         if self.size == 1:
             return x
+        self.num_gathers += 1
         parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
         dist.gather(x.contiguous(), parts, dst=self._first_rank(), group=self._group)
         return None if parts is None else torch.cat(parts, dim=-1)
@@ -106,10 +116,15 @@ class StageLink:
         self._next = next_rank
         self._max_sends = max_sends
         self._sending: deque[tuple[dist.Work, Tensor]] = deque()
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        self.has_received = self.has_sent = False
 
     def receive(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """What the stage before sent, in its order. Raises RuntimeError when it is gone or silent too long."""
         x = torch.empty(shape, dtype=dtype, device=device)
+        self.has_received = True
         dist.recv(x, src=self._previous)
         return x
 
@@ -119,6 +134,7 @@ class StageLink:
             # Gloo calls a send complete only when somebody has waited for it, and holds its tensor until then
             self._sending.popleft()[0].wait()
         x = x.contiguous()
+        self.has_sent = True
         work = dist.isend(x, dst=self._next)
         assert work is not None
         self._sending.append((work, x))
@@ -159,6 +175,11 @@ class Links:
     stage: StageLink
     tokens: TokenLink | None = None
     store: Store | None = None  # the groups go on asking it, and torch alone does not keep one made in Python
+
+    def begin_step(self) -> None:
+        """Count its collectives from here on."""
+        self.tensor.begin_step()
+        self.stage.begin_step()
 
     def close(self) -> None:
         if dist.is_initialized():

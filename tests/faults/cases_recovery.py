@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from tests.faults.case import Case, Outcome
-from tests.faults.lab import EXIT, FAULTS, HANG, MEMORY, NAN, RAISE, FaultyServer, Lab, Probe, complete
+from tests.faults.lab import EXIT, FAULTS, HANG, MEMORY, MEMORY_OF_ONE, NAN, RAISE, FaultyServer, Lab, Probe, complete
 from tests.faults.load import Load, bodies, prompt_of, run_load
 
 _NUM_REQUESTS = 16
@@ -132,12 +132,21 @@ def p08(lab: Lab) -> Outcome:
 
 
 def p08_of_two(lab: Lab) -> Outcome:
-    """On a group: a rank that leaves a step in the middle takes the group with it, and the request is found alone."""
-    return culprit(lab, RAISE, "-tp", "2", code="poison_request", restarts=2)
+    """On a group: a rank whose step fails still takes part in what its peers wait for, and no process has to end."""
+    return culprit(lab, RAISE, "-tp", "2", code="step_failed", restarts=0)
+
+
+def p08_of_stages(lab: Lab) -> Outcome:
+    return culprit(lab, RAISE, "-tp", "2", "-pp", "2", code="step_failed", restarts=0)
 
 
 def p09(lab: Lab) -> Outcome:
     return culprit(lab, MEMORY, code="step_failed", restarts=0)
+
+
+def p09_of_one_rank(lab: Lab) -> Outcome:
+    """Memory runs out on one rank of two, in the middle of the step: the other one has computed it."""
+    return culprit(lab, MEMORY_OF_ONE, "-tp", "2", code="step_failed", restarts=0)
 
 
 def p11(lab: Lab) -> Outcome:
@@ -213,8 +222,10 @@ CASES = [
     Case("P-06", "SIGSTOP of a worker, for good; step deadline 2 s", p06, is_fast=True),
     Case("P-07", "SIGSTOP of a worker for 2 s, ten times", p07),
     Case("P-08", "an exception in forward, in every step of one request", p08, is_fast=True),
-    Case("P-08b", "the same on two ranks", p08_of_two),
+    Case("P-08b", "the same on two ranks", p08_of_two, is_fast=True),
+    Case("P-08c", "the same on two ranks of two stages each", p08_of_stages),
     Case("P-09", "an allocation failure in every step of one request", p09),
+    Case("P-09b", "the same on one of two ranks, in the middle of the step", p09_of_one_rank),
     Case("P-10", "KV cache for a quarter of the demand", p10),
     Case("P-11", "NaN logits of one request", p11),
     Case("P-45", "an unpickler armed to raise, and a death", p45),

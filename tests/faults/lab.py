@@ -23,7 +23,10 @@ HOOKS = Path(__file__).parent / "hooks"
 SMALL = ("--skip-tokenizer-init", "--dtype", "float32", "--max-model-len", "1024", "--num-gpu-blocks-override", "512")
 # prompts that meet a fault in every step of theirs; no ordinary prompt of load.py has these tokens
 RAISE, MEMORY, NAN, EXIT, HANG, SLOW = range(125, 131)
-FAULTS = f"{RAISE}=raise,{MEMORY}=memory,{NAN}=nan,{EXIT}=exit,{HANG}=hang,{SLOW}=sleep0.2"
+MEMORY_OF_ONE = 4
+FAULTS = (
+    f"{RAISE}=raise,{MEMORY}=memory,{NAN}=nan,{EXIT}=exit,{HANG}=hang,{SLOW}=sleep0.2,{MEMORY_OF_ONE}=memory-of-one"
+)
 
 
 def write_model(folder: Path) -> Path:

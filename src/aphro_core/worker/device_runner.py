@@ -19,6 +19,7 @@ from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel.shard import RankShard
 from aphro_core.worker.cuda_graphs import CudaGraphs, DecodeSteps, row_buckets
 from aphro_core.worker.device_sampler import DeviceSampler
+from aphro_core.worker.dues import Dues, pay, prompt_gathers
 from aphro_core.worker.paged_inputs import PagedInputs, PagedStep
 from aphro_core.worker.prompt_logprobs import prompt_logprobs
 from aphro_core.worker.returning_tokens import ReturningTokens
@@ -96,11 +97,25 @@ class DeviceRunner:
             return None
         return self._draw(plan, step, logits, found)
 
+    def settle(self, plan: StepPlan) -> bool:
+        """After an exception in ``launch``: let the peers end the step. Whether this rank is fit for the next one."""
+        if self._shard.pp_size > 1:  # tokens on their way between stages
+            return False
+        if plan.scheduled:
+            has_chunks = any(entry.num_tokens > 1 for entry in plan.scheduled)
+            draws = sum(entry.samples for entry in plan.scheduled) if has_chunks else len(plan.scheduled)
+            num_rows = plan.num_tokens if has_chunks else next(size for size in self._buckets if size >= draws)
+            gathers = [*prompt_gathers(plan, self._sequences), *([draws if has_chunks else num_rows] if draws else [])]
+            dues = Dues(num_rows, gathers, num_handed_out=draws)
+            pay(dues, self._links, self._shard, self._hidden.shape[1], self._dtype, self._device)
+        return True
+
     def _run_rows(self, step: PagedStep) -> tuple[Tensor, list[PromptLogprobs]]:
         size = step.padded_rows
         if not self._shard.has_embedding:
             self._hidden[:size] = self._receive(size)
         self._decode(size)
+        self._links.tensor.num_sums = self._links.tensor.num_gathers = 2**31  # in a graph: all of the step's
         if not self._shard.has_head:
             self._links.stage.send(self._hidden[:size].clone())
         return self._logits[: step.num_rows], []

@@ -24,6 +24,7 @@ from aphro_core.messages.steps import (
     WorkerFailed,
     WorkerReady,
 )
+from aphro_core.worker.step_failure import is_echo
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -100,16 +101,9 @@ def _report(channel: WorkerChannel, rank: int, error: BaseException) -> None:
         hint=known.hint if known else None,
         exit_code=int(known.exit_code if known else ExitCode.ENGINE),
         traceback="" if known else "".join(traceback.format_exception(error)),
-        secondary=_is_echo(error),
+        secondary=is_echo(error),
     )
     try:
         channel.send(failed)
     except ChannelClosedError:
         traceback.print_exception(error)
-
-
-def _is_echo(error: BaseException) -> bool:
-    """Whether the error only says that a peer of the group is gone (Gloo and NCCL word it in these ways)."""
-    text = str(error)
-    signs = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out waiting", "NCCL", "gloo")
-    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)

@@ -14,6 +14,7 @@ from aphro_core.messages.steps import StepPlan, StepResult
 from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel.shard import RankShard
 from aphro_core.worker.batch import BatchBuilder
+from aphro_core.worker.dues import Dues, pay, prompt_gathers
 from aphro_core.worker.prompt_logprobs import prompt_logprobs
 from aphro_core.worker.sampler import Sampler
 from aphro_core.worker.sequences import SequenceState, apply_plan
@@ -48,6 +49,15 @@ class ModelRunner:
         """The whole step: a CPU computes while it is asked."""
         result = self.execute(plan)
         return None if result is None else FinishedStep(result)
+
+    def settle(self, plan: StepPlan) -> bool:
+        """After an exception in ``launch``: let the peers end the step. Whether this rank is fit for the next one."""
+        sampled = sum(entry.samples for entry in plan.scheduled)
+        gathers = [*prompt_gathers(plan, self._sequences), *([sampled] if sampled else [])]
+        if plan.scheduled:
+            dues = Dues(plan.num_tokens, gathers)
+            pay(dues, self._links, self._shard, self._hidden_size, self._dtype, self._device)
+        return True
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult | None:

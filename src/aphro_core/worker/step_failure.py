@@ -17,10 +17,19 @@ def failed_step(plan: StepPlan, error: Exception, seq_ids: Sequence[int] | None 
 
 
 def is_survivable(error: Exception) -> bool:
-    """Whether the device still computes: memory that ran out, or a plain exception, but no error of CUDA itself.
+    """Whether device and group still compute: memory that ran out, or a plain exception, but no error of CUDA itself.
 
     After an illegal address or a failed kernel every later call of that process fails too.
     """
     text = str(error)
+    if is_echo(error):
+        return False
     is_out_of_memory = isinstance(error, MemoryError) or "out of memory" in text
     return is_out_of_memory or not ("CUDA" in text or "cuda" in text or "NCCL" in text)
+
+
+def is_echo(error: BaseException) -> bool:
+    """Whether the error only says that a peer of the group is gone (Gloo and NCCL word it in these ways)."""
+    text = str(error)
+    signs = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out waiting", "NCCL", "gloo")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)

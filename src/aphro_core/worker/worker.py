@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch.distributed import FileStore, Store  # type: ignore[attr-defined]
 
 from aphro_core import distributed
 from aphro_core.checkpoint.open import open_checkpoint, read_hf_config
+from aphro_core.errors import EngineDeadError
 from aphro_core.layers.decoder import Decoder
-from aphro_core.messages.steps import StartWorker, StepPlan, WorkerLoaded, WorkerProgress
+from aphro_core.messages.steps import StartWorker, StepPlan, StepResult, WorkerLoaded, WorkerProgress
 from aphro_core.models.registry import load_spec
 from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel import memory
@@ -25,6 +28,8 @@ from aphro_core.worker.model_runner import ModelRunner
 from aphro_core.worker.step import FinishedStep, LaunchedStep, SamplingError
 from aphro_core.worker.step_failure import failed_step, is_survivable
 from aphro_core.worker.warm_up import warm_up
+
+_LOG: Final = logging.getLogger(__name__)
 
 
 class Worker:
@@ -107,17 +112,28 @@ class Worker:
         A step that fails is answered as failed if the group can go on; whatever it cannot survive is raised.
         """
         assert self._runner is not None, "allocate() comes first"
+        self._links.begin_step()
         try:
             return self._runner.launch(plan)
         except SamplingError as error:  # all ranks have computed the step, this one draws
             return FinishedStep(failed_step(plan, error, error.seq_ids))
         except Exception as error:
-            if self._config.parallel.world_size > 1 or not is_survivable(error):
+            if not is_survivable(error):
                 raise
             failed = failed_step(plan, error)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # memory that ran out in pieces may be whole again
-        return FinishedStep(failed)
+        if self._config.parallel.world_size > 1:
+            self._settle(plan, failed)
+        return FinishedStep(failed) if self._shard.has_head and self._shard.tp_rank == 0 else None
+
+    def _settle(self, plan: StepPlan, failed: StepResult) -> None:
+        """Let the peers end a step that failed here. Raises EngineDeadError if that cannot be."""
+        assert self._runner is not None
+        assert failed.failure is not None
+        _LOG.warning("rank %d: a step failed here:\n%s", self._start.rank, failed.failure.detail)
+        if not self._runner.settle(plan):
+            raise EngineDeadError(f"a step failed: {failed.failure.message}", hint="the traceback is above")
 
     @property
     def is_asynchronous(self) -> bool:

@@ -44,8 +44,25 @@ def _arm_unpickler(module: ModuleType) -> None:
     pickle.load = pickle.loads = pickle.Unpickler = refuse  # type: ignore[assignment,misc]
 
 
+def _run_out_of_memory_in_the_middle(runner: Any) -> None:
+    """On one rank alone: when it comes to its second sum of this step."""
+    tensor, num_sums = runner._links.tensor, 0
+    all_reduce = tensor.all_reduce_
+
+    def all_reduce_or_fail(x: Any) -> Any:
+        nonlocal num_sums
+        num_sums += 1
+        if num_sums == 2:
+            del tensor.all_reduce_
+            raise MemoryError("a fault of the allocator")
+        return all_reduce(x)
+
+    if runner._shard.tp_rank == 1:
+        tensor.all_reduce_ = all_reduce_or_fail
+
+
 def _wrap_runner(module: ModuleType) -> None:
-    runner: Any = module.ModelRunner
+    runner: Any = module.ModelRunner if hasattr(module, "ModelRunner") else module.DeviceRunner
     launch = runner.launch
     triggered: dict[int, str] = {}
 
@@ -60,6 +77,8 @@ def _wrap_runner(module: ModuleType) -> None:
                     triggered[new.seq_id] = fault
         faults = [triggered[row.seq_id] for row in plan.scheduled if row.seq_id in triggered]
         for fault in faults:
+            if fault == "memory-of-one":
+                _run_out_of_memory_in_the_middle(self)
             _fail(fault)
         return launch(self, plan)
 
@@ -93,7 +112,7 @@ def _wrap_worker(module: ModuleType) -> None:
     module.Worker.load = load_or_fail
 
 
-_WRAPPERS = {"aphro_core.worker.model_runner": _wrap_runner}
+_WRAPPERS = {"aphro_core.worker.model_runner": _wrap_runner, "aphro_core.worker.device_runner": _wrap_runner}
 if "pickle" in _FAULTS:
     _WRAPPERS["aphro_core.server.serve"] = _arm_unpickler
 if _LOADS:

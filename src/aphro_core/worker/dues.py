@@ -1,0 +1,58 @@
+"""What a rank whose step failed still owes its peers: the collectives that they wait in, filled with NaN.
+
+So a failed step ends on every rank, and no process has to. NaN makes sure that no token of it counts: whatever adds one
+of these sums is NaN to the end, where nothing can be drawn from it, and the step is answered as failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from aphro_core.distributed import Links
+from aphro_core.messages.steps import StepPlan
+from aphro_core.parallel.shard import RankShard
+from aphro_core.worker.prompt_logprobs import PROMPT_ROWS
+from aphro_core.worker.sequences import SequenceState
+
+
+@dataclass(frozen=True)
+class Dues:
+    """All collectives of one step of a rank, in order."""
+
+    num_tokens: int  # rows of hidden states, padding included
+    gathers: Sequence[int]  # rows of logits of each
+    num_handed_out: int = 0  # tokens that tp rank 0 tells the others
+
+
+def prompt_gathers(plan: StepPlan, sequences: dict[int, SequenceState]) -> list[int]:
+    """Rows of the logits that prompt log-probabilities take, as worker/prompt_logprobs.py cuts them."""
+    rows = []
+    for entry in plan.scheduled:
+        state = sequences.get(entry.seq_id)
+        if state is not None and state.row.sampling.prompt_logprobs is not None:
+            stop = min(entry.start + entry.num_tokens, state.row.num_prompt_tokens - 1)
+            rows += [min(PROMPT_ROWS, stop - start) for start in range(entry.start, stop, PROMPT_ROWS)]
+    return rows
+
+
+@torch.inference_mode()
+def pay(dues: Dues, links: Links, shard: RankShard, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Take part in what is left of the step. Raises RuntimeError when a peer is gone."""
+    tensor, stage = links.tensor, links.stage
+    ruin = torch.full((dues.num_tokens, hidden_size), torch.nan, dtype=dtype, device=device)
+    if not shard.has_embedding and not stage.has_received:
+        stage.receive((dues.num_tokens, hidden_size), dtype, device)
+    num_sums = 2 * len(shard.layers) + shard.has_embedding  # of attention and MLP of each layer, and the embedding's
+    while tensor.size > 1 and tensor.num_sums < num_sums:
+        tensor.all_reduce_(ruin)
+    if not shard.has_head:
+        if not stage.has_sent:
+            stage.send(ruin)
+        return
+    for rows in dues.gathers[tensor.num_gathers :]:
+        tensor.gather_columns(torch.full((rows, len(shard.vocab)), torch.nan, dtype=dtype, device=device))
+    if dues.num_handed_out and not tensor.num_broadcasts:
+        tensor.broadcast_(torch.zeros(dues.num_handed_out, dtype=torch.int64, device=device))
