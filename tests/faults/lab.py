@@ -80,6 +80,7 @@ class Lab:
     model: Path
     folder: Path
     starts: int = field(default=0)
+    device: str = "cpu"
 
     @contextmanager
     def server(
@@ -105,7 +106,7 @@ class Lab:
         if faults:
             environment |= {"FAULTS": faults, "PYTHONPATH": f"{HOOKS}:{os.environ.get('PYTHONPATH', '')}"}
         with log.open("wb") as out:
-            line = command(self.model, ["--port", "0", "--json-ready", str(ready), *arguments])
+            line = command(self.model, ["--port", "0", "--json-ready", str(ready), *arguments], self.device)
             return subprocess.Popen(line, stdout=out, stderr=out, env=environment)
 
 

@@ -100,6 +100,19 @@ def _wrap_sampler(module: ModuleType) -> None:
     module.Sampler.sample = sample_nan
 
 
+def _wrap_device_sampler(module: ModuleType) -> None:
+    draw = module.DeviceSampler.draw
+
+    def draw_nan(self: Any, logits: Any, positions: Any, rows: Any) -> Any:
+        tokens = {int(token) for token, fault in _FAULTS.items() if fault == "nan"}
+        for index, row in enumerate(rows):
+            if tokens & set(row.token_ids[: row.num_prompt_tokens]):
+                logits[index] = float("nan")
+        return draw(self, logits, positions, rows)
+
+    module.DeviceSampler.draw = draw_nan
+
+
 def _wrap_worker(module: ModuleType) -> None:
     load = module.Worker.load
 
@@ -113,6 +126,8 @@ def _wrap_worker(module: ModuleType) -> None:
 
 
 _WRAPPERS = {"aphro_core.worker.model_runner": _wrap_runner, "aphro_core.worker.device_runner": _wrap_runner}
+if "nan" in _FAULTS.values():
+    _WRAPPERS["aphro_core.worker.device_sampler"] = _wrap_device_sampler
 if "pickle" in _FAULTS:
     _WRAPPERS["aphro_core.server.serve"] = _arm_unpickler
 if _LOADS:

@@ -1,0 +1,171 @@
+"""``python -m tests.faults.on_gpus tp|pp``: deaths, hangs and failed steps of ranks on GPUs, over NCCL; prints rows.
+
+``tp`` and ``pp`` need two GPUs, ``one`` needs one. Few servers are started: a rank on a GPU takes its seconds.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from tests.e2e.server_process import is_running
+from tests.faults.case import Outcome
+from tests.faults.lab import (
+    FAULTS,
+    MEMORY,
+    MEMORY_OF_ONE,
+    NAN,
+    RAISE,
+    FaultyServer,
+    Lab,
+    Probe,
+    complete,
+    write_model,
+)
+from tests.faults.load import Load, bodies, prompt_of, run_load
+
+_SMALL: Final = ("--max-num-seqs", "16", "--max-recoveries", "99", "--step-timeout", "3")
+_PAUSE_SECONDS: Final = 30.0  # reported; the bar of 5 s is for a rank that starts in 2 s
+
+
+@contextmanager
+def gpu_lab() -> Iterator[Lab]:
+    with tempfile.TemporaryDirectory(prefix="aphro-faults-") as name:
+        yield Lab(write_model(Path(name)), Path(name), device="cuda")
+
+
+def row(case: str, fault: str, work: Callable[[Outcome], None]) -> None:
+    """Make it and print its row at once: whatever comes later may not come."""
+    outcome, began = Outcome(), time.monotonic()
+    try:
+        work(outcome)
+    except Exception as error:
+        outcome.check(f"{type(error).__name__}: {str(error)[-300:]}", holds=False)
+    figures = ", ".join(f"{name} {value}" for name, value in outcome.figures.items())
+    holds = "yes" if outcome.passed else "NO: " + "; ".join(outcome.failures)
+    print(f"| {case} | {fault} | {figures} | {holds} | {time.monotonic() - began:.1f} s", flush=True)
+
+
+class Served:
+    """One server, and what it answers undisturbed."""
+
+    def __init__(self, server: FaultyServer, num_requests: int = 16) -> None:
+        self.server = server
+        self.asked = bodies(num_requests, 300)
+        run_load(server.url, self.asked)  # the first steps of each shape may compile
+        self.expected = run_load(server.url, self.asked)
+
+    def signal(self, victim: str, number: signal.Signals, outcome: Outcome, first_token: int = 20) -> None:
+        with Probe(self.server.url) as probe, Load(self.server.url, self.asked) as load:
+            load.wait_tokens(first_token)
+            hit = self.server.kill(victim, number)
+        equal = sum(a.token_ids == tokens for a, tokens in zip(load.answers, self.expected, strict=True))
+        outcome.figures["token-equal"] = f"{equal}/{len(self.expected)}"
+        outcome.check("all token-equal", equal == len(self.expected))
+        outcome.check("all 200", {answer.status for answer in load.answers} == {200})
+        outcome.at_most("pause", max(answer.longest_pause for answer in load.answers), _PAUSE_SECONDS)
+        outcome.at_most("silence", max(answer.longest_silence for answer in load.answers), 2.5)
+        outcome.at_most("`/readyz` 503 after", probe.first(503, hit), 4.0)
+
+    def culprit(self, token: int, outcome: Outcome) -> None:
+        """One request that meets a fault in every step of it, among others; no restart."""
+        before = self.server.metric("engine_recoveries_total")
+        answers: list[Any] = []
+        ask = threading.Thread(target=lambda: answers.append(complete(self.server.url, [*prompt_of(9), token])))
+        with Load(self.server.url, self.asked) as load:
+            load.wait_tokens(10)
+            ask.start()
+        ask.join(60)
+        equal = sum(a.token_ids == tokens for a, tokens in zip(load.answers, self.expected, strict=True))
+        outcome.figures["token-equal"] = f"{equal}/{len(self.expected)}"
+        outcome.check("all token-equal", equal == len(self.expected))
+        (answer,) = answers
+        outcome.figures["culprit"] = f"{answer.status_code} {answer.json().get('error', {}).get('code')}"
+        outcome.check("the culprit gets 500 step_failed", answer.json()["error"]["code"] == "step_failed")
+        restarts = self.server.metric("engine_recoveries_total") - before
+        outcome.figures["restarts"] = f"{restarts:g}"
+        outcome.check("no restart", restarts == 0)
+        outcome.at_most("pause", max(answer.longest_pause for answer in load.answers), 5.0)
+
+    def lose_api(self, outcome: Outcome) -> None:
+        engine = self.server.pid_of("aphro-engine")
+        hit = self.server.kill("aphro-api")
+        answer = complete(self.server.url, prompt_of(1))
+        outcome.at_most("served again", time.monotonic() - hit, 2.0)
+        outcome.check("200", answer.status_code == 200)
+        outcome.check("by the same engine", self.server.pid_of("aphro-engine") == engine)
+
+    def lose_keeper(self, outcome: Outcome) -> None:
+        started = self.server.all_processes()
+        began = time.monotonic()
+        self.server.process.kill()
+        while any(is_running(pid) for pid in started) and time.monotonic() - began < 8:
+            self.server.process.poll()
+            time.sleep(0.01)
+        outcome.at_most("all gone", time.monotonic() - began, 3.0)
+        outcome.figures["GPU memory in use"] = _used_memory()
+
+
+def _used_memory() -> str:
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader"]
+    if shutil.which(command[0]) is None:
+        return "unknown"
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=20)
+    return " / ".join(done.stdout.split("\n")).strip(" /")
+
+
+def kills(served: Served, outcome: Outcome) -> None:
+    for rank in range(2):
+        served.signal(f"aphro-rank-{rank}", signal.SIGKILL, outcome)
+
+
+def over_two(lab: Lab, *layout: str) -> None:
+    began = time.monotonic()
+    with lab.server(*layout, *_SMALL, faults=FAULTS, seconds=90) as server:
+        print(f"server ready after {time.monotonic() - began:.1f} s ({' '.join(layout)})", flush=True)
+        served = Served(server)
+        name = "P-01" if layout[0] == "-tp" else "P-02"
+        row(name, f"SIGKILL of each {layout[0][1:].upper()} worker", lambda outcome: kills(served, outcome))
+        if layout[0] == "-tp":
+            row("P-09", "allocation failure in prefill", lambda outcome: served.culprit(MEMORY, outcome))
+            row("P-09b", "the same on one rank of two", lambda outcome: served.culprit(MEMORY_OF_ONE, outcome))
+            row("P-08", "an exception in forward", lambda outcome: served.culprit(RAISE, outcome))
+            row("P-11", "NaN logits", lambda outcome: served.culprit(NAN, outcome))
+        row("P-06", "SIGSTOP of a worker", lambda outcome: served.signal("aphro-rank-1", signal.SIGSTOP, outcome))
+        row("P-04", "SIGKILL of the API process", served.lose_api)
+        row("P-05", "SIGKILL of the keeper", served.lose_keeper)
+
+
+def over_one(lab: Lab) -> None:
+    with lab.server(*_SMALL, faults=FAULTS, seconds=90) as server:
+        served = Served(server)
+        row("P-03", "SIGKILL of the engine, one GPU", lambda o: served.signal("aphro-engine", signal.SIGKILL, o))
+        row("P-09", "allocation failure in prefill, one GPU", lambda o: served.culprit(MEMORY, o))
+        row("P-08", "an exception in forward, one GPU", lambda o: served.culprit(RAISE, o))
+        row("P-11", "NaN logits, one GPU", lambda o: served.culprit(NAN, o))
+        row("P-06", "SIGSTOP of the engine, one GPU", lambda o: served.signal("aphro-engine", signal.SIGSTOP, o))
+        row("P-04", "SIGKILL of the API process, one GPU", served.lose_api)
+        row("P-05", "SIGKILL of the keeper, one GPU", served.lose_keeper)
+
+
+def main(words: list[str]) -> int:
+    with gpu_lab() as lab:
+        for word in words:
+            if word == "one":
+                over_one(lab)
+            else:
+                over_two(lab, f"-{word}", "2")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
