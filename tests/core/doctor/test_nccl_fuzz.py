@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aphro_core.doctor.nccl_log import facts
+from aphro_core.doctor.nccl_log.facts import LogFacts
+from aphro_core.doctor.nccl_log.scan import Scan, _Way
 from aphro_core.doctor.nccl_log.verdict import judge
 from tests.core.doctor.logs import LOGS, read, scan
 
@@ -70,6 +74,40 @@ def test_truncated_anywhere(start: int, stop: int) -> None:
 @given(st.lists(st.tuples(st.sampled_from(PREFIXES), st.sampled_from(PIECES), st.integers(0, 200)), max_size=30))
 def test_cut_and_interleaved_lines(lines: list[tuple[bytes, bytes, int]]) -> None:
     check(b"\n".join(prefix + piece[:length] for prefix, piece, length in lines))
+
+
+CHANNELS = b"".join(
+    b"%sn1:1%d:2 [0] NCCL INFO Channel %02d/0 : %d[0] -> %d[0] [send] via NET/IB/%d/GDRDMA\n"
+    % (stamp, rank, channel, rank, rank + 1, rank % 2)
+    for stamp in (b"", b"2026-01-01T00:00:00.1Z ")
+    for rank in range(4)
+    for channel in range(16)
+)
+
+
+@pytest.mark.parametrize("way", list(_Way))
+@pytest.mark.parametrize("block_bytes", [700, 1 << 20])
+def test_every_way_of_reading_finds_the_same(way: _Way, block_bytes: int) -> None:
+    data = b"a line like no other\n".join([WHOLE, CHANNELS, WHOLE.replace(b"\n", b"\r\n"), CHANNELS])
+    found = LogFacts()
+    reader = Scan(found)
+
+    def blocks() -> Iterator[bytes]:
+        for at in range(0, len(data), block_bytes):
+            reader._way = way
+            yield data[at : at + block_bytes]
+
+    reader.read_file("log", blocks())
+    expected = scan(data)
+    assert judge(found) == judge(expected)
+    assert (found.num_lines, found.num_torn, found.num_folded) == (
+        expected.num_lines,
+        expected.num_torn,
+        expected.num_folded,
+    )
+    counts = {key: (pair.count, pair.first.line) for key, pair in found.pairs.items()}
+    assert counts == {key: (pair.count, pair.first.line) for key, pair in expected.pairs.items()}
+    assert found.num_records == expected.num_records
 
 
 @settings(max_examples=30)

@@ -1,40 +1,42 @@
 """Gigabytes of log -> facts, in bounded memory: a line's shape is judged once, and only telling shapes are read.
 
 The shape of a line is the line without digits and small hex letters. Training loops, collectives and channel lists
-repeat few shapes many times, so most lines cost one set lookup; Channel lines are counted without being parsed again.
+repeat few shapes many times, so most lines cost one set lookup. Lines come in runs, so each block of a log is read in
+the way that would have suited the block before: by shapes, as Channel lines that are counted without being parsed, or,
+where no line is like another, by looking for telling words in the whole block.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
+from enum import Enum
 from typing import Final
 
-from aphro_core.doctor.nccl_log.errors import read_error
 from aphro_core.doctor.nccl_log.facts import LogFacts, Pair
-from aphro_core.doctor.nccl_log.hops import read_hop
-from aphro_core.doctor.nccl_log.readings import read_note
-from aphro_core.doctor.nccl_log.records import Record, read_bare, read_records
-
-_DIGITS: Final = b"0123456789abcdef"
-# every alternative begins with a letter that is rare in prose: the search skips to it
-_TELLING: Final = re.compile(
-    rb"CCL|ccl(?:[A-Z]|==)|\] INFO|\] WARN|via (?:NET|P2P|SHM|COLL|direct sh)|NET[/ ]|Rank +\d+ .*Pid|Duplicate GPU"
-    rb"|Multiple Ranks|P2P is |bv_[a-z]|IBV_|Cuda fail|HIP fail|Got compl|Last error|ket\w*: |Bootstrap|NVLS|MNNVL"
-    rb"|mote rails|memory segment|Watchdog c"
+from aphro_core.doctor.nccl_log.line_reader import (
+    COMMON_WORDS,
+    MAX_CHANNELS,
+    TELLING,
+    TELLING_WITHOUT_COMMON,
+    LineReader,
+    shapes_of,
 )
-_TORN: Final = re.compile(r":\d+:\d+ \[\d+\](?: |$)|NCCL ?(?:I|W|T|IN|INF|WA|WAR)?$| via \S*$")
-_PROCESS: Final = re.compile(rb"([A-Za-z0-9][\w.-]*):(\d+):\d+")
+
+_CHANNEL: Final = re.compile(rb"Channel \d+(?:/\d+)? : ")
 _MAX_LINE_BYTES: Final = 1 << 20  # what has no line break for so long is no log
-_MAX_SHAPES: Final = 1 << 16
-_MAX_SHAPE_BYTES: Final = 1024
-_MAX_ALIKE: Final = 4096  # lines of one shape that are read; more of them would say the same
-_MAX_CHANNELS: Final = 1 << 16
+_MAX_QUOTED_BYTES: Final = 2048  # of a record that another program repeats; NCCL cuts them at 1024
+_MAX_BLOCKS_OF_WORDS: Final = 64  # read by words before shapes are tried again
 
 
-def _plain_record(process: re.Match[bytes], hop: bytes) -> Record:
-    """Of a line that holds nothing but a known prefix and a Channel record, without looking for other records."""
-    return Record(hop.decode("utf-8", "replace").rstrip(), "INFO", process[1].decode(), process[2].decode())
+class _Way(Enum):
+    """How the next block is read: whatever it holds, the facts are the same."""
+
+    SHAPES = "by the shapes of its lines"
+    CHANNELS = "lines that differ in their channel alone are counted together"
+    STAMPED = "the same, of lines that a time or a number makes different"
+    WORDS = "only lines that hold a telling word are looked at"
 
 
 class Scan:
@@ -42,20 +44,16 @@ class Scan:
 
     def __init__(self, facts: LogFacts) -> None:
         self._facts = facts
-        self._file = ""
+        self._reader = LineReader(facts)
         self._line = 0  # of lines before the current block
-        self._boring: set[bytes] = set()
-        self._num_alike: dict[bytes, int] = {}
-        self._channel_shapes: set[bytes] = set()
-        self._is_full_of_channels = False
-        # the text behind "Channel NN" -> the process that said it last, and its pair; and the same for all processes
-        self._channels: dict[bytes, tuple[bytes, Pair]] = {}
-        self._said: dict[tuple[bytes, bytes], Pair] = {}
+        self._way = _Way.SHAPES
+        self._num_blocks_of_words = 0
+        self._lines: dict[bytes, Pair] = {}  # a Channel line without its channel -> its pair
 
     def read_file(self, file: str, blocks: Iterable[bytes]) -> None:
         """Scan one file, given in pieces of any size; ``file`` is its name in evidence."""
         self._facts.files.append(file)
-        self._file, self._line = file, 0
+        self._reader.file, self._line = file, 0
         rest = b""
         for block in blocks:
             whole, line_break, rest_of_block = block.rpartition(b"\n")
@@ -72,114 +70,101 @@ class Scan:
         self._facts.num_lines += self._line
 
     def _read_block(self, block: bytes) -> None:
-        """Lines of a log come in runs: after a block full of Channel lines the next one is looked at for them first."""
-        lines = block.split(b"\n") if self._is_full_of_channels else []
-        indexes = self._count_channels(lines) if lines else None
-        left = block if indexes is None else b"\n".join([lines[index] for index in indexes])
-        shapes = left.translate(None, _DIGITS).split(b"\n") if left or indexes is None else []
-        boring, channel_shapes = self._boring, self._channel_shapes
-        telling = [(at, shape) for at, shape in enumerate(shapes) if shape not in boring]
-        lines = lines or (block.split(b"\n") if telling else [])
-        num_channels = len(lines) - len(shapes) if indexes is not None else 0
-        for at, shape in telling:
-            index = at if indexes is None else indexes[at]
-            if shape in channel_shapes:
-                num_channels += 1
-                self._read_channel(self._line + index + 1, lines[index])
-            elif shape not in boring:  # nor has become so in this block
-                self._read_line(self._line + index + 1, lines, index, shape)
-        self._is_full_of_channels = num_channels * 2 > (len(lines) or len(shapes))
-        self._line += len(lines) or len(shapes)
+        if self._way is _Way.WORDS:
+            self._line += self._read_by_words(block)
+        elif self._way is _Way.CHANNELS:
+            self._line += self._count_channels(block)
+        elif self._way is _Way.STAMPED:
+            self._line += self._count_stamped_channels(block)
+        else:
+            self._line += self._read_by_shapes(block)
 
-    def _count_channels(self, lines: list[bytes]) -> list[int]:
-        """Count the lines that differ in their channel alone from one that was read; the indexes of all others."""
-        channels, others = self._channels, []
+    def _read_by_shapes(self, block: bytes) -> int:
+        """The number of lines, as of the other ways."""
+        shapes = shapes_of(block).split(b"\n")
+        boring = self._reader.boring
+        telling = [index for index, shape in enumerate(shapes) if shape not in boring]
+        lines = block.split(b"\n") if telling else []
+        num_channels = num_new = 0
+        for index in telling:
+            shape = shapes[index]
+            if shape in self._reader.channel_shapes:
+                num_channels += 1
+                self._reader.read_channel(self._line + index + 1, lines[index])
+            elif shape not in boring:  # nor has become so in this block
+                num_new += 1
+                self._reader.read_line(self._line + index + 1, lines, index, shape)
+        if num_channels * 2 > len(shapes):
+            self._way = _Way.CHANNELS
+        elif num_new * 4 > len(shapes):
+            self._way, self._num_blocks_of_words = _Way.WORDS, 0
+        return len(shapes)
+
+    def _read_by_words(self, block: bytes) -> int:
+        telling = TELLING if any(word in block for word in COMMON_WORDS) else TELLING_WITHOUT_COMMON
+        number, num_telling, start, end = self._line + 1, 0, 0, -1
+        while found := telling.search(block, end + 1):
+            before, start = start, block.rfind(b"\n", 0, found.start()) + 1
+            number += block.count(b"\n", before, start)
+            end = block.find(b"\n", found.end())
+            if end < 0:
+                end = len(block)
+            following = block[end + 1 : end + _MAX_QUOTED_BYTES].partition(b"\n")[0]
+            self._reader.read_any(number, [block[start:end], following], 0)
+            num_telling += 1
+        num_lines = block.count(b"\n") + 1
+        self._num_blocks_of_words += 1
+        if num_telling * 4 > num_lines or self._num_blocks_of_words >= _MAX_BLOCKS_OF_WORDS:
+            self._way = _Way.SHAPES
+        return num_lines
+
+    def _count_channels(self, block: bytes) -> int:
+        """Lines are counted without their channels; of those that are new the first is read."""
+        alike = _CHANNEL.sub(b"", block).split(b"\n")
+        counts = Counter(alike)
+        unknown, num_counted, num_read = set(), 0, 0
+        for line, count in counts.items():
+            pair = self._lines.get(line)
+            if pair is None:
+                unknown.add(line)
+            else:
+                pair.count += count
+                num_counted += count
+        lines = block.split(b"\n") if unknown else []
+        for index, line in enumerate(alike) if unknown else ():
+            if line not in unknown:
+                continue
+            pair = self._reader.read_any(self._line + index + 1, lines, index)
+            counts[line] -= 1
+            if pair is not None:
+                if len(self._lines) >= MAX_CHANNELS:
+                    self._lines.clear()
+                self._lines[line] = pair
+                unknown.discard(line)
+                pair.count += counts[line]
+                num_counted += counts[line]
+                num_read += 1
+        self._facts.num_records += num_counted
+        if (num_counted + num_read) * 2 < len(alike):
+            self._way = _Way.SHAPES
+        elif len(counts) * 2 > len(alike):
+            self._way = _Way.STAMPED
+        return len(alike)
+
+    def _count_stamped_channels(self, block: bytes) -> int:
+        """Each line is counted by what stands behind its channel, if the process stands before it."""
+        channels, others = self._reader.channels, []
+        lines = block.split(b"\n")
         for index, line in enumerate(lines):
-            said = channels.get(line[line.rfind(b" : ") :])
-            if said is not None and said[0] in line:
+            head, _, hop = line.rpartition(b" : ")
+            said = channels.get(hop)
+            if said is not None and said[0] in head:
                 said[1].count += 1
             else:
                 others.append(index)
         self._facts.num_records += len(lines) - len(others)
-        return others
-
-    def _read_channel(self, number: int, line: bytes) -> None:
-        """A line of a channel's shape: its hop is parsed once for each process that says it, and then counted."""
-        hop = line[line.rfind(b" : ") :]
-        words = line[: -len(hop)].rsplit(None, 6)  # ... host:pid:tid [0] NCCL INFO Channel 00/0
-        process = words[-6] if len(words) > 5 else b""
-        pair = self._said.get((process, hop))
-        if pair is not None:
-            pair.count += 1
-            self._facts.num_records += 1
-        else:
-            text = line.decode("utf-8", "replace")
-            plain = _PROCESS.fullmatch(process) if b"[rep" not in hop else None
-            records = [_plain_record(plain, hop)] if plain else read_records(text)
-            pairs = [self._read_record(record, number, text)[1] for record in records]
-            pair = pairs[0] if len(pairs) == 1 and not records[0].num_folded else None
-        if pair is not None and process:
-            if len(self._said) >= _MAX_CHANNELS:
-                self._said.clear()
-                self._channels.clear()
-            self._said[process, hop] = pair
-            self._channels[hop] = process, pair
-
-    def _read_line(self, number: int, lines: list[bytes], index: int, shape: bytes) -> None:
-        line = lines[index]
-        if not _TELLING.search(line):
-            self._remember_boring(shape)
-            return
-        text = line.decode("utf-8", "replace")
-        told = is_hop = False
-        for part in text.split("\r") if "\r" in text else (text,):
-            records = read_records(part)
-            results = [self._read_record(record, number, part) for record in records]
-            told = told or any(is_told for is_told, _ in results)
-            is_hop = is_hop or any(pair for _, pair in results)
-            if len(results) == 1 and results[0][1] is not None and not records[0].num_folded and " : " in part:
-                self._channel_shapes.add(shape)
-            if not records:
-                told = self._read_bare(part, number) or told
-        if "Last error:" in text and index + 1 < len(lines):
-            quoted = lines[index + 1].decode("utf-8", "replace")
-            record = Record(read_bare(re.sub(r"^.*?\[\w+\|?\d*\]:", "", quoted)).text, "WARN")
-            self._read_record(record, number + 1, quoted)
-        if not is_hop:  # each hop counts, however many there are
-            self._weigh_shape(shape, told)
-
-    def _read_bare(self, part: str, number: int) -> bool:
-        bare = read_bare(part)
-        told, _ = self._read_record(bare, number, part)
-        if not told and _TORN.search(part):
-            self._facts.num_torn += 1
-            return True
-        return told
-
-    def _read_record(self, record: Record, number: int, raw: str) -> tuple[bool, Pair | None]:
-        """Whether the record says anything, and the pair whose hop it is."""
-        facts = self._facts
-        facts.num_records += bool(record.level)
-        facts.num_folded += record.num_folded
-        seen = facts.see(record, self._file, number, raw)
-        hop = read_hop(record.text)
-        if hop:
-            return True, facts.hop(hop, seen)
-        is_note = read_note(seen, facts)
-        return read_error(seen, facts) or is_note, None
-
-    def _weigh_shape(self, shape: bytes, told: bool) -> None:
-        num_alike = self._num_alike.get(shape, 0) + 1
-        if not told or num_alike > _MAX_ALIKE:
-            self._remember_boring(shape)
-            self._num_alike.pop(shape, None)
-        elif len(shape) <= _MAX_SHAPE_BYTES:
-            if len(self._num_alike) >= _MAX_SHAPES:
-                self._num_alike.clear()
-            self._num_alike[shape] = num_alike
-
-    def _remember_boring(self, shape: bytes) -> None:
-        if len(self._boring) >= _MAX_SHAPES:
-            self._boring.clear()
-        if len(shape) <= _MAX_SHAPE_BYTES:
-            self._boring.add(shape)
+        for index in others:
+            self._reader.read_any(self._line + index + 1, lines, index)
+        if len(others) * 2 > len(lines):
+            self._way = _Way.SHAPES
+        return len(lines)
