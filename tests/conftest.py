@@ -6,6 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("busy", deadline=None)  # cores have other things to do, and a deadline tests only them
+settings.load_profile("busy")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -36,7 +36,9 @@ SAMPLES = [
     ("log.ib-nomem", "Call to ibv_reg_mr_iova2 failed with error Cannot allocate memory"),
     ("log.ib-nomem", "Call to ibv_create_cq failed with error Cannot allocate memory errno 12"),
     ("log.ib-nomem", "NET/OFI Unable to register memory (type = 2). RC: -12, Error: Cannot allocate memory"),
+    ("log.ib-nomem", "Call to ibv_create_qp failed"),
     ("log.ib-register", "Call to ibv_reg_mr failed with error Bad address"),
+    ("log.ib-register", "NET/OFI Could not register memory on rail 0 with flag 0"),
     ("log.ib-register", "NET/OFI Unable to register memory (type = 2) for device 1. RC: -14, Error: Bad address"),
     ("log.ib-mixed", "NET/IB : Remote device mlx5_1:1 is incompatible with the local device mlx5_0:1"),
     ("log.ib-rail", "Call to ibv_modify_qp failed with error Connection timed out"),
@@ -52,6 +54,9 @@ SAMPLES = [
     ("log.ofi-rails", "NET/OFI Unexpected number of remote rails for dev 0. Expected 3 but got 2"),
     ("log.ofi-peer", "NET/OFI Request 0x7f completed with error. RC: 103. Error: 4126 (Unresponsive receiver (rea"),
     ("log.ofi-error", "NET/OFI Request 0x7f completed with error. RC: 5. Error: 4099 (Bad queue). Completed length: 0"),
+    ("log.ofi-error", "NET/OFI Request completed with error. RC: 21. Error: unknown error. Completed length: 0"),
+    ("log.provider-timeout", "0xad:0xbe, nic 0, enp12s0, 172.16.0.1<39187><-172.16.0.9<46723> rx rx ctrl timeout"),
+    ("log.no-plugin-start", "NET/FasTrak Plug-in core initialization failed, aborting"),
     ("log.net-name", "Error: network AWS Libfabric not found."),
     ("log.no-plugin-start", "NET/OFI aws-ofi-nccl initialization failed"),
     ("log.no-network", "Failed to initialize any NET plugin"),
@@ -79,11 +84,14 @@ SAMPLES = [
     ("log.p2p-denied", "failed to open CUDA IPC handle : 217 peer access is not supported between these"),
     ("log.nvls", "Failed to bind NVLink SHARP (NVLS) Multicast memory of size 2097152 : CUDA error 1"),
     ("log.imex", "MNNVL (cliqueSize 8) is available but not working on some system."),
+    ("log.imex", "MNNVL is not supported on this system"),
+    ("log.nvlink-down", "MNNVL topology: rank 3 busId 1000 has no active NVLinks; NVLS will be unavailable"),
     ("log.fabric", "Cuda failure 802 'system not yet initialized'"),
     ("log.cuda-memory", "Cuda failure 2 'out of memory'"),
     ("log.cuda", "Cuda failure 'invalid argument'"),
     ("log.cuda", "HIP failure: 'invalid device function'"),
     ("log.nvml", "nvmlInit() failed: Driver/library version mismatch"),
+    ("log.topology", "Failed to find reverse path from remNode 0/200000 nlinks 3 to node 0/700000"),
     ("log.topology", "Could not find NET with id 0"),
     ("log.heartbeat", "socketProgress: Connection closed by remote peer n2<41000>"),
     ("log.heartbeat", "[Proxy Service 0] Failed to execute operation Connect from rank 0, retcode 3"),
@@ -94,6 +102,11 @@ SAMPLES = [
 BARE = [
     ("log.watchdog", "[rank3]:[E] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=5, OpType=ALLREDUCE,"
      " NumelIn=1, NumelOut=1, Timeout(ms)=600000) ran for 600010 milliseconds before timing out."),
+    ("log.watchdog", "[F] [Rank 0] Terminating the process after attempting to dump debug info, due to ProcessGroupNCCL"
+     " watchdog hang."),
+    ("log.ras-dead", "  1 job process is considered dead (unreachable via the RAS network)"),
+    ("log.ras-missing", "  Missing communicator data from 1 job process"),
+    ("log.ras-mismatch", "  Communicator ranks have different AllGather operation counts"),
     ("log.exception", "DistBackendError: NCCL error in: ../c10d/ProcessGroupNCCL.cpp:1691, unhandled system error"),
     ("log.exception", "ncclSystemError: System call (e.g. socket, malloc) or external library call failed."),
     ("log.exception", "Test NCCL failure all_reduce.cu:471 'internal error'"),
@@ -125,6 +138,18 @@ def test_the_file_that_speaks_counts(where: str, id: str) -> None:
     assert read(warn("Cuda failure 1 'invalid argument'", where=where)).findings[0].id == id
 
 
+def test_a_report_of_ras_names_the_process_that_is_gone() -> None:
+    report = read(
+        "NCCL version 2.27.3 compiled with CUDA 12.9\n\nErrors\n======\n\nDEAD\n"
+        "  1 job process is considered dead (unreachable via the RAS network)\n"
+        "  Process 3487984 on node 172.16.64.213 managing GPU 5\n\n"
+        "#0-0 (cf264af53edbe986) INCOMPLETE\n  Missing communicator data from 1 rank\n"
+    )
+    assert (report.verdict, report.nccl_version) == ("fail", "2.27.3")
+    assert [finding.id for finding in report.findings] == ["log.ras-dead", "log.ras-missing"]
+    assert "process 3487984 on 172.16.64.213, GPU 5" in report.findings[0].title
+
+
 def test_every_row_has_a_sample_and_a_topic() -> None:
     ids = {rule.id for rule in ERRORS}
     assert ids == {id for id, _ in (*SAMPLES, *BARE)}
@@ -135,6 +160,8 @@ def test_every_row_has_a_sample_and_a_topic() -> None:
     "text",
     [
         "NET/Plugin: Failed to find ncclCollNetPlugin_v10 symbol.",
+        "NET/OFI Could not find ncclGetVersion symbol",
+        "NET/OFI Failed to initialize GDRCopy: Failed to open gdr handle",
         "TUNER/Plugin: Could not find: libnccl-tuner.so. Using internal tuner plugin.",
         "NET/Plugin: Plugin load returned 2 : libnccl-net.so: cannot open shared object file: No such file",
         "Could not find real path of /sys/class/net/eth0/device",

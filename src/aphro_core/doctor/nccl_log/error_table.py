@@ -47,7 +47,7 @@ _PEER = r"(?:.*?\bpeer (?P<peer>[^\s<]+))?"
 _COMPLETION = r"Got completion" + _PEER + r".*?(?:error|status=?) ?(?:(?P<name>IBV_WC_\w+) ?\(?)?"
 _CONNECT = r"(?:connect\w*\b|Net ?:|Call to \w+|bootstrap)"
 _TO = r"(?:.*?\bto (?P<peer>[\w.:%-]*[\d:](?:<\d+>)?))?"
-_CUDA = r"(?:Cuda|HIP) failure"
+_CUDA = r"(?:Cuda|HIP) failure:?"
 _MEMORY = r"(?:Cannot allocate memory|ENOMEM|\(12\))"
 
 ERRORS: Final = (
@@ -85,7 +85,10 @@ ERRORS: Final = (
     _rule("log.ib-nomem", _CAUSE, r"ibv_(?:exp_)?(?:reg_|create_|alloc_)\w+.*" + _MEMORY
           + r"|(?:register|registration|reg_?mr).*(?:Cannot allocate memory)",
           "the NIC's memory could not be pinned: the locked-memory limit"),
-    _rule("log.ib-register", _CAUSE, r"ibv_(?:exp_)?reg_\w+.*(?:failed|error)|NET/OFI.*nable to register memory"
+    _rule("log.ib-nomem", _CAUSE, r"Call to ibv_create_[cq][qp] failed\s*$",
+          "the NIC's queues could not be made; this NCCL does not say why, most often it is the locked-memory limit"),
+    _rule("log.ib-register", _CAUSE, r"ibv_(?:exp_)?reg_\w+.*(?:failed|error)"
+          r"|NET/OFI.*(?:nable to|ould not) register memory"
           r"|dmabuf.*(?:failed|error)", "the NIC cannot register this memory: GPU memory is not open to it"),
     _rule("log.ib-mixed", _CAUSE, r"incompatible devices|is incompatible with the local",
           "an InfiniBand port met a RoCE port"),
@@ -111,16 +114,20 @@ ERRORS: Final = (
     _rule("log.ofi-peer", _CAUSE, r"Unresponsive receiver|Unreachable remote|NET/OFI.*completed with error"
           r".*(?:timed? ?out|4126|4118|handshake)",
           "the peer does not answer over EFA: gone, or its traffic is filtered"),
-    _rule("log.ofi-error", _CAUSE, r"NET/OFI.*completed with error.*?Error: \d+ \((?P<why>[^)]*)",
+    _rule("log.ofi-error", _CAUSE, r"NET/OFI.*completed with error.*?Error: (?:\d+ \()?(?P<why>[^).]*)",
           "a request over libfabric failed: {why}"),
     _rule("log.net-name", _CAUSE, r"Error: network (?P<name>.*?) not found",
           "NCCL_NET names a network that is not there: {name}"),
     _rule("log.no-plugin-start", _SUSPECT, r"fi_getinfo\(\) call failed|aws-ofi-nccl initialization failed"
           r"|NET/OFI (?:Failed to initialize|Initializing plugin failed)|No eligible providers"
-          r"|Unable to find libfabric provider", "the network plug-in could not start"),
+          r"|Unable to find libfabric provider|Plug-in core initialization failed",
+          "the network plug-in could not start"),
     _rule("log.no-network", _CAUSE, r"Failed to initialize any NET plugin", "no network could be started"),
     _rule("log.ofi-warn", _SUSPECT, r"NET/OFI (?P<why>.*(?:fail|error|unable|could ?n[o']t|supported).*)",
           "the libfabric plug-in warns: {why}"),
+    _rule("log.provider-timeout", _SUSPECT,
+          r"(?P<who>[\d.]+(?:<\d+>)?<-[\d.]+(?:<\d+>)?)? ?(?:[rt]x ){1,2}ctrl timeout",
+          "the provider's TCP waits for its peer: {who}"),
     # sockets
     _rule("log.no-interface", _CAUSE, r"no socket interface found|NET/Socket ?: no interface found"
           r"|No network interface|with family \d+ is neither AF_INET", "no network interface matches"),
@@ -147,6 +154,8 @@ ERRORS: Final = (
     # GPUs
     _rule("log.p2p-nvlink", _CAUSE, r"P2P is disabled between NVLINK connected GPUs (?P<who>\d+ and \d+)?",
           "NVLink connects GPUs {who}, yet P2P does not work between them", in_info=True),
+    _rule("log.nvlink-down", _SUSPECT, r"(?P<who>rank \d+ busId \w+) has no active NVLinks",
+          "a GPU of an NVLink machine has no active link: {who}"),
     _rule("log.p2p-pcie", _NOTE, r"P2P is disabled between connected GPUs (?P<who>\d+ and \d+)?",
           "no P2P between GPUs on PCIe (such as {who}): host memory is used instead", in_info=True),
     _rule("log.peer-map", _CAUSE, r"peer mapping resources exhausted", "one process maps more than 8 peer GPUs"),
@@ -156,6 +165,8 @@ ERRORS: Final = (
     _rule("log.nvls", _CAUSE, r"Failed to bind NVLink SHARP|NVLS.*(?:Multicast|bind).*(?:fail|error)",
           "NVLink SHARP (NVLS) could not be set up"),
     _rule("log.imex", _CAUSE, r"MNNVL \(cliqueSize \d+\) is available but not|IMEX", "the IMEX service is not usable"),
+    _rule("log.imex", _CAUSE, r"MNNVL is not supported on this system",
+          "NVLink across hosts was asked for (NCCL_MNNVL_ENABLE=1), and this system has none"),
     _rule("log.fabric", _CAUSE, _CUDA + r".*(?:system not yet initialized|\b802\b)",
           "the NVSwitch fabric is not initialised"),
     _rule("log.cuda-memory", _CAUSE, _CUDA + r".*out of memory|Failed to (?:CUDA|HIP)? ?\w*alloc.*bytes",
@@ -165,13 +176,21 @@ ERRORS: Final = (
     _rule("log.cuda", _CAUSE, _CUDA + r" ?(?P<why>.*)", "a CUDA call failed: {why}"),
     _rule("log.nvml", _CAUSE, r"nvml\w*(?:\(\))? failed ?:? ?(?P<why>.*)",
           "the driver's management library failed: {why}"),
-    _rule("log.topology", _CAUSE, r"Could not find (?:NET|GPU|node|device) .*|Attribute \w+ of node \w+ not found"
+    _rule("log.topology", _CAUSE, r"Could not find (?:NET|GPU|node|device) .*|Failed to find reverse path"
+          r"|Attribute \w+ of node \w+ not found"
           r"|XML .*(?:not found|error|mismatch)|parse .*topology|Error.*topo\w* file",
           "NCCL cannot make out the machine's topology"),
     # what others see
     _rule("log.watchdog", _SYMPTOM, r"Watchdog caught collective operation timeout: (?:WorkNCCL\((?P<work>[^)]*\)=?\d*)"
-          r"|WorkNCCL)?|NCCL operations? (?:have|has) failed or timed out|Collective operation timeout",
+          r"|WorkNCCL)?|NCCL operations? (?:have|has) failed or timed out|Collective operation timeout"
+          r"|ProcessGroupNCCL watchdog hang|watchdog got stuck|dump signal due to a collective timeout",
           "a collective hung until PyTorch gave up: {work}"),
+    _rule("log.ras-dead", _SYMPTOM, r"job process(?:es)? (?:is|are) considered dead",
+          "NCCL's RAS counts processes of the job as dead"),
+    _rule("log.ras-missing", _SYMPTOM, r"Missing communicator data from \d+ (?:job process|rank)",
+          "processes of the job do not answer NCCL's RAS"),
+    _rule("log.ras-mismatch", _NOTE, r"Communicator ranks have different (?P<operation>(?:\w+ )?operation) counts",
+          "ranks of one communicator stand at different {operation} counts"),
     _rule("log.heartbeat", _CONSEQUENCE, r"Connection closed by (?:remote )?peer|Socket recv failed|\[Service thread\]"
           r"|\[Proxy Service|Proxy Call to rank|Connection reset by peer|Broken pipe|remote process exited"
           r"|ncclRemoteError|Aborted|aborted", "another rank ended", is_general=True),

@@ -16,7 +16,8 @@ _DEADLY_FILES: Final = re.compile(
 )
 _HARMLESS_WARN: Final = re.compile(
     r"Could not find a path for pattern|falling back to simple order|libibverbs|NCCL_\w+ .*deprecated"
-    r"|[Uu]nable to (?:load|find) .*(?:tuner|profiler)|GDRCOPY|NET/Plugin"
+    r"|[Uu]nable to (?:load|find) .*(?:tuner|profiler)|GDRC(?:OPY|opy)|NET/Plugin"
+    r"|ncclGetVersion symbol|pciPath: Could not find"
     r"|Got async event ?: ?(?:client reregistration|port active|GID table|LID change|SM change|P_Key)"
 )
 

@@ -53,6 +53,7 @@ def _finding(id: str, notes: list[Note], facts: LogFacts, status: Status) -> Fin
         else first.value
     )
     title += describe_hang(facts) if id == "log.watchdog" else ""
+    title += _missing_processes(facts) if id in ("log.ras-dead", "log.ras-missing") else ""
     host = first.first.record.host
     title += f" (on {host})" if host else ""
     title += f", {count} times" if count > 1 else ""
@@ -70,6 +71,12 @@ def describe_hang(facts: LogFacts) -> str:
     if len(calls) == 1:
         return f"; ranks {ranks} waited in the same one: another rank is missing or slow"
     return f"; ranks {ranks} waited in {len(calls)} different ones: their programs diverge, or some finished several"
+
+
+def _missing_processes(facts: LogFacts) -> str:
+    """Those that the report names, with host and GPU."""
+    named = [note.value.split(" on ") for note in facts.all_notes("ras-process")]
+    return "".join(f"; process {pid} on {host}, GPU {gpu}" for pid, host, gpu in named[:4])
 
 
 def explain_by_circumstance(findings: list[Finding]) -> list[Finding]:

@@ -53,6 +53,7 @@ READINGS: Final = (
     _row("pxn", r"use ring PXN ([1-9]\d*)"),
     _row("min-capability", r"Min Comp Cap (\d+)"),
     _row("watchdog", r"\[Rank (\d+)\] Watchdog caught .*?WorkNCCL\((?:\w+=\w+, )?SeqNum=(\d+), OpType=(\w+)"),
+    _row("ras-process", r"^Process (\d+) on node (\S+) managing GPUs? (\S+)", " on "),
     _row("gpu", r"Rank +\d+ (?:Group +\d+ )?Pid +\d+ on +\S+ device +\d+ \[[^\]]*\] (\S.*)"),
 )
 

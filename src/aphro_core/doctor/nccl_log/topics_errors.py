@@ -159,6 +159,12 @@ log.net-name
 NCCL_NET must be the exact name of a network that is loaded.
 > unset NCCL_NET
 
+log.provider-timeout
+The provider's TCP transport (GPUDirect-TCPX) gets no control message from its peer: the peer is slow to start, or the
+port is filtered between the hosts' data NICs.
+> # is the rank at the address that the line names alive? the first use of a pair may take a minute
+> ping -I INTERFACE PEER   # over the data NIC that the line names; firewall rules must open all of its ports
+
 log.no-interface
 NCCL_SOCKET_IFNAME matches no interface of this host that is up and has an address. NCCL 2.27 does not always say so:
 it may fail later with a nonsense address family.
@@ -205,6 +211,11 @@ name, addresses that clash, or ranks with different NCCL versions, settings or c
 log.dns
 A host name that ranks were given does not resolve.
 > getent hosts NAME   # or give the IP address
+
+log.nvlink-down
+NVLink connects the GPUs of this machine, but one of them has no link that is up.
+> nvidia-smi nvlink -s; sudo dmesg | grep -i -e nvlink -e Xid   # reset or replace the GPU
+> systemctl status nvidia-fabricmanager nvidia-imex
 
 log.p2p-nvlink
 NVLink is there but P2P is not: the fabric manager is down, or the hardware has a fault.
@@ -265,6 +276,21 @@ PyTorch's watchdog ended a collective that hung. This is a symptom: a rank is mi
 others), or ranks run different programs (they differ). The first error of any other rank is the cause.
 > export TORCH_NCCL_TRACE_BUFFER_SIZE=2000 TORCH_NCCL_DUMP_ON_TIMEOUT=1   # newer: TORCH_FR_BUFFER_SIZE=2000
 > grep -h -m1 'NCCL WARN' LOGS   # the first one of any rank is the cause
+
+log.ras-dead
+NCCL's RAS could not reach a process for a minute: it ended, or its host did. The others wait for it.
+> ssh HOST ps -p PID; ssh HOST sudo dmesg   # the process that the report names: out of memory, Xid, killed
+
+log.ras-missing
+A process did not answer NCCL's RAS while the report was made: it is stopped, ended a moment ago, or its host is
+unreachable. After a minute RAS calls it dead.
+> echo verbose status | nc localhost 28028   # once more: is it the same process?
+> ssh HOST ps -o stat,wchan -p PID   # T: stopped; D: waits for a device
+
+log.ras-mismatch
+Ranks have issued different numbers of collectives. That is normal for a moment; if it stands still, the ranks behind
+wait for something else, or their programs diverge.
+> echo verbose status | nc localhost 28028   # twice: counts that grow are no fault
 
 log.heartbeat
 A rank lost its connection to another: that one ended first.
