@@ -18,7 +18,11 @@ import h11
 import hypercorn.protocol
 from hypercorn.asyncio.worker_context import AsyncioSingleTask
 from hypercorn.events import Closed, Event, RawData, Updated
+from hypercorn.protocol.events import Body, Response
+from hypercorn.protocol.events import Event as StreamEvent
 from hypercorn.protocol.h11 import H11Protocol
+
+from aphro_core.server.sse import EVENT_STREAM
 
 HEAD_SECONDS: Final = 10.0  # from a connection, or a head's first byte, to the head's last one
 MAX_CONNECTIONS: Final = 4096
@@ -94,6 +98,7 @@ class StrictProtocol(H11Protocol):
         self.connection = StrictConnection(h11.SERVER, max_incomplete_event_size=self.config.h11_max_incomplete_size)
         self._head_timer = AsyncioSingleTask()
         self._waits_for_head = False
+        self._writes_chunks = False
 
     async def initiate(self) -> None:
         if self.connections.num_open >= self.connections.max_open:
@@ -111,6 +116,17 @@ class StrictProtocol(H11Protocol):
         await super().handle(event)
         if isinstance(event, RawData) and isinstance(self.connection, StrictConnection):
             await self._watch_head(self.connection)
+
+    async def stream_send(self, event: StreamEvent) -> None:
+        """As hypercorn's, but the chunks of an event stream are framed here: h11 takes a tenth of a token's time."""
+        if self._writes_chunks and isinstance(event, Body) and self.connection.our_state is h11.SEND_BODY:
+            if event.data:
+                await self.send(RawData(data=b"%x\r\n%b\r\n" % (len(event.data), event.data)))
+            return
+        if isinstance(event, Response) and isinstance(self.connection, StrictConnection):
+            is_stream = any(name == b"content-type" and value.startswith(EVENT_STREAM) for name, value in event.headers)
+            self._writes_chunks = is_stream and self.connection.their_http_version == b"1.1"
+        await super().stream_send(event)
 
     async def _watch_head(self, connection: StrictConnection) -> None:
         """A head that has begun has its deadline; between requests the connection is idle, which hypercorn bounds."""

@@ -13,8 +13,9 @@ from aphro_core.server.refusals import HttpError
 QUIET_SECONDS: Final = 2.0  # proxies and clients take a longer silence for a dead server
 WAITING: Final = b": waiting\n\n"
 DONE: Final = b"data: [DONE]\n\n"
+EVENT_STREAM: Final = b"text/event-stream"
 _HEADERS: Final = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"content-type", EVENT_STREAM + b"; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]

@@ -151,7 +151,7 @@ def test_what_waits_is_written_as_one() -> None:
     frontend = FakeFrontend("abcdefghij" * 10)
 
     async def scenario() -> None:
-        messages = [{"type": "http.request", "body": b'{"prompt":"x","stream":true,"max_tokens":100}'}]
+        messages = [{"type": "http.request", "body": b'{"prompt":"x","stream":true,"max_tokens":100,"n":2}'}]
 
         async def receive() -> Any:
             if messages:
@@ -168,9 +168,9 @@ def test_what_waits_is_written_as_one() -> None:
 
     anyio.run(scenario)
     events = b"".join(bodies).count(b"data: {")
-    assert events == 101
+    assert events == 202
     assert len(bodies) < 50
-    assert b"".join(bodies).count(b'"text":"j"') == 10
+    assert b"".join(bodies).count(b'"text":"j"') == 20
 
 
 def test_an_error_of_one_request_of_a_batch_aborts_the_others() -> None:
