@@ -19,7 +19,7 @@ OUTSIDE_WORLD = {"torch", "anyio", "asyncio", "httpx", "rich", "os", "socket", "
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 FORBIDDEN_CALLS = {"eval", "exec", "__import__", "import_module", "torch.load", "os.system", "os.popen"}
 DISTRIBUTIONS = {"pynvml": "nvidia-ml-py", "yaml": "pyyaml"}  # whose names are not those of what they install
-OPTIONAL = {"triton"}  # comes with CUDA builds of torch; kernels do without
+OPTIONAL = {"triton", "ray"}  # comes with CUDA builds of torch, kernels do without; an extra, for clusters
 
 sources = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 

@@ -43,8 +43,8 @@ ExecutorBackend = Annotated[
     str | None,
     typer.Option(
         "--distributed-executor-backend",
-        metavar="mp|ssh",
-        help="How workers are started: mp, processes here; ssh, on --hosts. Default: by --hosts.",
+        metavar="mp|ssh|ray",
+        help="How workers are started: mp, here; ssh, on --hosts; ray, in a cluster. Default: by what is there.",
     ),
 ]
 Hosts = Annotated[
@@ -54,6 +54,13 @@ Hosts = Annotated[
         metavar="HOST:DEVICES,...",
         help="Start the ranks there, over ssh; or a file with a HOST:DEVICES a line.",
     ),
+]
+
+WaitNodes = Annotated[
+    int | None, typer.Option("--wait-nodes", metavar="N", min=1, help="Use the cluster, once N nodes are in it.")
+]
+WaitTimeout = Annotated[
+    float, typer.Option("--wait-timeout", metavar="S", min=0, help="Seconds for --wait-nodes; then it is refused.")
 ]
 
 # model
@@ -190,15 +197,16 @@ Level = Annotated[
 ]
 
 
-def parse_backend(text: str | None) -> Literal["auto", "mp", "ssh"]:
-    """None -> "auto". Raises UsageError for what this version cannot start."""
-    backends: dict[str | None, Literal["auto", "mp", "ssh"]] = {None: "auto", "mp": "mp", "ssh": "ssh"}
+def parse_backend(text: str | None) -> Literal["auto", "mp", "ssh", "ray"]:
+    """None -> "auto". Raises UsageError for what is no backend."""
+    backends: dict[str | None, Literal["auto", "mp", "ssh", "ray"]]
+    backends = {None: "auto", "mp": "mp", "ssh": "ssh", "ray": "ray"}
     if text in backends:
         return backends[text]
-    known = "is not in this version" if text == "ray" else "is not a backend"
     raise UsageError(
-        f"--distributed-executor-backend {text} {known}; allowed: mp (processes of this host), ssh (on --hosts)",
-        hint="leave the flag out: mp on one host, ssh where --hosts is given",
+        f"--distributed-executor-backend {text} is not a backend; allowed: mp (processes of this host), "
+        "ssh (on --hosts), ray (in a cluster)",
+        hint="leave the flag out: mp where this host has enough devices, ssh with --hosts, ray in a cluster",
     )
 
 

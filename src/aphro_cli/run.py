@@ -25,6 +25,7 @@ Examples:
   aphro run ./llama -tp 3                      any number of ranks: shares may differ by a head
   aphro run ./llama -tp 2 -pp 2 --device cpu   four processes on this host's cores
   aphro run ./llama -tp 2 -pp 2 --hosts a:2,b:2
+  aphro run ./llama -tp 2 -pp 2 --wait-nodes 2 in the cluster that this host is in (aphro cluster up, join)
   APHRO_API_KEY=secret aphro run ./llama --host 0.0.0.0
   aphro run ./llama --load-format dummy        start with random weights, to try a placement
   aphro run ./llama -tp 2 --dry-run            plan, memory, ports, environment; nothing is started
@@ -42,6 +43,8 @@ def run(
     enable_expert_parallel: opt.EnableExpertParallel = False,
     distributed_executor_backend: opt.ExecutorBackend = None,
     hosts: opt.Hosts = None,
+    wait_nodes: opt.WaitNodes = None,
+    wait_timeout: opt.WaitTimeout = 300.0,
     device: opt.DeviceOption = "auto",
     dtype: opt.DTypeOption = "auto",
     max_model_len: opt.MaxModelLen = None,
@@ -95,7 +98,12 @@ def run(
         opt.check_finite(
             drain_seconds=drain_seconds, start_timeout=start_timeout, distributed_timeout=distributed_timeout
         )
-        opt.check_finite(step_timeout=step_timeout or 0.0, queue_timeout=queue_timeout, request_timeout=request_timeout)
+        opt.check_finite(
+            step_timeout=step_timeout or 0.0,
+            wait_timeout=wait_timeout,
+            queue_timeout=queue_timeout,
+            request_timeout=request_timeout,
+        )
         backend = opt.parse_backend(distributed_executor_backend)
         layers = opt.parse_pp_layers(pp_layers)
         length = opt.parse_max_model_len(max_model_len)
@@ -117,6 +125,8 @@ def run(
             enable_expert_parallel=enable_expert_parallel,
             backend=backend,
             hosts=opt.parse_hosts(hosts),
+            wait_nodes=wait_nodes,
+            wait_timeout=wait_timeout,
             device=device,
             dtype=opt.parse_dtype(dtype),
             max_model_len=length,

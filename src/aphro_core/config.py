@@ -8,7 +8,7 @@ import msgspec
 
 Device = Literal["cpu", "cuda"]
 DType = Literal["float32", "bfloat16", "float16"]
-Backend = Literal["inprocess", "mp", "ssh"]
+Backend = Literal["inprocess", "mp", "ssh", "ray"]
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,10 +25,19 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HostSlots(msgspec.Struct, frozen=True):
-    """A host to start ranks on, as ssh knows it, and how many of its devices they may take."""
+    """A host to start ranks on, as ssh or Ray knows it, and how many of its devices they may take."""
 
     name: str
     num_slots: int
+
+
+class RayCluster(msgspec.Struct, frozen=True, kw_only=True):
+    """A Ray cluster to start ranks in. ``address``: of its GCS, IP:port, or "auto" for the one that runs here."""
+
+    address: str
+    node_address: str = ""  # this host's in it; "" = the one that Ray finds
+    token_path: str = ""  # of a file; "" = what Ray's own variables say
+    placement_group: str = ""  # id in hex; ranks then take what it has reserved, and nothing else
 
 
 class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,7 +46,8 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
     pp_layers: tuple[int, ...] | None = None  # layers of each stage, in order; None = the stated rule
     expert_parallel: bool = False  # tp ranks hold whole experts instead of columns of each
     backend: Backend = "inprocess"
-    hosts: tuple[HostSlots, ...] = ()  # of the ssh backend
+    hosts: tuple[HostSlots, ...] = ()  # of the ssh backend; of ray, the nodes as they were found before the start
+    ray: RayCluster | None = None
 
     @property
     def world_size(self) -> int:

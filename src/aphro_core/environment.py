@@ -15,6 +15,8 @@ _STAYS: Final = (
     "HF_HOME",
     "HF_HUB_CACHE",
 )
+# what names a card or its address: a value that is set on a host is meant for that host
+_HOST_SPECIFIC: Final = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_IB_HCA", "UCX_NET_DEVICES")
 
 
 def travelling(environment: Mapping[str, str]) -> dict[str, str]:
@@ -22,3 +24,8 @@ def travelling(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value for name, value in environment.items() if name.startswith(_TRAVELS) and not name.startswith(_STAYS)
     }
+
+
+def host_specific(environment: Mapping[str, str]) -> dict[str, str]:
+    """Those that are set here and name what only this host has."""
+    return {name: environment[name] for name in _HOST_SPECIFIC if name in environment}

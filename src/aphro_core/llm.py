@@ -24,7 +24,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 class LLM:
-    """A model on this host's devices, or on those of ``hosts``, by vLLM's names.
+    """A model on this host's devices, those of ``hosts`` or of a cluster, by vLLM's names.
 
     ``LLM("model", tensor_parallel_size=2).generate(["Hello"], SamplingParams(max_tokens=8))``. Every keyword of
     :class:`aphro_core.prepare.EngineOptions` is taken; ``distributed_executor_backend`` is ``backend``. Use it as a
@@ -39,9 +39,9 @@ class LLM:
         reporter: Reporter | None = None,
         **options: Any,
     ) -> None:
-        if distributed_executor_backend not in (None, "mp", "ssh"):
+        if distributed_executor_backend not in (None, "mp", "ssh", "ray"):
             raise UsageError(
-                f"distributed_executor_backend is {distributed_executor_backend!r}, allowed: None, 'mp', 'ssh'",
+                f"distributed_executor_backend is {distributed_executor_backend!r}, allowed: None, 'mp', 'ssh', 'ray'",
                 hint="LLM(..., distributed_executor_backend='mp')",
             )
         unknown = sorted(set(options) - set(EngineOptions.__dataclass_fields__))

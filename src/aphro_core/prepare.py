@@ -9,7 +9,6 @@ from typing import Literal
 from aphro_core import host
 from aphro_core.checkpoint.open import open_checkpoint, read_hf_config, resolve_model
 from aphro_core.config import (
-    Backend,
     CacheConfig,
     Device,
     DType,
@@ -19,14 +18,14 @@ from aphro_core.config import (
     ParallelConfig,
     SchedulerConfig,
 )
-from aphro_core.errors import PlacementError, UsageError
+from aphro_core.errors import UsageError
 from aphro_core.estimate.aphro_engine import expected_balances
 from aphro_core.estimate.balance import RankBalance
+from aphro_core.executor.choice import Wanted, choose_placement
 from aphro_core.models.quantization import expands_gguf, is_int4
 from aphro_core.models.registry import load_spec
 from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel.memory import weights_bytes
-from aphro_core.parallel.placement import place_ranks, splits_a_group
 from aphro_core.parallel.shard import ShardingPlan, build_plan
 from aphro_core.parallel.step_sizes import default_step_sizes
 from aphro_core.reporter import Reporter
@@ -41,8 +40,10 @@ class EngineOptions:
     pipeline_parallel_size: int = 1
     pp_layers: tuple[int, ...] | None = None
     enable_expert_parallel: bool = False
-    backend: Literal["auto", "mp", "ssh"] = "auto"
+    backend: Literal["auto", "mp", "ssh", "ray"] = "auto"
     hosts: tuple[HostSlots, ...] = ()  # ranks run there, started over ssh
+    wait_nodes: int | None = None  # that are to be in the cluster before anything starts
+    wait_timeout: float = 300.0  # seconds for them to come
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: int | Literal["auto"] | None = None
@@ -86,7 +87,8 @@ def prepare(options: EngineOptions, reporter: Reporter) -> Prepared:
     _check_sizes(options)
     path = resolve_model(options.model, revision=options.revision)
     spec = _read_spec(options, path)
-    device = _choose_device(options, reporter)
+    placement = choose_placement(_wanted(options), reporter)
+    device = placement.device
     dtype = _choose_dtype(options, spec, device, reporter)
     quantization = _choose_quantization(options, spec, device, dtype, reporter)
     spec = spec if quantization != "none" else replace(spec, quantization=None)
@@ -114,8 +116,9 @@ def prepare(options: EngineOptions, reporter: Reporter) -> Prepared:
             pipeline_parallel_size=options.pipeline_parallel_size,
             pp_layers=options.pp_layers,
             expert_parallel=options.enable_expert_parallel,
-            backend=_choose_backend(options, device, reporter),
-            hosts=options.hosts,
+            backend=placement.backend,
+            hosts=placement.hosts,
+            ray=placement.ray,
         ),
         cache=CacheConfig(
             block_size=options.block_size,
@@ -132,6 +135,18 @@ def prepare(options: EngineOptions, reporter: Reporter) -> Prepared:
         step_timeout_seconds=options.step_timeout or (60.0 if device == "cuda" else 10.0),
     )
     return Prepared(config, spec, plan, _expect(config, spec, plan, reporter))
+
+
+def _wanted(options: EngineOptions) -> Wanted:
+    return Wanted(
+        tp_size=options.tensor_parallel_size,
+        pp_size=options.pipeline_parallel_size,
+        device=options.device,
+        backend=options.backend,
+        hosts=options.hosts,
+        wait_nodes=options.wait_nodes,
+        wait_seconds=options.wait_timeout,
+    )
 
 
 def _expect(
@@ -219,34 +234,6 @@ def _choose_length(options: EngineOptions, spec: DecoderSpec) -> int:
     return options.max_model_len
 
 
-def _choose_device(options: EngineOptions, reporter: Reporter) -> Device:
-    if options.hosts and options.device != "auto":
-        return options.device  # the hosts are looked at before anything starts on them
-    gpus, has_cuda = host.visible_gpus(), host.torch_has_cuda()
-    if options.device == "cuda" and not (gpus and has_cuda):
-        what = "this host shows no NVIDIA GPU" if has_cuda else "the installed torch is a CPU build"
-        raise PlacementError(f"--device cuda, but {what}", hint="--device cpu, or a CUDA build of torch on a GPU host")
-    device: Device = "cuda" if options.device != "cpu" and gpus and has_cuda else "cpu"
-    if options.device == "auto":
-        why = (
-            f"{len(gpus)} GPUs visible" if device == "cuda" else "no GPU visible" if not gpus else "CPU build of torch"
-        )
-        reporter.line(f"Device {device}: {why}.")
-    world_size = options.tensor_parallel_size * options.pipeline_parallel_size
-    if options.hosts:
-        return device
-    if device == "cuda" and world_size > len(gpus):
-        raise PlacementError(
-            f"World size ({world_size}) is larger than the number of available GPUs ({len(gpus)}) in this node: "
-            f"tensor parallel {options.tensor_parallel_size} x pipeline parallel {options.pipeline_parallel_size} "
-            f"needs one GPU a rank.",
-            hint=f"-tp {len(gpus)}, or --device cpu",
-        )
-    if device == "cpu" and world_size > host.num_cores():
-        reporter.line(f"{world_size} ranks share {host.num_cores()} cores: correct, but slower than fewer ranks.")
-    return device
-
-
 def _choose_dtype(options: EngineOptions, spec: DecoderSpec, device: Device, reporter: Reporter) -> DType:
     if options.dtype != "auto":
         return options.dtype
@@ -275,32 +262,3 @@ def _choose_quantization(
     if device == "cpu" and dtype == "bfloat16" and not is_int4(found):
         reporter.line("Weights that are not 4 bits in groups are kept in 8 bits a row, which this CPU multiplies.")
     return options.quantization
-
-
-def _choose_backend(options: EngineOptions, device: Device, reporter: Reporter) -> Backend:
-    world_size = options.tensor_parallel_size * options.pipeline_parallel_size
-    if options.hosts:
-        _report_places(options, reporter)
-        return "ssh"
-    if options.backend == "ssh":
-        raise UsageError("the ssh backend needs to know the hosts", hint="--hosts a:2,b:2 (HOST:DEVICES,...)")
-    if world_size == 1 and options.backend == "auto":
-        return "inprocess"
-    why = "asked for" if options.backend == "mp" else f"{world_size} ranks on this host"
-    reporter.line(f"Defaulting to use mp for distributed inference: {why}, one {device} process a rank.")
-    return "mp"
-
-
-def _report_places(options: EngineOptions, reporter: Reporter) -> None:
-    """Raises PlacementError when the hosts have too few devices, UsageError for another backend."""
-    if options.backend == "mp":
-        raise UsageError("--hosts with the mp backend, whose ranks all run on this host", hint="leave one of them out")
-    tp_size, pp_size = options.tensor_parallel_size, options.pipeline_parallel_size
-    places = place_ranks([each.num_slots for each in options.hosts], tp_size, pp_size)
-    used = len({place.host for place in places})
-    reporter.line(f"Using ssh for distributed inference: {tp_size * pp_size} ranks on {used} of --hosts.")
-    if splits_a_group(places, tp_size):
-        reporter.line(
-            "A tensor parallel group spans hosts: each layer waits twice for the network between them "
-            "(`aphro doctor --hosts ...` measures what that costs)."
-        )

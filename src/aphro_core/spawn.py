@@ -57,6 +57,8 @@ class HasFileno(Protocol):
 class Child:
     """A process of ours. ``exit_code`` is minus the signal for one that was killed, None while it runs."""
 
+    is_lost = was_short = False  # said of processes of other hosts
+
     def __init__(self, pid: int, pidfd: int, status_fd: int) -> None:
         self.pid = pid
         self.exit_code: int | None = None

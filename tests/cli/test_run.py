@@ -94,7 +94,7 @@ def test_every_option_reaches_the_core(served: list[api.ServeOptions], tmp_path:
         --served-model-name name --chat-template {template} --skip-tokenizer-init --seed 5 --host 0.0.0.0 --port 8000
         --api-key one --api-keys two --max-queued-requests 9 --drain-seconds 3 --json-ready {tmp_path}/ready.json
         --start-timeout 60 --distributed-timeout 20 --step-timeout 9 --max-recoveries 2 --hosts a:2
-        --queue-timeout 50 --request-timeout 70"""
+        --wait-nodes 2 --wait-timeout 9 --queue-timeout 50 --request-timeout 70"""
     result = aphro("run", "model", *words.split())
     assert result.exit_code == 0, result.stderr
     (options,) = served
@@ -122,7 +122,7 @@ def test_an_open_address_is_refused_before_anything_starts(served: list[api.Serv
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        ("--distributed-executor-backend ray", "ray is not in this version"),
+        ("--distributed-executor-backend dask", "dask is not a backend"),
         ("--pp-layers 3,x", "--pp-layers is '3,x'"),
         ("--max-model-len many", "--max-model-len is 'many'"),
         ("--chat-template /none.jinja", "--chat-template /none.jinja"),

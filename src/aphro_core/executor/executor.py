@@ -10,6 +10,7 @@ from anyio.abc import ObjectReceiveStream
 
 from aphro_core.config import Backend, EngineConfig
 from aphro_core.executor.multiprocess import open_multiprocess
+from aphro_core.executor.ray.ray import open_ray
 from aphro_core.executor.ssh import open_ssh
 from aphro_core.messages.steps import StepPlan, StepResult, WorkerLoaded, WorkerProgress
 from aphro_core.spawn import Spawner
@@ -59,4 +60,6 @@ def _opener(
         return open_inprocess
     if backend == "ssh":
         return open_ssh
+    if backend == "ray":
+        return open_ray
     return open_multiprocess

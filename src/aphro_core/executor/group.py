@@ -45,10 +45,19 @@ _BLAME_SECONDS: Final = 0.5  # after a first death: time for the others to repor
 
 
 class Process(Protocol):
-    """A started worker as its launcher knows it; ``exit_code`` is negative after a signal, None while it runs."""
+    """A started worker as its launcher knows it; ``exit_code`` is negative after a signal, None while it runs.
+
+    ``is_lost``: its host, or the way there, is gone. ``was_short``: another host has killed for want of memory.
+    """
 
     @property
     def pid(self) -> int: ...
+
+    @property
+    def is_lost(self) -> bool: ...
+
+    @property
+    def was_short(self) -> bool: ...
 
     @property
     def exit_code(self) -> int | None: ...
@@ -213,7 +222,8 @@ class GroupExecutor:
         pid = failed.pid if failed else worker.loaded.pid if worker.loaded else worker.process.pid
         where = f"rank {worker.rank} on {failed.host if failed else worker.host} (pid {pid})"
         if failed is None:
-            return _explain_end(where, worker.process, was_short=num_oom_kills() > self._num_oom_kills)
+            was_short = not worker.is_remote and num_oom_kills() > self._num_oom_kills
+            return _explain_end(where, worker.process, was_short=was_short or worker.process.was_short)
         error = EngineDeadError(f"{where}: {failed.message}", hint=failed.hint, exit_code=ExitCode(failed.exit_code))
         error.add_note(failed.traceback)
         return error
@@ -242,15 +252,19 @@ def _result_stream() -> tuple[ObjectSendStream[StepResult], ObjectReceiveStream[
 
 
 def _explain_end(where: str, process: Process, *, was_short: bool) -> EngineDeadError:
-    """``was_short``: the kernel has killed something for want of memory since the group started."""
+    """``was_short``: the kernel there has killed something for want of memory since the group started."""
     is_killed = process.exit_code == -signal.SIGKILL
-    if is_killed and was_short:
+    if process.is_lost:
+        hint = "look at that host and the network to it; it may take part again once it answers"
+    elif is_killed and was_short:
         hint = "the kernel killed it because memory was short: lower --cpu-memory-utilization"
     elif is_killed:
         hint = "somebody killed it: the kernel has not run out of memory since the start"
     else:
         hint = "start again with `--log-level debug` and read that rank's lines"
-    return EngineDeadError(f"{where} {process.describe_end()}", hint=hint, is_external=is_killed and not was_short)
+    return EngineDeadError(
+        f"{where} {process.describe_end()}", hint=hint, is_external=process.is_lost or (is_killed and not was_short)
+    )
 
 
 @asynccontextmanager

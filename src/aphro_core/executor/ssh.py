@@ -21,7 +21,7 @@ from aphro_core.messages import codec
 from aphro_core.messages.steps import FromWorker, StartWorker, ToWorker, WorkerProgress
 from aphro_core.parallel.placement import Place, place_ranks
 from aphro_core.remote.remote import Host, Process
-from aphro_core.remote.ssh import last_line, open_host
+from aphro_core.remote.ssh import SSH_FAILED, last_line, open_host
 from aphro_core.spawn import Spawner
 from aphro_core.worker.host_report import HostReport, report_host
 
@@ -40,6 +40,8 @@ class Node:
 class RemoteProcess:
     """A rank's process as far as it can be seen from here: by the command that started it."""
 
+    was_short = False  # not known of another host
+
     def __init__(self, process: Process) -> None:
         self._process = process
 
@@ -50,6 +52,10 @@ class RemoteProcess:
     @property
     def exit_code(self) -> int | None:
         return self._process.returncode
+
+    @property
+    def is_lost(self) -> bool:
+        return self.exit_code == SSH_FAILED
 
     def poll(self) -> bool:
         return self.exit_code is not None

@@ -22,7 +22,7 @@ from aphro_core.remote.remote import MAX_FILE_BYTES, Host, HostUnreachableError,
 _TARGET: Final = re.compile(
     r"(?:(?P<user>[\w.][\w.-]*)@)?(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[\w.][\w.-]*)(?::(?P<port>\d+))?$"
 )
-_SSH_FAILED: Final = 255
+SSH_FAILED: Final = 255
 # No questions, no forwarding, no terminal; a peer that says nothing for 9 s is lost
 _OPTIONS: Final = (
     "BatchMode=yes",
@@ -67,7 +67,7 @@ class SshHost:
             output = await process.run(command, timeout_seconds=timeout_seconds, stdin=stdin, env=None)
         except TimeoutError:
             raise TimeoutError(f"{self.name}: `{argv[0]}` did not end within {timeout_seconds:g} s") from None
-        if output.returncode == _SSH_FAILED:
+        if output.returncode == SSH_FAILED:
             raise HostUnreachableError(f"{self.name}: {last_line(output.stderr) or 'the connection was lost'}")
         return output
 

@@ -1,20 +1,23 @@
-"""The door of a worker on another host: ``python -m aphro_core.worker.remote_entry`` over ssh, frames on its stdio.
+"""The door of a worker on another host: ``python -m aphro_core.worker.remote_entry [PARENT_PID]``, frames on its stdio.
 
-Whatever it or a library prints goes to the engine as lines, under the host's name and the rank.
+ssh is its stdio, or a socket to the engine; PARENT_PID, if given, is the process that it ends with. Whatever it or a
+library prints goes to the engine as lines, under the host's name and the rank.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from aphro_core.channel import ChannelClosedError
+from aphro_core.environment import host_specific
 from aphro_core.errors import AphroError, ExitCode
 from aphro_core.interfaces import way_to
-from aphro_core.lifeline import name_process
+from aphro_core.lifeline import die_with_parent, name_process
 from aphro_core.messages.steps import StartWorker, WorkerLog
 from aphro_core.worker import entry
 from aphro_core.worker.stdio_channel import StdioChannel
@@ -27,6 +30,8 @@ LEASE_SECONDS: Final = 15.0
 
 def main() -> None:
     name_process("aphro-rank")
+    if sys.argv[1:]:
+        die_with_parent(int(sys.argv[1]))
     channel = StdioChannel(os.dup(0), os.dup(1), LEASE_SECONDS)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -39,7 +44,7 @@ def main() -> None:
 
 def _serve(channel: StdioChannel, log: int, _: entry.WorkerChannel, start: StartWorker) -> None:
     threading.Thread(target=_forward_lines, args=(channel, log, start.rank), name="log", daemon=True).start()
-    os.environ.update(_interfaces(start.peers) | start.environment)
+    os.environ.update(_interfaces(start.peers) | host_specific(os.environ) | start.environment)
 
     def open_store() -> Store:
         from aphro_core.worker.relayed_store import RelayedStore

@@ -1,0 +1,129 @@
+"""The process that speaks to Ray for us, as seen from here: started, asked, and gone when the block is left."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Final, TypeVar
+
+import anyio
+import msgspec
+
+from aphro_core.config import RayCluster
+from aphro_core.errors import AphroError, ExitCode, UsageError
+from aphro_core.executor.ray.protocol import (
+    Agents,
+    Cluster,
+    Connect,
+    FromDriver,
+    Look,
+    OpenAgents,
+    RankEnded,
+    Refused,
+    ToDriver,
+)
+from aphro_core.remote import process
+from aphro_core.remote.remote import HostUnreachableError
+
+_ANSWER_SECONDS: Final = 30.0
+_CLOUD: Final = "ray://"
+
+Answer = TypeVar("Answer", Cluster, Agents)
+
+
+class RayLink:
+    """One question at a time. ``on_ended`` hears of ranks, each once, and of all of them when the process is gone."""
+
+    def __init__(self, driver: process.LineProcess, where: RayCluster) -> None:
+        self._driver = driver
+        self._where = where
+        self._send_answer, self._answers = anyio.create_memory_object_stream[FromDriver](math.inf)
+        self._send_request, self._requests = anyio.create_memory_object_stream[ToDriver](math.inf)
+        self._decoder = msgspec.json.Decoder(FromDriver)
+        self.on_ended: Callable[[RankEnded], None] = lambda ended: None
+        self.on_lost: Callable[[str], None] = lambda words: None
+
+    async def connect(self) -> Cluster:
+        """Join the cluster as a job of it, and look around."""
+        where = self._where
+        self.tell(Connect(where.address, where.node_address, where.placement_group))
+        return await self.look()
+
+    async def look(self) -> Cluster:
+        return await self._ask(Look(), Cluster, _ANSWER_SECONDS)
+
+    async def open_agents(self, request: OpenAgents) -> Agents:
+        return await self._ask(request, Agents, request.timeout_seconds + _ANSWER_SECONDS)
+
+    def tell(self, request: ToDriver) -> None:
+        """Soon; nothing happens when the process is gone."""
+        self._send_request.send_nowait(request)
+
+    async def write(self) -> None:
+        async for request in self._requests:
+            with suppress(HostUnreachableError):  # whoever reads knows
+                await self._driver.send_line(msgspec.json.encode(request).decode())
+
+    async def read(self) -> None:
+        """Take its lines until it is gone."""
+        while (line := await self._driver.receive_line()) is not None:
+            message = self._decoder.decode(line)
+            if isinstance(message, RankEnded):
+                self.on_ended(message)
+            else:
+                await self._send_answer.send(message)
+        await self._send_answer.aclose()
+        self.on_lost(self._last_words("ended"))
+
+    async def _ask(self, request: ToDriver, kind: type[Answer], seconds: float) -> Answer:
+        self.tell(request)
+        with anyio.move_on_after(seconds):
+            try:
+                answer = await self._answers.receive()
+            except anyio.EndOfStream:
+                raise self._explain("ended") from None
+            if isinstance(answer, Refused):
+                raise self._explain(answer.message)
+            assert isinstance(answer, kind)
+            return answer
+        raise self._explain(f"has not answered within {seconds:g} s")
+
+    def _explain(self, words: str) -> AphroError:
+        return AphroError(
+            f"the Ray cluster at {self._where.address}: {self._last_words(words)}",
+            hint="`aphro cluster status`, or `ray status`; this host must be a node of it",
+            exit_code=ExitCode.PLACEMENT,
+        )
+
+    def _last_words(self, words: str) -> str:
+        """Ray's own, of what it says when it aborts."""
+        said = self._driver.stderr_tail.splitlines()
+        return f"the process that speaks to Ray {words}: {said[-1]}" if words == "ended" and said else words
+
+
+@asynccontextmanager
+async def open_link(where: RayCluster) -> AsyncIterator[RayLink]:
+    """Start that process; Ray is imported there, and nowhere else of ours. Raises UsageError where it is missing."""
+    if importlib.util.find_spec("ray") is None:
+        raise UsageError(
+            "the ray backend needs Ray, which is not installed here",
+            hint=f"{sys.executable} -m pip install 'aphro[ray]'",
+        )
+    if where.address.startswith(_CLOUD):
+        raise UsageError(
+            f"{where.address} is an address of Ray Client, whose jobs run elsewhere",
+            hint="run this on a node of that cluster, with RAY_ADDRESS=IP:6379 or none",
+        )
+    environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": ""}
+    if where.token_path:
+        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": where.token_path}
+    async with process.start([sys.executable, "-m", "aphro_core.executor.ray.driver"], environment) as driver:
+        link = RayLink(driver, where)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(link.read)
+            tasks.start_soon(link.write)
+            yield link
+            tasks.cancel_scope.cancel()
