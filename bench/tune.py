@@ -58,7 +58,7 @@ MODELS = {
 def candidates(layer: Layer, bucket: int, multiprocessors: int) -> Iterator[SkinnyConfig]:
     if bucket == 1:
         tiles = [(1, 8, 512, 4, 3), (1, 16, 512, 4, 3), (1, 16, 256, 4, 4), (1, 8, 1024, 4, 3)]
-        tiles += [(1, 4, 1024, 4, 3)] if layer.is_gated else []
+        tiles += [(1, 4, 1024, 4, 3), (1, 4, 512, 2, 4), (1, 2, 1024, 2, 4)]
     elif layer.is_gated:
         tiles = [(bucket, 32, 128, 4, 4), (bucket, 16, 128, 4, 6), (bucket, 64, 128, 8, 3), (bucket, 16, 256, 4, 4)]
     else:

@@ -6,7 +6,7 @@
 
 Lengths and block tables are read on the device only. ``work`` must have been planned with the same ``seq_lens``.
 """
-# ruff: noqa: N803, PLR0915  (constants in capitals; a kernel is one piece)
+# ruff: noqa: N803, N806, PLR0915  (constants in capitals; a kernel is one piece)
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from aphro_kernels.attention_kernels import attend
-from aphro_kernels.decode_work import DecodeWork, num_tiles_of
-from aphro_kernels.language import chain_options, jit, next_power_of_2, start_in_chain, tl
+from aphro_kernels.decode_work import FIELDS, DecodeWork, num_tiles_of
+from aphro_kernels.language import chain_options, fetch, jit, let_next_start, next_power_of_2, tl, wait_for_last
 
 _NUM_WARPS: Final = 4
 _NUM_STAGES: Final = 3
@@ -80,6 +80,7 @@ def decode_attention(
         HEADS=next_power_of_2(group),
         ROWS=max(next_power_of_2(group), 16),
         KEYS=work.keys,
+        FIELDS=FIELDS,
         num_warps=_NUM_WARPS,
         num_stages=_NUM_STAGES,
         **chain_options(q),
@@ -116,18 +117,29 @@ def _decode_kernel(
     HEADS: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    FIELDS: tl.constexpr,
     CHAINED: tl.constexpr,
 ) -> None:
     """One stretch of tiles, segment by segment. Rows of the tile are the query heads of the segment's KV head."""
-    start_in_chain(CHAINED)
+    let_next_start(CHAINED)
     program = tl.program_id(0)
-    tile = tl.load(stretches + program * 4)
-    num_segments = tl.load(stretches + program * 4 + 1)
-    row = tl.load(stretches + program * 4 + 2)
-    row_tile = tl.load(stretches + program * 4 + 3)
-    total = tl.load(totals).to(tl.int64)
-    used = tl.load(totals + 1).to(tl.int64)
-    stop = ((program.to(tl.int64) + 1) * total // tl.maximum(used, 1)).to(tl.int32)
+    tile = tl.load(stretches + program * FIELDS, cache_modifier=".cg")
+    num_segments = tl.load(stretches + program * FIELDS + 1, cache_modifier=".cg")
+    row = tl.load(stretches + program * FIELDS + 2, cache_modifier=".cg")
+    row_tile = tl.load(stretches + program * FIELDS + 3, cache_modifier=".cg")
+    stop = tl.load(stretches + program * FIELDS + 4, cache_modifier=".cg")
+    first_of_piece = tl.load(stretches + program * FIELDS + 5, cache_modifier=".cg")
+    last_of_piece = tl.load(stretches + program * FIELDS + 6, cache_modifier=".cg")
+    total = tl.load(totals, cache_modifier=".cg").to(tl.int64)
+    used = tl.load(totals + 1, cache_modifier=".cg").to(tl.int64)
+    if CHAINED:  # noqa: SIM102  (one of the two is a constant)
+        if (num_segments > 0) & (stop - tile <= 8):  # else the first tile is a small part of the time
+            first_table = block_tables + row.to(tl.int64) * table_stride
+            _fetch_first(
+                k_cache, v_cache, first_table, tl.load(seq_lens + row), tile - row_tile, block_stride,
+                HEAD_DIM, BLOCK_SIZE, WINDOW, KEYS,
+            )  # fmt: skip
+    wait_for_last(CHAINED)
 
     heads = tl.arange(0, ROWS)
     dims = tl.arange(0, DIMS)
@@ -175,8 +187,10 @@ def _decode_kernel(
         else:
             # of a program's two parts the second is that of the segment which begins in it
             part = 2 * program + (tile == begin).to(tl.int32)
-            first = (((begin + 1).to(tl.int64) * used - 1) // total).to(tl.int32)
-            last = ((end.to(tl.int64) * used - 1) // total).to(tl.int32)
+            first, last = first_of_piece, last_of_piece
+            if first_of_piece < 0:
+                first = (((begin + 1).to(tl.int64) * used - 1) // total).to(tl.int32)
+                last = ((end.to(tl.int64) * used - 1) // total).to(tl.int32)
             _add_part(
                 mixed, largest + tl.log2(sums), parts, part_weights, arrivals + row * NUM_KV_HEADS + kv_head, out_at,
                 is_inside, part, first, last, GROUP, HEAD_DIM, HEADS,
@@ -185,6 +199,35 @@ def _decode_kernel(
         is_last_head = until == row_tile + NUM_KV_HEADS * row_tiles
         row_tile = tl.where(is_last_head, until, row_tile)
         row = tl.where(is_last_head, row + 1, row)
+
+
+@jit()
+def _fetch_first(
+    k_cache: tl.tensor,
+    v_cache: tl.tensor,
+    table: tl.tensor,
+    seq_len: tl.tensor,
+    tile: tl.tensor,
+    block_stride: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    KEYS: tl.constexpr,
+) -> None:
+    """Keys and values of a row's tile into the second-level cache while the kernel before ends; all but this step's
+    token are there. What this misses of it, and it may miss all, attention loads anyway."""
+    LINE: tl.constexpr = 1024 // k_cache.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = (HEAD_DIM + LINE - 1) // LINE
+    row_tiles = num_tiles_of(seq_len, KEYS, WINDOW)
+    first = tile % row_tiles * KEYS
+    if WINDOW > 0:
+        first += tl.maximum(seq_len - WINDOW, 0) // KEYS * KEYS
+    keys = tl.minimum(first + tl.arange(0, KEYS), tl.maximum(seq_len - 1, 0))
+    block = tl.load(table + keys // BLOCK_SIZE).to(tl.int64)
+    at = block * block_stride + (tile // row_tiles * BLOCK_SIZE + keys % BLOCK_SIZE) * HEAD_DIM
+    for line in tl.static_range(LINES):
+        fetch(k_cache + at + line * LINE)
+        fetch(v_cache + at + line * LINE)
 
 
 @jit()

@@ -3,9 +3,11 @@
 The tiles of all rows and KV heads stand in one line: row by row, in a row head by head, in a head ``KEYS`` keys a
 tile. Program p of P takes tiles ``p * T // P`` to ``(p + 1) * T // P`` of the T there are. A head of a row (a segment)
 thus lies in one program or is cut over neighbours; the last of them to finish adds the parts, in the order of the line.
+Where there are no more segments than programs, and they are of like lengths, each is cut into equal pieces of its own
+instead: no program has two segments, and one piece needs no sum.
 The line depends on lengths alone, so one plan a step serves all layers of one window.
 """
-# ruff: noqa: N803  (the constants of a kernel are in capitals)
+# ruff: noqa: N803, PLR0915  (constants in capitals; a kernel is one piece)
 
 from __future__ import annotations
 
@@ -15,9 +17,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from aphro_kernels.language import chain_options, jit, next_power_of_2, start_in_chain, tl
+from aphro_kernels.language import jit, next_power_of_2, tl
 
-PROGRAMS_PER_MULTIPROCESSOR: Final = 2
+FIELDS: Final = 8  # of a program's stretch; one unused
 _AT_ONCE: Final = 8  # programs whose stretch one program of the plan kernel finds
 
 
@@ -31,7 +33,9 @@ class DecodeWork:
     num_programs: int
     keys: int  # of a tile
     window: int  # 0: none
-    stretches: Tensor  # [num_programs, 4] int32: first tile, number of segments, first row, first tile of that row
+    # [num_programs, FIELDS] int32: first tile, number of segments, first row, first tile of that row, end of the tiles;
+    # of a piece the first and the last program of its segment, else -1 twice
+    stretches: Tensor
     totals: Tensor  # [2] int32: tiles, programs that have any
     arrivals: Tensor  # [max_rows * num_kv_heads] int32, 0 between calls: parts of a segment that are done
     parts: Tensor  # [2 * num_programs, group, head_dim] float32
@@ -50,8 +54,9 @@ def build_decode_work(
     num_programs: int | None = None,
 ) -> DecodeWork:
     """For up to ``max_rows`` rows of one rank's heads. ``num_programs`` None: as many as the GPU runs at once."""
+    keys, programs = _tile(head_dim, dtype)
     if num_programs is None:
-        num_programs = torch.cuda.get_device_properties(device).multi_processor_count * PROGRAMS_PER_MULTIPROCESSOR
+        num_programs = torch.cuda.get_device_properties(device).multi_processor_count * programs
     group = num_heads // num_kv_heads
 
     def buffer(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -59,9 +64,9 @@ def build_decode_work(
 
     return DecodeWork(
         num_programs=num_programs,
-        keys=keys_of_a_tile(head_dim, dtype),
+        keys=keys,
         window=window or 0,
-        stretches=buffer(num_programs, 4),
+        stretches=buffer(num_programs, FIELDS),
         totals=buffer(2),
         arrivals=buffer(max_rows * num_kv_heads),
         parts=buffer(2 * num_programs, group, head_dim, dtype=torch.float32),
@@ -69,8 +74,10 @@ def build_decode_work(
     )
 
 
-def keys_of_a_tile(head_dim: int, dtype: torch.dtype) -> int:
-    return 32 if max(next_power_of_2(head_dim), 16) * dtype.itemsize > 256 else 128
+def _tile(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Keys of a tile, and programs that a multiprocessor has room for (measured on an H100)."""
+    head_bytes = max(next_power_of_2(head_dim), 16) * dtype.itemsize
+    return (32, 2) if head_bytes > 256 else (128, 2) if head_bytes > 128 else (128, 3)
 
 
 def plan_decode_(work: DecodeWork, seq_lens: Tensor, num_kv_heads: int) -> None:
@@ -88,8 +95,8 @@ def plan_decode_(work: DecodeWork, seq_lens: Tensor, num_kv_heads: int) -> None:
         WINDOW=work.window,
         ROWS=max(next_power_of_2(num_rows), 16),
         AT_ONCE=_AT_ONCE,
-        num_warps=4,
-        **chain_options(seq_lens),
+        FIELDS=FIELDS,
+        num_warps=4,  # not chained: attention reads the plan before it waits for the kernel before it
     )
 
 
@@ -105,9 +112,8 @@ def _plan_kernel(
     WINDOW: tl.constexpr,
     ROWS: tl.constexpr,
     AT_ONCE: tl.constexpr,
-    CHAINED: tl.constexpr,
+    FIELDS: tl.constexpr,
 ) -> None:
-    start_in_chain(CHAINED)
     rows = tl.arange(0, ROWS)
     seq_len = tl.load(seq_lens + rows, mask=rows < num_rows, other=0)
     tiles = tl.where(rows < num_rows, num_tiles_of(seq_len, KEYS, WINDOW), 0)
@@ -117,15 +123,49 @@ def _plan_kernel(
 
     programs = tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)
     start = (programs.to(tl.int64) * total // tl.maximum(used, 1)).to(tl.int32)
-    last = ((programs.to(tl.int64) + 1) * total // tl.maximum(used, 1)).to(tl.int32) - 1
-    first_row, first_tile, first_segment = _place(start, ends, tiles, NUM_KV_HEADS)
-    _, _, last_segment = _place(last, ends, tiles, NUM_KV_HEADS)
+    stop = ((programs.to(tl.int64) + 1) * total // tl.maximum(used, 1)).to(tl.int32)
+    row, row_tile, first_segment = _place(start, ends, tiles, NUM_KV_HEADS)
+    _, _, last_segment = _place(stop - 1, ends, tiles, NUM_KV_HEADS)
     num_segments = tl.where(programs < used, last_segment - first_segment + 1, 0)
-    at = stretches + programs * 4
-    tl.store(at, start, mask=programs < num_programs)
-    tl.store(at + 1, num_segments, mask=programs < num_programs)
-    tl.store(at + 2, first_row, mask=programs < num_programs)
-    tl.store(at + 3, first_tile, mask=programs < num_programs)
+    first = tl.full([AT_ONCE], -1, tl.int32)
+    last = first
+
+    # the least tiles a piece with which the pieces of all segments find a program each
+    length = 1
+    longest = tl.max(tiles, axis=0)
+    while length < longest:
+        middle = (length + longest) // 2
+        if tl.sum((tiles + middle - 1) // middle, axis=0) * NUM_KV_HEADS <= num_programs:
+            longest = middle
+        else:
+            length = middle + 1
+    pieces = (tiles + length - 1) // length
+    used_by_pieces = tl.sum(pieces, axis=0) * NUM_KV_HEADS
+    # no more than a quarter and two tiles beyond an equal share: that is what a second segment costs, and the sums
+    if (used_by_pieces <= num_programs) & (4 * (length - 2) * num_programs <= 5 * total):
+        is_before = (tl.cumsum(pieces, axis=0) * NUM_KV_HEADS)[None, :] <= programs[:, None]
+        row = tl.sum(is_before.to(tl.int32), axis=1)
+        row_tile = tl.sum(tl.where(is_before, tiles[None, :], 0), axis=1) * NUM_KV_HEADS
+        inside = programs - tl.sum(tl.where(is_before, pieces[None, :], 0), axis=1) * NUM_KV_HEADS
+        is_row = rows[None, :] == row[:, None]
+        row_pieces = tl.maximum(tl.sum(tl.where(is_row, pieces[None, :], 0), axis=1), 1)
+        row_tiles = tl.sum(tl.where(is_row, tiles[None, :], 0), axis=1)
+        piece = inside % row_pieces
+        begin = row_tile + inside // row_pieces * row_tiles
+        start = begin + piece * row_tiles // row_pieces
+        stop = begin + (piece + 1) * row_tiles // row_pieces
+        first = programs - piece
+        last = first + row_pieces - 1
+        num_segments = (programs < used_by_pieces).to(tl.int32)
+    at = stretches + programs * FIELDS
+    is_program = programs < num_programs
+    tl.store(at, start, mask=is_program)
+    tl.store(at + 1, num_segments, mask=is_program)
+    tl.store(at + 2, row, mask=is_program)
+    tl.store(at + 3, row_tile, mask=is_program)
+    tl.store(at + 4, stop, mask=is_program)
+    tl.store(at + 5, first, mask=is_program)
+    tl.store(at + 6, last, mask=is_program)
     if tl.program_id(0) == 0:
         tl.store(totals, total)
         tl.store(totals + 1, used)

@@ -15,7 +15,18 @@ try:
 except ImportError:  # a CPU build of torch comes without it
     triton = tl = None
 
-__all__ = ["chain_options", "jit", "next_power_of_2", "runs_kernels", "start_in_chain", "tl", "triton"]
+__all__ = [
+    "chain_options",
+    "fetch",
+    "jit",
+    "let_next_start",
+    "next_power_of_2",
+    "runs_kernels",
+    "start_in_chain",
+    "tl",
+    "triton",
+    "wait_for_last",
+]
 
 
 def jit(**options: Any) -> Callable[[Callable[..., None]], Any]:
@@ -50,10 +61,34 @@ def _capability(index: int) -> tuple[int, int]:
 
 @jit()
 def start_in_chain(CHAINED: tl.constexpr) -> None:  # noqa: N803
-    """Let the next kernel onto the device, then wait for the one before. Until then only constants may be read."""
+    """Let the next kernel onto the device, then wait for the one before."""
     if CHAINED:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+
+
+@jit()
+def let_next_start(CHAINED: tl.constexpr) -> None:  # noqa: N803
+    """The first half of :func:`start_in_chain`. Between the halves only what the chain does not write may be read:
+    weights, and what a step writes once, before its layers (positions, lengths, block tables, the plan of attention),
+    since kernels without the attribute stand between that and the layers."""
+    if CHAINED:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@jit()
+def wait_for_last(CHAINED: tl.constexpr) -> None:  # noqa: N803
+    """The second half: from here on everything may be read and written."""
+    if CHAINED:
+        tl.extra.cuda.gdc_wait()
+
+
+@jit()
+def fetch(at: tl.tensor) -> None:
+    """Ask for the 128-byte lines at these addresses in the second-level cache: a hint, which never gives old bytes."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 def next_power_of_2(n: int) -> int:

@@ -30,9 +30,10 @@ def paged_attention_reference(
     key_scale: float = 1.0,
     value_scale: float = 1.0,
     work: DecodeWork | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     num_kv_heads, block_size, head_dim = k_cache.shape[1:]
-    out = torch.zeros_like(q)
+    out = torch.zeros_like(q) if out is None else out.zero_()
     starts = query_start_loc.tolist()
     for i, seq_len in enumerate(seq_lens.tolist()):
         query = q[starts[i] : starts[i + 1]].float()
@@ -71,6 +72,7 @@ def paged_attention(
     key_scale: float = 1.0,
     value_scale: float = 1.0,
     work: DecodeWork | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """``[num_tokens, num_heads, head_dim]``, the shape and dtype of ``q``; tokens of a sequence stand together.
 
@@ -81,7 +83,7 @@ def paged_attention(
     [num_seqs + 1], all int32. ``max_query_len`` 1 says that every sequence has exactly one query: that takes
     decode_attention.py, for which ``work`` should be this step's plan (without one, each call makes its own). Call
     decode rows and chunks apart: a decode row among chunks costs a chunk's tile. ``max_query_len``, ``max_seq_len``
-    are upper bounds. A sequence of length 0 gives zeros.
+    are upper bounds. A sequence of length 0 gives zeros. ``out`` takes the answer.
     """
     op = _launch if runs_kernels(q) else paged_attention_reference
     return op(
@@ -99,6 +101,7 @@ def paged_attention(
         key_scale=key_scale,
         value_scale=value_scale,
         work=work,
+        out=out,
     )
 
 
@@ -196,7 +199,7 @@ def _plan(q: Tensor, num_kv_heads: int, seq_lens: Tensor, window: int | None) ->
 def _tile(num_rows: int, group_padded: int, dims: int, dtype: torch.dtype) -> dict[str, int]:
     """Rows (queries times heads of a group) and keys of one program, and how Triton runs it.
 
-    Measured on an H200 with bfloat16 and head_dim 64 and 128; ``num_rows`` is queries times heads of the step.
+    Measured on an H200 and an H100 with bfloat16 and head_dim 64 and 128; ``num_rows`` is queries times heads of the step.
     """
     head_bytes = dims * dtype.itemsize
     is_small = num_rows < 2**16  # too few tiles of the larger kind for all multiprocessors
@@ -205,5 +208,5 @@ def _tile(num_rows: int, group_padded: int, dims: int, dtype: torch.dtype) -> di
     elif head_bytes > 128:
         rows, keys, num_warps, num_stages = (64, 64, 4, 2) if is_small else (256, 64, 8, 5)
     else:
-        rows, keys, num_warps, num_stages = 64 if is_small else 128, 128, 4, 2
+        rows, keys, num_warps, num_stages = 64 if is_small else 128, 64, 4, 3
     return {"ROWS": max(rows, group_padded), "KEYS": keys, "num_warps": num_warps, "num_stages": num_stages}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aphro_kernels.language import chain_options, jit, next_power_of_2, runs_kernels, start_in_chain, tl
+from aphro_kernels.language import chain_options, jit, let_next_start, next_power_of_2, runs_kernels, tl, wait_for_last
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -77,10 +77,12 @@ def _rms_norm_kernel(
     BLOCK: tl.constexpr,
     CHAINED: tl.constexpr,
 ) -> None:
-    start_in_chain(CHAINED)
+    let_next_start(CHAINED)
     token = tl.program_id(0).to(tl.int64)
     dims = tl.arange(0, BLOCK)
     inside = dims < width
+    gain = tl.load(weight + dims, mask=inside, other=0.0).to(tl.float32)
+    wait_for_last(CHAINED)
     row = tl.load(x + token * x_stride + dims, mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         at = residual + token * residual_stride + dims
@@ -88,5 +90,4 @@ def _rms_norm_kernel(
         tl.store(at, row, mask=inside)
         row = row.to(tl.float32)
     scale = tl.rsqrt(tl.sum(row * row, axis=0) / width + eps)
-    gain = tl.load(weight + dims, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + token * out_stride + dims, (row * scale * gain).to(out.dtype.element_ty), mask=inside)

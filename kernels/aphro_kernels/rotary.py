@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from aphro_kernels.float8 import FLOAT8, float8_as_bytes, narrow_to_float8
-from aphro_kernels.language import chain_options, jit, next_power_of_2, runs_kernels, start_in_chain, tl, triton
+from aphro_kernels.language import (
+    chain_options,
+    jit,
+    let_next_start,
+    next_power_of_2,
+    runs_kernels,
+    tl,
+    triton,
+    wait_for_last,
+)
 from aphro_kernels.rms_norm import rms_norm_reference
 
 
@@ -166,7 +175,7 @@ def _rotary_and_cache_kernel(
     DIMS: tl.constexpr,
     CHAINED: tl.constexpr,
 ) -> None:
-    start_in_chain(CHAINED)
+    let_next_start(CHAINED)
     token = tl.program_id(0).to(tl.int64)
     heads = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]  # q heads, then k heads, then v heads
     dims = tl.arange(0, DIMS)[None, :]
@@ -174,10 +183,15 @@ def _rotary_and_cache_kernel(
     is_q = heads < NUM_HEADS
     is_kv = heads >= NUM_HEADS
     is_v = heads >= NUM_HEADS + NUM_KV_HEADS
-    row = qkv + token * token_stride + heads * HEAD_DIM
-    x = tl.load(row + dims, mask=inside, other=0.0).to(tl.float32)
     rotates = inside & (dims < 2 * HALF)
     partner_dims = tl.where(dims < HALF, dims + HALF, dims - HALF)
+    angle = tl.where(dims < HALF, dims, dims - HALF)
+    cos_row = tl.load(cos + token * HALF + angle, mask=dims < 2 * HALF, other=1.0)
+    sin_row = tl.load(sin + token * HALF + angle, mask=dims < 2 * HALF, other=0.0)
+    slot = tl.load(slot_mapping + token).to(tl.int64)
+    wait_for_last(CHAINED)
+    row = qkv + token * token_stride + heads * HEAD_DIM
+    x = tl.load(row + dims, mask=inside, other=0.0).to(tl.float32)
     partner = tl.load(row + partner_dims, mask=rotates, other=0.0).to(tl.float32)
 
     raw = x
@@ -190,9 +204,6 @@ def _rotary_and_cache_kernel(
         gain_k = tl.load(k_norm + partner_dims, mask=rotates & is_kv, other=0.0).to(tl.float32)
         partner = partner * scale * (gain_q + gain_k)
 
-    angle = tl.where(dims < HALF, dims, dims - HALF)
-    cos_row = tl.load(cos + token * HALF + angle, mask=dims < 2 * HALF, other=1.0)
-    sin_row = tl.load(sin + token * HALF + angle, mask=dims < 2 * HALF, other=0.0)
     rotated = x * cos_row + partner * tl.where(dims < HALF, -sin_row, sin_row)
     tl.store(
         q_out + (token * NUM_HEADS + heads) * HEAD_DIM + dims,
@@ -200,7 +211,6 @@ def _rotary_and_cache_kernel(
         mask=inside & is_q,
     )
 
-    slot = tl.load(slot_mapping + token).to(tl.int64)
     kv_head = heads - NUM_HEADS - tl.where(is_v, NUM_KV_HEADS, 0)
     at = slot // BLOCK_SIZE * block_stride + (kv_head * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM + dims
     if slot >= 0:

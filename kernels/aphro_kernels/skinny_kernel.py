@@ -9,7 +9,7 @@ product, the rows its short one.
 
 from __future__ import annotations
 
-from aphro_kernels.language import jit, tl
+from aphro_kernels.language import fetch, jit, tl
 
 
 @jit(do_not_specialize=["num_rows", "ahead"])
@@ -182,14 +182,7 @@ def _fetch(
     LINE: tl.constexpr = 64  # of 16-bit weights
     columns = tl.minimum(column + tl.arange(0, BN), n - 1).to(tl.int64)[:, None]
     inputs = tl.minimum(start + tl.arange(0, BK // LINE) * LINE, k - 1)[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [weight + columns * k + inputs],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    fetch(weight + columns * k + inputs)
 
 
 @jit()

@@ -99,8 +99,9 @@ def test_caps_and_float8(softcap: float | None, is_float8: bool) -> None:
     compare_attention([5, 1, 33], [5, 70, 50], 6, 2, 64, F32, "cpu", **options)
 
 
-def test_one_row_is_cut_over_all_programs() -> None:
-    compare_attention([1, 1], [900, 2], 2, 1, 64, F32, "cpu")
+@pytest.mark.parametrize("seq_lens", [[900, 2], [300, 340, 280], [64] * 7, [900]])
+def test_rows_in_pieces_of_their_own(seq_lens: list[int]) -> None:
+    compare_attention([1] * len(seq_lens), seq_lens, 2, 1, 64, F32, "cpu")
 
 
 @pytest.mark.parametrize("dtype", [F32, F16])

@@ -60,12 +60,12 @@ KERNELS: dict[str, dict[str, Any]] = {  # "module.kernel": types of its argument
     "attention_kernels.attention_kernel": ATTENTION | {"QUERIES": 32, "ROWS": 128},
     "decode_attention._decode_kernel": ATTENTION
     | dict.fromkeys(["stretches", "totals", "arrivals"], "*i32")
-    | {"parts": "*fp32", "part_weights": "*fp32", "NUM_KV_HEADS": 2, "HEADS": 4, "ROWS": 16},
+    | {"parts": "*fp32", "part_weights": "*fp32", "NUM_KV_HEADS": 2, "HEADS": 4, "ROWS": 16, "FIELDS": 8},
     "attention_kernels.attention_kernel float8": ATTENTION | OF_FLOAT8 | {"QUERIES": 32, "ROWS": 128},
     "decode_work._plan_kernel": {
         **dict.fromkeys(["seq_lens", "stretches", "totals"], "*i32"),
         **{"num_rows": "i32", "num_programs": "i32"},
-        **{"NUM_KV_HEADS": 2, "KEYS": 64, "WINDOW": 100, "ROWS": 256, "AT_ONCE": 8},
+        **{"NUM_KV_HEADS": 2, "KEYS": 64, "WINDOW": 100, "ROWS": 256, "AT_ONCE": 8, "FIELDS": 8},
     },
     "step_rows._step_rows_kernel": {
         **dict.fromkeys(["rows", "last_token_ids", "token_ids", "positions", "slot_mapping"], "*i64"),

@@ -109,7 +109,8 @@ class PagedAttention:
             key_scale=self._key_scale,
             value_scale=self._value_scale,
         )
-        parts = [
+        attended = torch.empty_like(q)
+        for part in rows.parts:
             paged_attention(
                 q[part.start : part.stop],
                 k_cache,
@@ -125,8 +126,6 @@ class PagedAttention:
                 key_scale=self._key_scale,
                 value_scale=self._value_scale,
                 work=part.works.get(self._window),
+                out=attended[part.start : part.stop],
             )
-            for part in rows.parts
-        ]
-        attended = parts[0] if len(parts) == 1 else torch.cat(parts)
         return attended.view(len(qkv), -1)

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from aphro_core.distributed import TensorParallelGroup
-from aphro_core.layers.linear import AnyLinear
+from aphro_core.layers.linear import AnyLinear, Linear
 
 
 class VocabEmbedding:
@@ -47,6 +47,9 @@ class VocabHead:
 
         They are written into ``out`` if it is given.
         """
+        if out is not None and self._writes_into(out):
+            assert isinstance(self._linear, Linear)
+            return self._linear(x, out)
         logits = self._group.gather_columns(self._linear(x))
         if logits is None:
             return None
@@ -55,6 +58,11 @@ class VocabHead:
         if self._scale != 1.0:
             logits.mul_(self._scale)
         return logits if self._softcap is None else logits.div_(self._softcap).tanh_().mul_(self._softcap)
+
+    def _writes_into(self, out: Tensor) -> bool:
+        """Whether the product's answers are the logits, so that nobody need copy them."""
+        is_plain = self._scale == 1.0 and self._softcap is None
+        return isinstance(self._linear, Linear) and self._linear.makes(out) and self._group.size == 1 and is_plain
 
 
 class PositionEmbedding:

@@ -42,12 +42,16 @@ class Linear:
         self._is_packed = _can_pack(weight)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS) if self._is_packed else weight
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """``[rows, in_features]`` to ``[rows, out_features]``, the dtype of the weight."""
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """``[rows, in_features]`` to ``[rows, out_features]``, the dtype of the weight. ``out`` takes them, of a layer
+        without bias on a GPU."""
         if self._cpu is not None:
             return self._cpu(x)
         if self._workspace is not None and (config := skinny_config(self._weight, x.shape[0])) is not None:
-            return skinny_linear(x, self._weight, self._bias, config=config, workspace=self._workspace)
+            return skinny_linear(x, self._weight, self._bias, config=config, workspace=self._workspace, out=out)
+        if out is not None:
+            assert self._bias is None
+            return torch.mm(x, self._weight.t(), out=out)
         if not self._is_packed:
             return linear(x, self._weight, self._bias)
         if x.shape[0] > 1:
@@ -64,6 +68,11 @@ class Linear:
                 workspace = self._workspace
                 return skinny_linear(x, self._weight, self._bias, config=config, workspace=workspace, is_gated=True)
         return silu_and_mul(self(x))
+
+    def makes(self, out: Tensor) -> bool:
+        """Whether a call may have this ``out``."""
+        is_alike = out.is_cuda and out.dtype == self._weight.dtype and out.shape[1] == self._weight.shape[0]
+        return is_alike and self._bias is None
 
     def _multiply(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self._weight, self._bias, "none", [], "")
