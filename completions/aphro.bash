@@ -74,7 +74,7 @@ _aphro() {
     local IFS=$' \t\n'
     COMPREPLY=()
     if [[ "$COMP_CWORD" -eq 1 ]]; then
-        _aphro_offer "" run serve doctor estimate chat bench top completion models quants version --help --version
+        _aphro_offer "" run serve doctor estimate chat bench top completion models quants version cluster --help --version
         return
     fi
     case "${COMP_WORDS[1]}" in
@@ -182,6 +182,62 @@ _aphro() {
         if [[ "$current" == -* ]]; then
             _aphro_offer "" --help -h
         fi
+        ;;
+    cluster)
+            if [[ "$COMP_CWORD" -eq 2 ]]; then
+                _aphro_offer "" up join status env ports logs down --help
+                return
+            fi
+            case "${COMP_WORDS[2]}" in
+            up)
+                case "$previous" in
+                --advertise|--interface|--port|--devices|--env|-e|--token) return ;;
+                --token-file) compopt -o default; return ;;
+                esac
+                if [[ "$current" == -* ]]; then
+                    _aphro_offer "" --advertise --interface --port --devices --dashboard --env -e --token --token-file --json --help -h
+                fi
+                ;;
+            join)
+                case "$previous" in
+                --head|--token|--advertise|--interface|--devices|--env|-e|--wait-timeout) return ;;
+                --token-file) compopt -o default; return ;;
+                esac
+                if [[ "$current" == -* ]]; then
+                    _aphro_offer "" --head --token --token-file --advertise --interface --devices --env -e --wait-timeout --allow-skew --json --help -h
+                fi
+                ;;
+            status)
+                case "$previous" in
+                --expect) return ;;
+                esac
+                if [[ "$current" == -* ]]; then
+                    _aphro_offer "" --expect --json --help -h
+                fi
+                ;;
+            env|ports)
+                case "$previous" in
+                esac
+                if [[ "$current" == -* ]]; then
+                    _aphro_offer "" --json --help -h
+                fi
+                ;;
+            logs)
+                case "$previous" in
+                --rank|--lines|-n) return ;;
+                esac
+                if [[ "$current" == -* ]]; then
+                    _aphro_offer "" --rank --follow -f --lines -n --help -h
+                fi
+                ;;
+            down)
+                case "$previous" in
+                esac
+                if [[ "$current" == -* ]]; then
+                    _aphro_offer "" --help -h
+                fi
+                ;;
+            esac
         ;;
     esac
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from aphro_cli.completion_tree import Command, Value, alike
@@ -86,20 +87,45 @@ def render_bash(commands: list[Command], header: str) -> str:
         '    [[ "$current" == *,* ]] && list="${current%,*},"',
         "    local IFS=$' \\t\\n'",
         "    COMPREPLY=()",
-        '    if [[ "$COMP_CWORD" -eq 1 ]]; then',
-        f'        _aphro_offer "" {" ".join(command.name for command in commands)} --help --version',
-        "        return",
-        "    fi",
-        '    case "${COMP_WORDS[1]}" in',
+        *_level(commands, 1, ("--help", "--version")),
     ]
-    for names, command in alike(commands):
-        words = " ".join(name for flag in command.flags for name in flag.names)
-        lines += [f"    {'|'.join(names)})", '        case "$previous" in', *_behind_flags(command), "        esac"]
-        lines += ['        if [[ "$current" == -* ]]; then', f'            _aphro_offer "" {words}']
-        offered = _offer(command.argument)
-        lines += ["        else", f"            {offered}"] if offered else []
-        lines += ["        fi", "        ;;"]
-    return "\n".join([*lines, "    esac", "}", "complete -F _aphro aphro", ""])
+    return "\n".join([*lines, "}", "complete -F _aphro aphro", ""])
+
+
+def _level(commands: Sequence[Command], depth: int, flags: Sequence[str]) -> list[str]:
+    """What may stand at word ``depth``, then a case for each of it."""
+    indent = "    " * (2 * depth - 1)
+    offered = " ".join([*(command.name for command in commands), *flags])
+    lines = [
+        f'if [[ "$COMP_CWORD" -eq {depth} ]]; then',
+        f'    _aphro_offer "" {offered}',
+        "    return",
+        "fi",
+        f'case "${{COMP_WORDS[{depth}]}}" in',
+    ]
+    lines = [indent + line for line in lines]
+    for names, command in alike(list(commands)):
+        lines.append(f"{indent}{'|'.join(names)})")
+        if command.children:
+            lines += _level(command.children, depth + 1, ("--help",))
+        else:
+            lines += [f"{indent}    {line}" for line in _command(command)]
+        lines.append(f"{indent}    ;;")
+    return [*lines, f"{indent}esac"]
+
+
+def _command(command: Command) -> list[str]:
+    words = " ".join(name for flag in command.flags for name in flag.names)
+    offered = _offer(command.argument)
+    return [
+        'case "$previous" in',
+        *_behind_flags(command),
+        "esac",
+        'if [[ "$current" == -* ]]; then',
+        f'    _aphro_offer "" {words}',
+        *(["else", f"    {offered}"] if offered else []),
+        "fi",
+    ]
 
 
 def _behind_flags(command: Command) -> list[str]:
@@ -108,9 +134,7 @@ def _behind_flags(command: Command) -> list[str]:
     for flag in command.flags:
         if flag.value.kind != "none":
             rows.setdefault(_offer(flag.value), []).extend(flag.names)
-    return [
-        f"        {'|'.join(names)}) {offered + '; ' if offered else ''}return ;;" for offered, names in rows.items()
-    ]
+    return [f"{'|'.join(names)}) {offered + '; ' if offered else ''}return ;;" for offered, names in rows.items()]
 
 
 def _offer(value: Value) -> str:

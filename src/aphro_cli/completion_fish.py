@@ -36,12 +36,25 @@ def render_fish(commands: list[Command], header: str) -> str:
     for command in commands:
         lines.append(f"complete -c aphro -n __fish_use_subcommand -f -a {command.name} -d '{quote(command.help)}'")
     for names, command in alike(commands):
-        where = f"'__fish_seen_subcommand_from {' '.join(names)}'"
-        offered, takes_files = _offer(command.argument), command.argument.kind in ("file", "model")
-        if offered or not takes_files:
-            lines.append(f"complete -c aphro -n {where}{'' if takes_files else ' -f'}{offered}")
-        lines += [f"complete -c aphro -n {where} {_flag(flag)}" for flag in command.flags]
+        seen = f"__fish_seen_subcommand_from {' '.join(names)}"
+        if command.children:
+            inner = " ".join(child.name for child in command.children)
+            first = f"'{seen}; and not __fish_seen_subcommand_from {inner}'"
+            for child in command.children:
+                lines.append(f"complete -c aphro -n {first} -f -a {child.name} -d '{quote(child.help)}'")
+                lines += _command(child, f"'{seen}; and __fish_seen_subcommand_from {child.name}'")
+        else:
+            lines += _command(command, f"'{seen}'")
     return "\n".join([*lines, ""])
+
+
+def _command(command: Command, where: str) -> list[str]:
+    """``where``: the condition, in quotes, under which it is being typed."""
+    offered, takes_files = _offer(command.argument), command.argument.kind in ("file", "model")
+    lines = []
+    if offered or not takes_files:
+        lines.append(f"complete -c aphro -n {where}{'' if takes_files else ' -f'}{offered}")
+    return lines + [f"complete -c aphro -n {where} {_flag(flag)}" for flag in command.flags]
 
 
 def _flag(flag: Flag) -> str:

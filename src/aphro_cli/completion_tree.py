@@ -30,16 +30,19 @@ class Flag:
 
 @dataclass(frozen=True)
 class Command:
+    """Either a command with flags, or a group of ``children``."""
+
     name: str
     help: str
     flags: tuple[Flag, ...]
     argument: Value
+    children: tuple[Command, ...] = ()
 
 
 def read_commands(app: typer.Typer) -> list[Command]:
     """The commands of ``aphro``: names and help as it parses them, choices as their functions' annotations say."""
     parsed: Any = typer.main.get_command(app)
-    commands = []
+    commands: list[Command] = []
     for row in app.registered_commands:
         assert row.name is not None
         assert row.callback is not None
@@ -56,6 +59,12 @@ def read_commands(app: typer.Typer) -> list[Command]:
         help_flag = Flag(("--help", "-h"), "Show help and exit.", Value("none"))
         summary = row.short_help or (row.callback.__doc__ or "").splitlines()[0]
         commands.append(Command(row.name, summary, (*flags, help_flag), argument))
+    for group in app.registered_groups:
+        inner = group.typer_instance
+        assert inner is not None
+        assert inner.info.name is not None
+        children = tuple(read_commands(inner))
+        commands.append(Command(inner.info.name, str(inner.info.help), (), Value("none"), children))
     return commands
 
 
@@ -81,9 +90,10 @@ def _cards() -> tuple[str, ...]:
 
 def alike(commands: list[Command]) -> list[tuple[list[str], Command]]:
     """Commands with the same flags (``run`` and ``serve``) under one entry."""
-    groups: dict[tuple[Flag, ...], tuple[list[str], Command]] = {}
+    groups: dict[tuple[tuple[Flag, ...], tuple[Command, ...]], tuple[list[str], Command]] = {}
     for command in commands:
-        groups.setdefault(command.flags, ([], command))[0].append(command.name)
+        key = (command.flags, command.children)
+        groups.setdefault(key, ([], command))[0].append(command.name)
     return list(groups.values())
 
 

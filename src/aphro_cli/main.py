@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from aphro_cli import bench, catalogue, chat, completion, doctor, top
+from aphro_cli import bench, catalogue, chat, cluster, completion, doctor, top
 from aphro_cli import estimate as estimate_command
+from aphro_cli.help_option import ShowHelp
 from aphro_cli.run import EXAMPLES, run
 
 VERSION_EXAMPLES = """\b
@@ -43,21 +44,12 @@ def _show_version(is_asked: bool) -> None:
         raise typer.Exit
 
 
-def _show_help(context: typer.Context, is_asked: bool) -> None:
-    if is_asked:
-        typer.echo(context.get_help())
-        raise typer.Exit
-
-
 @app.callback()
 def aphro(
     show_version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="The same as aphro version.")
     ] = False,
-    # typer's own option, where it is not asked for, makes every command load pydantic before its help
-    show_help: Annotated[
-        bool, typer.Option("--help", "-h", callback=_show_help, is_eager=True, help="Show this message and exit.")
-    ] = False,
+    show_help: ShowHelp = False,
 ) -> None:
     pass
 
@@ -80,6 +72,7 @@ app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 app.command(
     "estimate", epilog=estimate_command.EXAMPLES, short_help="Say what fits, on which devices, with which tp/pp."
 )(estimate_command.estimate)
+app.add_typer(cluster.app)
 app.command("chat", epilog=chat.EXAMPLES)(chat.chat)
 app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
 app.command("top", epilog=top.EXAMPLES)(top.top)

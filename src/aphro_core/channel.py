@@ -113,5 +113,9 @@ class BlockingChannel(Generic[Out, In]):
             self._frames.feed(data)
         return self._codec.decode(body)
 
+    def set_timeout(self, seconds: float | None) -> None:
+        """From now on a wait longer than that counts as a closed channel; None: no wait does."""
+        self._sock.settimeout(seconds)
+
     def close(self) -> None:
         self._sock.close()

@@ -13,6 +13,7 @@ from aphro_core.checkpoint.hub import fetch_headers
 from aphro_core.checkpoint.open import local_path
 from aphro_core.config import EngineConfig
 from aphro_core.engine.entry import fit_cache
+from aphro_core.environment import is_secret
 from aphro_core.errors import AphroError
 from aphro_core.estimate.balance import RankBalance
 from aphro_core.frontend.supervisor import engine_environment
@@ -26,7 +27,6 @@ _SHOWN: Final = (
     *("APHRO_", "CUDA_", "GLOO_", "HF_", "KMP_", "MKL_", "NCCL_", "NVIDIA_", "OMP_", "PYTORCH_"),
     *("TOKENIZERS_", "TORCH", "TRANSFORMERS_", "TRITON_", "UCX_"),
 )
-_SECRET: Final = {"TOKEN", "KEY", "KEYS", "SECRET", "PASSWORD"}
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def _describe(problem: AphroError) -> dict[str, Any]:
 def _shown(environment: Mapping[str, str]) -> dict[str, str]:
     """What decides how ranks compute and talk, in order; never a secret's value."""
     return {
-        name: "set, not shown" if _SECRET & set(name.split("_")) else environment[name]
+        name: "set, not shown" if is_secret(name) else environment[name]
         for name in sorted(environment)
         if name.startswith(_SHOWN)
     }

@@ -18,6 +18,7 @@ class ExitCode(IntEnum):
     ENGINE = 7  # the engine or a worker died
     RECOVERY = 8  # it died too often to be started again
     SERVER = 9  # the server that was asked cannot be reached, or refuses, or fails a request
+    CLUSTER = 10  # no cluster here, the head does not answer or refuses, or nodes are missing
     INTERRUPTED = 130  # Ctrl-C before the server was up
 
 
@@ -62,6 +63,12 @@ class ServerError(AphroError):
     """A running server that ``chat``, ``bench`` or ``top`` asked: not there, refusing, or broken off."""
 
     exit_code = ExitCode.SERVER
+
+
+class ClusterError(AphroError):
+    """This host is in no cluster, cannot join it, or the cluster is not what was expected."""
+
+    exit_code = ExitCode.CLUSTER
 
 
 class EngineDeadError(AphroError):

@@ -134,6 +134,18 @@ def test_links_lead_somewhere(document: Path) -> None:
     assert [link for link in links if "://" not in link and not (document.parent / link).exists()] == []
 
 
+def test_cluster_page_has_every_option_and_default() -> None:
+    rows = [row for row in rows_of("docs/cluster.md") if re.match(r"`-", row[0])]
+    documented = {name for row in rows for name in re.findall(r"`(-[a-z-]+)`", row[0])}
+    children = COMMAND.commands["cluster"].commands.values()
+    params = {
+        name: param for child in children for param in child.params for name in (*param.opts, *param.secondary_opts)
+    }
+    assert documented == set(params) - {"--help", "-h"}
+    defaults = {name: row[2] for row in rows for name in re.findall(r"`(-[a-z-]+)`", row[0]) if row[2].isdigit()}
+    assert defaults == {name: f"{params[name].default:g}" for name in ("--port", "--wait-timeout", "--lines", "-n")}
+
+
 def test_estimate_page_has_every_option() -> None:
     documented = {name for row in rows_of("docs/estimate.md") for name in re.findall(r"`(--?[a-z-]+)`", row[0])}
     assert documented == set(options_of("estimate"))

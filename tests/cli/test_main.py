@@ -13,11 +13,23 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from aphro_cli import cluster
 from aphro_cli.completions import RENDERERS, render
 from aphro_cli.main import app
 
 ROOT = Path(__file__).parent.parent.parent
-HEAVY = ("torch", "transformers", "rich", "anyio", "starlette", "hypercorn", "tokenizers", "huggingface_hub", "httpx")
+HEAVY = [
+    "torch",
+    "transformers",
+    "rich",
+    "anyio",
+    "starlette",
+    "hypercorn",
+    "tokenizers",
+    "huggingface_hub",
+    "httpx",
+    "ray",
+]
 
 
 def cpu_seconds(*words: str) -> float:
@@ -47,11 +59,15 @@ def test_help_loads_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("name", [row.name for row in app.registered_commands])
+COMMANDS = [str(row.name) for row in app.registered_commands]
+COMMANDS += [f"cluster {row.name}" for row in cluster.app.registered_commands]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize("columns", [80, 200])
 def test_help_has_examples_and_fits(name: str, columns: int) -> None:
     """Examples stay as they are written; all else is wrapped to the terminal."""
-    result = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": str(columns)}, terminal_width=columns)
+    result = CliRunner().invoke(app, [*name.split(), "--help"], env={"COLUMNS": str(columns)}, terminal_width=columns)
     assert result.exit_code == 0
     text, _, examples = result.stdout.partition("Examples:")
     assert f"  aphro {'run' if name == 'serve' else name}" in examples
@@ -95,6 +111,9 @@ def test_completions_are_up_to_date(name: str) -> None:
         (["run", "--block-size", ""], ["8", "16", "32"]),
         (["run", "--port", ""], []),
         (["version", "--tensor-p"], []),
+        (["cluster", "st"], ["status"]),
+        (["cluster", "join", "--interf"], ["--interface"]),
+        (["cluster", "down", "--interf"], []),
     ],
 )
 def test_bash_completes_without_starting_anything(words: list[str], expected: list[str]) -> None:

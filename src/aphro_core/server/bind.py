@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from typing import Any, Final
 
 from aphro_core.errors import AddressError
-from aphro_core.server.listeners import holder_of
+from aphro_core.listeners import holder_of
 
 BACKLOG: Final = 2048  # connections that wait to be accepted: a burst must not be refused by the kernel
 UNREAD_SECONDS: Final = 60.0  # a client that reads nothing for so long is cut off, by the kernel

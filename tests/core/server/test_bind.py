@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from aphro_core.errors import AddressError, ExitCode
+from aphro_core.listeners import holder_of
 from aphro_core.server.bind import UNREAD_SECONDS, bind, url_of
-from aphro_core.server.listeners import holder_of
 from tests.core.server.loopback import loopback
 
 

@@ -1,0 +1,57 @@
+"""The command's side of a start: the member process is begun apart from the terminal, and followed until it is in."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import msgspec
+
+from aphro_core.cluster.membership import private_folder, state_folder
+from aphro_core.cluster.plan import Failed, Plan, Progress, Ready, Said
+from aphro_core.errors import AphroError, ClusterError, ExitCode
+from aphro_core.reporter import Reporter
+
+
+def start_member(plan: Plan, reporter: Reporter) -> None:
+    """Returns when the node is in. Raises AphroError when it could not get in; nothing runs then."""
+    logs = private_folder(state_folder() / "logs")
+    for old in logs.glob("*.log"):
+        old.unlink()
+    with (logs / "member.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "aphro_core.cluster.member"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            cwd="/",
+            start_new_session=True,  # no terminal's hang-up reaches it
+        )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(msgspec.json.encode(plan))
+    process.stdin.close()
+    try:
+        for line in process.stdout:
+            if _report(msgspec.json.decode(line, type=Progress), reporter):
+                return
+    except KeyboardInterrupt:
+        process.stdout.close()  # it ends, cleanly, at its next word to us
+        os.kill(process.pid, signal.SIGTERM)
+        raise
+    code = process.wait()
+    raise ClusterError(f"the member process ended with code {code}", hint=f"look into {logs / 'member.log'}")
+
+
+def _report(progress: Progress, reporter: Reporter) -> bool:
+    """Whether the node is in. Raises AphroError where it failed."""
+    match progress:
+        case Said(text=text, is_warning=is_warning):
+            reporter.line(f"warning: {text}" if is_warning else text)
+        case Failed(message=message, hint=hint, exit_code=code):
+            raise AphroError(message, hint=hint or None, exit_code=ExitCode(code))
+        case Ready():
+            return True
+    return False

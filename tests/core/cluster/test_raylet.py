@@ -1,0 +1,64 @@
+"""How Ray is started: every port fixed, with a token, and no secret in an argument list."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from aphro_core.cluster.ports import NUM_PORTS, Layout
+from aphro_core.cluster.raylet import ray_environment, start_command
+from tests.core.cluster.test_membership import HERE
+
+LAYOUT = Layout(30000)
+
+
+def options(role: str = "head", **changes: object) -> dict[str, str]:
+    here = replace(HERE, role=role, environment={"HF_TOKEN": "hf_secret"}, **changes)  # type: ignore[arg-type]
+    words = start_command(here, LAYOUT, name="node0", dashboard=False)
+    assert "hf_secret" not in " ".join(words)
+    return dict(word.lstrip("-").partition("=")[::2] for word in words[4:])
+
+
+def test_a_head() -> None:
+    found = options()
+    assert {"head", "no-monitor", "disable-usage-stats"} <= set(found)
+    assert found["port"] == "30000"
+    assert found["include-dashboard"] == "false"
+    assert "address" not in found
+
+
+def test_a_member_with_slots_and_one_with_gpus() -> None:
+    found = options("member")
+    assert found["address"] == HERE.head_address
+    assert not {"head", "port", "include-dashboard"} & set(found)
+    assert (found["resources"], found["num-gpus"]) == ('{"aphro_slot": 2}', "0")
+    found = options("member", resource="GPU", devices=3)
+    assert (found["resources"], found["num-gpus"]) == ("{}", "3")
+    assert options("member", devices=0)["resources"] == "{}"
+
+
+def test_every_port_is_of_the_layout_and_none_twice() -> None:
+    ports = LAYOUT.ports()
+    numbers = [number for port in ports for number in range(port.first, port.last + 1)]
+    assert len(numbers) == len(set(numbers))
+    assert set(numbers) <= set(range(30000, 30000 + NUM_PORTS))
+    typed = {int(value) for name, value in options().items() if name.endswith("port")}
+    assert typed <= set(numbers)
+    assert len(typed) == 10
+
+
+def test_the_environment_of_ray() -> None:
+    shell = {
+        "PATH": "/bin", "NCCL_DEBUG": "WARN", "RAY_ADDRESS": "elsewhere:1", "RAY_AUTH_TOKEN": "old",
+        "APHRO_API_KEY": "secret", "APHRO_CLUSTER_TOKEN": "secret",
+    }  # fmt: skip
+    assert ray_environment(replace(HERE, environment={"NCCL_DEBUG": "INFO"}), shell) == {
+        "PATH": "/bin", "NCCL_DEBUG": "INFO", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/state/token",
+        "RAY_USAGE_STATS_ENABLED": "0", "APHRO_CLUSTER_NODE": "c0ffee",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(True, "true"), (False, "false")])
+def test_the_dashboard_only_when_asked(asked: bool, expected: str) -> None:
+    assert f"--include-dashboard={expected}" in start_command(HERE, LAYOUT, name="n", dashboard=asked)
