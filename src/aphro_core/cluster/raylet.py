@@ -56,12 +56,12 @@ def start_command(membership: Membership, layout: Layout, *, name: str, dashboar
             "include-dashboard": str(dashboard).lower(),
             "dashboard-port": layout.dashboard,
         }
-        flags = ["--head", "--no-monitor", "--disable-usage-stats"]
+        flags = ["head", "no-monitor", "disable-usage-stats"]
     else:
         options |= {"address": membership.head_address}
         flags = []
-    words = [f"--{option}={value}" for option, value in options.items()]
-    return [sys.executable, "-m", "ray.scripts.scripts", "start", *flags, *words]
+    words = [*flags, *(f"{option}={value}" for option, value in options.items())]
+    return [sys.executable, "-m", "ray.scripts.scripts", "start", *(f"--{word}" for word in words)]
 
 
 def ray_environment(membership: Membership, inherited: Mapping[str, str]) -> dict[str, str]:
