@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+import secrets
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +15,9 @@ from typing import Any
 import pytest
 
 from aphro import LLM, SamplingParams
+from aphro_core.errors import PlacementError
+from aphro_core.reporter import SilentReporter
+from tests.e2e.server_process import running_server
 from tests.netns.hosts import NetnsHost, hosts
 from tests.netns.ray_nodes import RayNodes, ray_nodes
 from tests.tiny import write_tiny_checkpoint
@@ -49,6 +55,13 @@ def cluster(expected: list[list[int]], nodes: list[NetnsHost]) -> Iterator[RayNo
         yield made
 
 
+class PrintReporter(SilentReporter):
+    """Lines to standard error."""
+
+    def line(self, text: str) -> None:
+        print(text, file=sys.stderr)
+
+
 def tokens_of(llm: LLM) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY)]
 
@@ -77,29 +90,72 @@ def hosts_of(llm: LLM) -> list[str]:
     return [rank.host for rank in ready.ranks]
 
 
-@pytest.mark.parametrize(
-    ("tp", "pp", "where"),
-    [(2, 1, ["node0", "node0"]), (1, 3, ["node0", "node0", "node1"]), (2, 2, ["node0", "node0", "node1", "node2"])],
-)
-def test_tokens_of_one_process(
+def places_with(secret: str, nodes: list[NetnsHost], folder: Path) -> list[str]:
+    """Argument lists of hosts, and files of Ray (logs, above all), that a secret has come into."""
+    lists = [str(pid) for node in nodes for pid in node.processes() if secret.encode() in _command_line(pid)]
+    files = [str(file) for file in folder.rglob("*") if file.is_file() and secret.encode() in file.read_bytes()]
+    return lists + files
+
+
+def test_a_group_over_three_hosts(
     cluster: RayNodes,
     nodes: list[NetnsHost],
     model: Path,
     expected: list[list[int]],
-    tp: int,
-    pp: int,
-    where: list[str],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with LLM(str(model), tensor_parallel_size=tp, pipeline_parallel_size=pp, **SMALL) as llm:
-        assert hosts_of(llm) == where
+    """Two slots, one, and one: a stage on the first host, another that spans two; a killed rank is a pause."""
+    monkeypatch.setenv("HF_TOKEN", secret := secrets.token_hex(16))
+    with LLM(str(model), tensor_parallel_size=2, pipeline_parallel_size=2, reporter=PrintReporter(), **SMALL) as llm:
+        assert hosts_of(llm) == ["node0", "node0", "node1", "node2"]
         assert tokens_of(llm) == expected
+        os.kill(ranks_on([nodes[1]])[0], signal.SIGKILL)
+        assert tokens_of(llm) == expected
+        assert hosts_of(llm) == ["node0", "node0", "node1", "node2"]
+        assert places_with(secret, nodes, cluster.folder) == []
     wait_until_gone(nodes, 3)
+    said = capfd.readouterr().err
+    assert "Defaulting to use ray for distributed inference: 4 ranks, no devices on this host" in said
+    assert "4 ranks on 3 of 4 of the cluster" in said
+    assert "A tensor parallel group spans hosts" in said
+    assert re.search(r"rank 2 on node1 \(pid \d+\) was killed by signal 9", said)
 
 
-def test_a_killed_rank_is_a_pause(
-    cluster: RayNodes, nodes: list[NetnsHost], model: Path, expected: list[list[int]]
-) -> None:
-    with LLM(str(model), tensor_parallel_size=2, **SMALL) as llm:
-        os.kill(ranks_on(nodes)[0], signal.SIGKILL)
-        assert tokens_of(llm) == expected
-    wait_until_gone(nodes, 3)
+def test_a_killed_driver_leaves_nothing(cluster: RayNodes, nodes: list[NetnsHost], model: Path, tmp_path: Path) -> None:
+    arguments = ["-pp", "3", "--dtype", "float32", "--skip-tokenizer-init", "--max-model-len", "128"]
+    with running_server(tmp_path, model, *arguments) as server:
+        assert [worker["host"] for worker in server.record["workers"]] == ["node0", "node0", "node1"]
+        for pid in [server.process.pid, *server.descendants]:
+            os.kill(pid, signal.SIGKILL)
+        wait_until_gone(nodes, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"pipeline_parallel_size": 5}, r"World size \(5\) .* free slots .*\(4\): .*node0 \(.*\): 2 of 2 free, node1"),
+        (
+            {"wait_nodes": 9, "wait_timeout": 0.1},
+            "--wait-nodes 9: 4 nodes are there after 0.1 s: .*node2 .*: 1 of 1",
+        ),
+    ],
+)
+def test_refusals_say_what_is_there(cluster: RayNodes, model: Path, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(PlacementError, match=words):
+        LLM(str(model), **options, **SMALL)
+
+
+def test_a_dead_node_is_replaced_by_a_spare(cluster: RayNodes, nodes: list[NetnsHost], smollm2_gguf: Path) -> None:
+    """Uneven hosts, two devices and one. The last test of this file: node1 stays dead."""
+    options = {**SMALL, "max_model_len": 64, "num_blocks": 16}
+    with LLM(str(smollm2_gguf), **options) as llm:
+        alone = tokens_of(llm)
+    with LLM(str(smollm2_gguf), pipeline_parallel_size=3, **options) as llm:
+        assert hosts_of(llm) == ["node0", "node0", "node1"]
+        assert tokens_of(llm) == alone
+        nodes[1].kill()
+        assert tokens_of(llm) == alone
+        assert hosts_of(llm) == ["node0", "node0", "node2"]
+    with pytest.raises(PlacementError, match=r"node1 \(.*\): does not answer"):
+        LLM(str(smollm2_gguf), pipeline_parallel_size=4, **SMALL)

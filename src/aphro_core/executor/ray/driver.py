@@ -43,6 +43,7 @@ from aphro_core.executor.ray.protocol import (
 from aphro_core.lifeline import exit_on_hangup, name_process
 
 _RESOURCES: Final[tuple[Resource, ...]] = ("GPU", "aphro_slot", "CPU")
+_UNEXPECTED: Final = 2  # Ray's DeathReason of a node that was not taken away by somebody
 _PROBE_SECONDS: Final = 1.0
 _GRACE_SECONDS: Final = 1.0  # to end the agents before this process ends and Ray does it
 _MAX_WORDS: Final = 600
@@ -87,13 +88,13 @@ class Driver:
             self._group = PlacementGroup(ray.PlacementGroupID(bytes.fromhex(request.placement_group)))
 
     def _look(self) -> Cluster:
-        alive = [node for node in ray.nodes() if node["Alive"]]
+        nodes = _nodes()
         own = ray.get_runtime_context().get_node_id()
-        alive.sort(key=lambda node: (node["NodeID"] != own, _sort_key(node["NodeManagerAddress"])))
-        offers = self._bundle_offers() if self._group is not None else _node_offers(alive)
-        with ThreadPoolExecutor(max_workers=max(1, len(alive))) as pool:
-            reachable = list(pool.map(_is_reachable, alive))
-        nodes = [
+        nodes.sort(key=lambda node: (node["NodeID"] != own, _sort_key(node["NodeManagerAddress"])))
+        offers = self._bundle_offers() if self._group is not None else _node_offers(nodes)
+        with ThreadPoolExecutor(max_workers=max(1, len(nodes))) as pool:
+            reachable = list(pool.map(_is_reachable, nodes))
+        found = [
             RayNode(
                 id=node["NodeID"],
                 hostname=node["NodeManagerHostname"],
@@ -101,9 +102,9 @@ class Driver:
                 reachable=is_reachable,
                 offers=offers.get(node["NodeID"], []),
             )
-            for node, is_reachable in zip(alive, reachable, strict=True)
+            for node, is_reachable in zip(nodes, reachable, strict=True)
         ]
-        return Cluster(ray.util.get_node_ip_address(), nodes)
+        return Cluster(ray.util.get_node_ip_address(), found)
 
     def _bundle_offers(self) -> dict[str, list[Offer]]:
         """What the placement group has reserved, by node: nothing else may be used."""
@@ -170,11 +171,24 @@ class Driver:
                 self._send(RankEnded(rank, None, _words(error)))
 
 
-def _node_offers(alive: list[dict[str, Any]]) -> dict[str, list[Offer]]:
+def _nodes() -> list[dict[str, Any]]:
+    """The live ones, and those that died under it and have not come back: they are missed, where one is missing."""
+    found = ray.nodes()
+    alive = [node for node in found if node["Alive"]]
+    addresses = {node["NodeManagerAddress"] for node in alive}
+    died = {
+        node["NodeManagerAddress"]: node
+        for node in found
+        if node["DeathReason"] == _UNEXPECTED and node["NodeManagerAddress"] not in addresses
+    }
+    return alive + list(died.values())
+
+
+def _node_offers(nodes: list[dict[str, Any]]) -> dict[str, list[Offer]]:
     available = ray._private.state.available_resources_per_node()  # of Ray's API only the sum over nodes is public
     return {
         node["NodeID"]: [Offer(_counts(node["Resources"]), _counts(available.get(node["NodeID"], {})))]
-        for node in alive
+        for node in nodes
     }
 
 
@@ -184,6 +198,8 @@ def _counts(resources: dict[str, float]) -> dict[Resource, int]:
 
 def _is_reachable(node: dict[str, Any]) -> bool:
     """Asked twice: one lost packet is no dead host."""
+    if not node["Alive"]:
+        return False
     for _ in range(2):
         try:
             socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), _PROBE_SECONDS).close()
