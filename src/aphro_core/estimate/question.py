@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from aphro_core.errors import UsageError
+from aphro_core.errors import PlacementError, UsageError
 from aphro_core.estimate.balance import Sizes
 from aphro_core.estimate.cards import Card
 from aphro_core.estimate.facts import ModelFacts, QuantizationFacts
 from aphro_core.estimate.vllm_versions import Generation, Version, batch_defaults, parse_version
 from aphro_core.estimate.weights import DTYPE_BYTES, StoredTensor
 from aphro_core.models.spec import DecoderSpec
-from aphro_core.parallel.step_sizes import CPU_TOKENS, GPU_TOKENS, MAX_NUM_SEQS
+from aphro_core.parallel.memory import weights_bytes
+from aphro_core.parallel.shard import build_plan
+from aphro_core.parallel.step_sizes import CPU_TOKENS, GPU_PREFILL_TOKENS, MAX_NUM_SEQS, default_step_sizes
 
 CACHE_DTYPES: Final[dict[str, int | None]] = {
     "auto": None,
@@ -130,8 +132,7 @@ def resolve(question: Question, tp: int, pp: int) -> Sizes:
         utilization = generation.utilization
     tokens, seqs = question.max_num_batched_tokens or tokens, question.max_num_seqs or seqs
     if question.version is None:  # the largest of any step
-        prefill = GPU_TOKENS[1] if question.device.kind == "cuda" else 0
-        tokens = max(tokens, question.max_num_prefill_tokens or prefill)
+        tokens = max(tokens, question.max_num_prefill_tokens or _largest_step(question, tp, pp))
     if question.max_num_batched_tokens is None and question.version is not None:
         tokens = min(tokens, seqs * length)
     cache_bytes = CACHE_DTYPES.get(question.kv_cache_dtype, 0)
@@ -156,6 +157,20 @@ def resolve(question: Question, tp: int, pp: int) -> Sizes:
         draft_layers=question.draft_layers,
         draft_tokens=question.draft_tokens,
     )
+
+
+def _largest_step(question: Question, tp: int, pp: int) -> int:
+    """Tokens of aphro's largest step on GPUs, unless somebody says; 0 on CPUs, which have one size."""
+    spec = question.source.spec
+    if question.device.kind != "cuda":
+        return 0
+    if spec is None:
+        return GPU_PREFILL_TOKENS
+    try:
+        plan = build_plan(spec, tp, pp, question.pp_layers, expert_parallel=question.expert_parallel)
+    except PlacementError:  # whoever asks for the balance of these ranks is told
+        return GPU_PREFILL_TOKENS
+    return default_step_sizes("cuda", max(weights_bytes(spec, shard, 1) for shard in plan.ranks[::tp])).most_tokens
 
 
 def _dtype(question: Question) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Final
 
 MAX_NUM_SEQS: Final = {"cpu": 256, "cuda": 512}
 CPU_TOKENS: Final = 2048
-GPU_TOKENS: Final = (1024, 8192)  # with decoding rows at least and at most; beyond, the linears of an H200 gain nothing
-_GPU_PARAMETER_TOKENS: Final = 2048 * 8.5e9  # tokens times parameters that an H200 computes in about 50 ms
+# At least and at most. Beyond 8,192 linears gain nothing, but a host takes 14 ms and more to launch a step of any size.
+GPU_TOKENS: Final = (1024, 16384)
+GPU_PREFILL_TOKENS: Final = 8192  # where nothing decodes, at least
+_GPU_PARAMETER_TOKENS: Final = 1792 * 8.2e9  # tokens times parameters that a Hopper GPU computes in 40 to 45 ms
+_GPU_TOKENS_UNIT: Final = 256  # the largest tile of a product
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,12 @@ class StepSizes:
 def default_step_sizes(device: str, rank_parameters: int) -> StepSizes:
     """For ``rank_parameters`` parameters on the rank that has most, on ``cpu`` or ``cuda``.
 
-    While anything decodes its streams wait for the whole of a step, about 50 ms: as many tokens as a GPU reads in that
-    time, in inverse proportion to the parameters. Where nothing decodes, large steps are multiplied faster.
+    While anything decodes its streams wait for the whole of a step, its own attention included: about 50 ms, so as
+    many tokens as a GPU reads in 45, in inverse proportion to the parameters. Where nothing decodes, large steps are
+    multiplied faster.
     """
     if device == "cpu":
         return StepSizes(MAX_NUM_SEQS["cpu"], CPU_TOKENS, CPU_TOKENS)
-    fitting = 2 ** int(math.log2(max(_GPU_PARAMETER_TOKENS / max(rank_parameters, 1), 1.0)))
-    return StepSizes(MAX_NUM_SEQS["cuda"], min(max(fitting, GPU_TOKENS[0]), GPU_TOKENS[1]), GPU_TOKENS[1])
+    fitting = int(_GPU_PARAMETER_TOKENS / max(rank_parameters, 1)) // _GPU_TOKENS_UNIT * _GPU_TOKENS_UNIT
+    decode_tokens = min(max(fitting, GPU_TOKENS[0]), GPU_TOKENS[1])
+    return StepSizes(MAX_NUM_SEQS["cuda"], decode_tokens, max(decode_tokens, GPU_PREFILL_TOKENS))
