@@ -89,6 +89,16 @@ Quantization = Annotated[
         help="fp8, int8 or int4: quantise while loading; or the checkpoint's format; none expands GGUF.",
     ),
 ]
+ModelFrom = Annotated[
+    Literal["nodes", "head"],
+    typer.Option(
+        "--model-from", help="head: hosts without the model fetch the slices that their ranks need from this one."
+    ),
+]
+Verify = Annotated[
+    Literal["headers", "full"],
+    typer.Option("--verify", help="What is compared of the model files of --hosts: sizes and headers, or every byte."),
+]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hugging Face id.")]
 ServedModelName = Annotated[
     str | None, typer.Option("--served-model-name", help="The model's name in the API; default: from MODEL.")

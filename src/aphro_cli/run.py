@@ -26,6 +26,7 @@ Examples:
   aphro run ./llama -tp 2 -pp 2 --device cpu   four processes on this host's cores
   aphro run ./llama -tp 2 -pp 2 --hosts a:2,b:2
   aphro run ./llama -tp 2 -pp 2 --wait-nodes 2 in the cluster that this host is in (aphro cluster up, join)
+  aphro run ./llama -pp 2 --hosts a,b --model-from head   b needs no copy of the model
   APHRO_API_KEY=secret aphro run ./llama --host 0.0.0.0
   aphro run ./llama --load-format dummy        start with random weights, to try a placement
   aphro run ./llama -tp 2 --dry-run            plan, memory, ports, environment; nothing is started
@@ -60,6 +61,8 @@ def run(
     load_format: opt.LoadFormat = "auto",
     quantization: opt.Quantization = None,
     revision: opt.Revision = None,
+    model_from: opt.ModelFrom = "nodes",
+    verify: opt.Verify = "headers",
     served_model_name: opt.ServedModelName = None,
     chat_template: opt.ChatTemplate = None,
     skip_tokenizer_init: opt.SkipTokenizerInit = False,
@@ -142,6 +145,8 @@ def run(
             load_format=load_format,
             quantization=quantization,
             revision=revision,
+            model_from=model_from,
+            verify=verify,
             served_model_name=served_model_name,
             chat_template=chat_template,
             skip_tokenizer_init=skip_tokenizer_init,

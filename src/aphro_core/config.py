@@ -22,6 +22,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     load_format: Literal["auto", "dummy"] = "auto"
     quantization: str | None = None  # as asked with -q; None = as the checkpoint is
     seed: int = 0  # of dummy weights
+    model_from: Literal["nodes", "head"] = "nodes"  # head: hosts that lack it read what they need from the engine's
+    verify: Literal["headers", "full"] = "headers"  # what is compared of every host's files
 
 
 class HostSlots(msgspec.Struct, frozen=True):

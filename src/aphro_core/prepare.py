@@ -64,6 +64,8 @@ class EngineOptions:
     chat_template: str | None = None  # a file
     skip_tokenizer_init: bool = False
     revision: str | None = None
+    model_from: Literal["nodes", "head"] = "nodes"  # of --hosts
+    verify: Literal["headers", "full"] = "headers"
     seed: int = 0
     start_timeout: float = 1800.0
     distributed_timeout: float = 300.0
@@ -102,6 +104,7 @@ def prepare(options: EngineOptions, reporter: Reporter) -> Prepared:
         options.pp_layers,
         expert_parallel=options.enable_expert_parallel,
     )
+    _check_files_of_hosts(options, placement.backend)
     config = EngineConfig(
         model=ModelConfig(
             path=str(path),
@@ -112,6 +115,8 @@ def prepare(options: EngineOptions, reporter: Reporter) -> Prepared:
             load_format=options.load_format,
             quantization=quantization,
             seed=options.seed,
+            model_from=options.model_from,
+            verify=options.verify,
         ),
         parallel=ParallelConfig(
             tensor_parallel_size=options.tensor_parallel_size,
@@ -264,3 +269,17 @@ def _choose_quantization(
     if device == "cpu" and dtype == "bfloat16" and not is_int4(found):
         reporter.line("Weights that are not 4 bits in groups are kept in 8 bits a row, which this CPU multiplies.")
     return options.quantization
+
+
+def _check_files_of_hosts(options: EngineOptions, backend: Backend) -> None:
+    if backend == "ray" and options.verify == "full":
+        raise UsageError(
+            "verify is 'full', which compares files over ssh, and the ranks run in a Ray cluster",
+            hint="--hosts a:2,b:2, or leave --verify out: sizes and headers are compared",
+        )
+    for name, default in (("model_from", "nodes"), ("verify", "headers")):
+        if backend in ("inprocess", "mp") and getattr(options, name) != default:
+            raise UsageError(
+                f"{name} is {getattr(options, name)!r}, which is about other hosts, and all ranks run on this one",
+                hint=f"--hosts a:2,b:2, or leave --{name.replace('_', '-')} out",
+            )

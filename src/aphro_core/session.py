@@ -162,6 +162,13 @@ class Session:
         self._reporter.line(
             f"Maximum concurrency for {ready.max_model_len:,} tokens per request: {tokens / ready.max_model_len:.2f}x"
         )
+        for loaded in ready.ranks:
+            if loaded.bytes_fetched is not None:
+                fetched, read = loaded.bytes_fetched / gib, loaded.bytes_read / gib
+                self._reporter.line(
+                    f"Rank {loaded.rank} read {read:.2f} GiB of the model; {fetched:.2f} GiB came from this host, and "
+                    f"stay in ~/.cache/aphro/from-head on {loaded.host}."
+                )
         self._reporter.line(f"Engine ready after {self._seconds():.1f} s.")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -43,10 +43,10 @@ class GGUFCheckpoint(Checkpoint):
 
     hf_config: Mapping[str, Any]
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, open_file: Callable[[Path], ModelFile] = ModelFile) -> None:
         """Raises ModelError when the file is damaged, or of an architecture that is not supported."""
         self.path = path
-        self._file = ModelFile(path)
+        self._file = open_file(path)
         try:
             self._header = GGUFHeader(self._file)
         except BaseException:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from aphro_core.checkpoint.checkpoint import FETCH_AGAIN, Checkpoint
+from aphro_core.checkpoint.file import ModelFile
 from aphro_core.checkpoint.gguf import GGUFCheckpoint
 from aphro_core.checkpoint.hub import download
 from aphro_core.checkpoint.safetensors import SafetensorsCheckpoint
@@ -41,22 +42,22 @@ def local_path(model: str) -> Path | None:
     return None
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, open_file: Callable[[Path], ModelFile] = ModelFile) -> Checkpoint:
     """A folder with config.json and safetensors, or a ``.gguf`` file; headers are read and checked, no tensor is.
 
-    Raises ModelError that names the file and what is wrong with it.
+    ``open_file`` opens the files that have tensors. Raises ModelError that names the file and what is wrong with it.
     """
     path = Path(path)
     if path.is_file():
         if path.suffix == ".gguf":
-            return GGUFCheckpoint(path)
+            return GGUFCheckpoint(path, open_file)
         raise ModelError(
             f"{path} is no model, allowed: a folder with config.json and *.safetensors, or a .gguf file",
             hint=f"give its folder: {path.parent}"
             if path.suffix == ".safetensors"
             else "give a folder or a .gguf file",
         )
-    return SafetensorsCheckpoint(path, _read_config(_checked_folder(path)), _safetensors_of(path))
+    return SafetensorsCheckpoint(path, _read_config(_checked_folder(path)), _safetensors_of(path), open_file)
 
 
 def read_hf_config(path: str | Path) -> Mapping[str, Any]:

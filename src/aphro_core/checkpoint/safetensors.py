@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -50,7 +50,13 @@ class Entry:
 class SafetensorsCheckpoint(Checkpoint):
     chunk_elements: ClassVar[int] = 2**22
 
-    def __init__(self, path: Path, hf_config: Mapping[str, Any], file_names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        hf_config: Mapping[str, Any],
+        file_names: Sequence[str],
+        open_file: Callable[[Path], ModelFile] = ModelFile,
+    ) -> None:
         """``file_names`` are files of the folder ``path``. Raises ModelError for a damaged header or file."""
         self.path = path
         self.hf_config = hf_config
@@ -58,7 +64,7 @@ class SafetensorsCheckpoint(Checkpoint):
         self._entries: dict[str, Entry] = {}
         try:
             for name in file_names:
-                self._add(path / name)
+                self._add(open_file(path / name))
         except BaseException:
             self.close()
             raise
@@ -118,12 +124,11 @@ class SafetensorsCheckpoint(Checkpoint):
             raise ModelError(f"{self.path} has no tensor {name}", hint=FETCH_AGAIN)
         return entry
 
-    def _add(self, path: Path) -> None:
-        file = ModelFile(path)
+    def _add(self, file: ModelFile) -> None:
         self._files.append(file)
         for name, entry in read_header(file).items():
             if name in self._entries:
-                raise ModelError(f"{name} is in both {path} and {self._entries[name].file.path}", hint=FETCH_AGAIN)
+                raise ModelError(f"{name} is in both {file.path} and {self._entries[name].file.path}", hint=FETCH_AGAIN)
             self._entries[name] = entry
         file.bytes_read = 0
 

@@ -18,9 +18,11 @@ from anyio.abc import ObjectReceiveStream, ObjectSendStream
 from aphro_core.channel import Channel, ChannelClosedError
 from aphro_core.config import EngineConfig
 from aphro_core.errors import AphroError, EngineDeadError, ExitCode
+from aphro_core.executor.served_model import ServedModel
 from aphro_core.executor.store import GroupStore
 from aphro_core.host import num_oom_kills
 from aphro_core.lifeline import STACKS_SIGNAL
+from aphro_core.messages.model_source import FetchModel, ModelBytes
 from aphro_core.messages.steps import (
     AllocateCache,
     Beat,
@@ -111,8 +113,11 @@ class GroupExecutor:
         config: EngineConfig,
         launch: Callable[[int], Awaitable[Launched]],
         on_progress: Callable[[WorkerProgress], None],
+        model: ServedModel | None = None,
     ) -> None:
+        """``model``: what ranks on hosts without it may fetch."""
         self._config = config
+        self._model = model
         self._launch = launch
         self._store = GroupStore()
         self._num_oom_kills = num_oom_kills()
@@ -180,11 +185,19 @@ class GroupExecutor:
             case StoreCall():
                 await self._send(worker, self._store.answer(message))
                 return
+            case FetchModel():
+                await self._send(worker, await self._answer(message))
+                return
             case WorkerLog():
                 print(f"[{worker.host} rank {message.rank}] {message.line}", file=sys.stderr, flush=True)
                 return
         self._changed.set()
         self._changed = anyio.Event()
+
+    async def _answer(self, call: FetchModel) -> ModelBytes:
+        if self._model is None:
+            return ModelBytes(call.number, problem="this start hands out no model")
+        return await self._model.answer(call)
 
     async def _wait_all(self, is_done: Callable[[WorkerHandle], bool], seconds: float, what: str) -> None:
         with anyio.move_on_after(seconds):

@@ -4,37 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
-
-import msgspec
 
 from aphro_core.channel import Channel
-from aphro_core.config import EngineConfig, HostSlots
+from aphro_core.config import EngineConfig
 from aphro_core.environment import travelling
-from aphro_core.errors import PlacementError
 from aphro_core.executor.group import GroupExecutor, Launched, running
-from aphro_core.executor.host_checks import check_devices, check_files, check_versions
+from aphro_core.executor.nodes import Nodes, open_nodes
+from aphro_core.executor.served_model import ServedModel, open_served
+from aphro_core.executor.verify import verify_full
 from aphro_core.messages import codec
 from aphro_core.messages.steps import FromWorker, StartWorker, ToWorker, WorkerProgress
-from aphro_core.parallel.placement import Place, place_ranks
-from aphro_core.remote.remote import Host, Process
-from aphro_core.remote.ssh import SSH_FAILED, last_line, open_host
+from aphro_core.remote.remote import Process
+from aphro_core.remote.ssh import SSH_FAILED, last_line
 from aphro_core.spawn import Spawner
-from aphro_core.worker.host_report import HostReport, report_host
-
-_REPORT_SECONDS = 60.0  # a first import from a network file system takes its time
-
-
-@dataclass(frozen=True)
-class Node:
-    """A host that takes ranks."""
-
-    slots: HostSlots
-    host: Host
-    report: HostReport
 
 
 class RemoteProcess:
@@ -82,51 +66,33 @@ class RemoteProcess:
 async def open_ssh(
     config: EngineConfig, spawner: Spawner | None, on_progress: Callable[[WorkerProgress], None]
 ) -> AsyncIterator[GroupExecutor]:
-    """Look at every host, start the ranks, load the weights. Nothing of it is left anywhere when the block is left.
+    """Look at the hosts, start the ranks, load the weights. Nothing of it is left anywhere when the block is left.
 
     Raises HostUnreachableError, PlacementError or ModelError for a host that cannot take part.
     """
-    parallel = config.parallel
-    slots = [each.num_slots for each in parallel.hosts]
-    places = place_ranks(slots, parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
-    num_ranks = Counter(place.host for place in places)
     async with AsyncExitStack() as stack:
-        nodes = {i: await _open_node(stack, parallel.hosts[i], config, num_ranks[i]) for i in sorted(num_ranks)}
+        nodes = await open_nodes(stack, config)
+        if config.model.verify == "full":
+            await verify_full(nodes, config.model.path, on_progress)
+        names = [node.slots.name for node in nodes.by_index.values() if node.fetches]
+        model = stack.enter_context(open_served(config.model.path, names))
 
         async def launch(rank: int) -> Launched:
-            place = places[rank]
-            node = nodes[place.host]
-            start = _start_message(config, rank, place, nodes, num_ranks[place.host])
+            node = nodes.by_index[nodes.places[rank].host]
+            start = _start_message(config, rank, nodes, model)
             process = await stack.enter_async_context(
                 node.host.start(node.host.python, "-m", "aphro_core.worker.remote_entry")
             )
             channel = Channel[ToWorker, FromWorker](process.stream, codec.engine_side_of_worker())
             return Launched(RemoteProcess(process), channel, start, node.slots.name)
 
-        async with running(GroupExecutor(config, launch, on_progress), beats=True) as executor:
+        async with running(GroupExecutor(config, launch, on_progress, model), beats=True) as executor:
             yield executor
 
 
-async def _open_node(stack: AsyncExitStack, slots: HostSlots, config: EngineConfig, num_ranks: int) -> Node:
-    host, path = await stack.enter_async_context(open_host(slots.name)), config.model.path
-    output = await host.run(host.python, "-m", "aphro_core.worker.host_report", path, timeout_seconds=_REPORT_SECONDS)
-    if output.returncode != 0:
-        raise PlacementError(
-            f"{slots.name} cannot run aphro: {last_line(output.stderr) or f'exit code {output.returncode}'}",
-            hint=f"install it there in the same place: {host.python} must run `import aphro_core`",
-        )
-    report = msgspec.json.decode(last_line(output.stdout), type=HostReport)
-    ours = report_host(path)
-    check_versions(slots.name, report, ours)
-    check_devices(slots.name, report, num_ranks, config.device)
-    check_files(slots.name, path, report.files, ours.files)
-    return Node(slots, host, report)
-
-
-def _start_message(
-    config: EngineConfig, rank: int, place: Place, nodes: dict[int, Node], num_ranks: int
-) -> StartWorker:
-    node = nodes[place.host]
+def _start_message(config: EngineConfig, rank: int, nodes: Nodes, model: ServedModel | None) -> StartWorker:
+    place = nodes.places[rank]
+    node, num_ranks = nodes.by_index[place.host], nodes.num_ranks(place.host)
     environment = travelling(os.environ)
     if config.device == "cpu":
         environment.setdefault("OMP_NUM_THREADS", str(max(1, node.report.num_cores // num_ranks)))
@@ -137,5 +103,6 @@ def _start_message(
         store="",
         memory_bytes=int(node.report.memory_bytes * config.cache.cpu_memory_utilization / num_ranks),
         environment=environment,
-        peers=[other.host.address for i, other in nodes.items() if i != place.host],
+        peers=[other.host.address for i, other in nodes.by_index.items() if i != place.host],
+        source=model.source if model and node.fetches else None,
     )

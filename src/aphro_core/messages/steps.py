@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from aphro_core.config import EngineConfig
+from aphro_core.messages.model_source import FetchModel, ModelBytes, ModelSource
 from aphro_core.request import SamplingParams
 
 
@@ -24,6 +25,7 @@ class StartWorker(msgspec.Struct, frozen=True, tag="start_worker"):
     memory_bytes: int  # this rank's share of the host's memory, measured before any rank started (used on CPUs)
     environment: dict[str, str] = {}
     peers: list[str] = []  # addresses of the other hosts
+    source: ModelSource | None = None  # of a model that this host reads from the engine's
 
 
 class StoreCall(msgspec.Struct, frozen=True, tag="store_call"):
@@ -83,6 +85,7 @@ class WorkerLoaded(msgspec.Struct, frozen=True, tag="loaded"):
     block_bytes: int
     num_blocks: int
     bytes_read: int  # from the checkpoint
+    bytes_fetched: int | None = None  # of these from the engine's host; None: they were all here
 
 
 class AllocateCache(msgspec.Struct, frozen=True, tag="allocate"):
@@ -193,5 +196,7 @@ class StopWorker(msgspec.Struct, frozen=True, tag="stop"):
     pass
 
 
-ToWorker = StartWorker | AllocateCache | StepPlan | StopWorker | StoreReply | Beat | DumpStacks
-FromWorker = WorkerProgress | WorkerLoaded | WorkerReady | WorkerFailed | StepResult | StoreCall | WorkerLog
+ToWorker = StartWorker | AllocateCache | StepPlan | StopWorker | StoreReply | ModelBytes | Beat | DumpStacks
+FromWorker = (
+    WorkerProgress | WorkerLoaded | WorkerReady | WorkerFailed | StepResult | StoreCall | FetchModel | WorkerLog
+)

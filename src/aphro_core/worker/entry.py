@@ -29,6 +29,8 @@ from aphro_core.worker.step_failure import is_echo
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
+    from aphro_core.worker.fetched_model import Fetch
+
 
 class WorkerChannel(Protocol):
     def send(self, message: FromWorker) -> None: ...
@@ -63,11 +65,17 @@ def run(channel: WorkerChannel, serve: Callable[[WorkerChannel, StartWorker], No
     return 0
 
 
-def serve(channel: WorkerChannel, start: StartWorker, open_store: Callable[[], Store] | None = None) -> None:
+def serve(
+    channel: WorkerChannel,
+    start: StartWorker,
+    open_store: Callable[[], Store] | None = None,
+    fetch: Fetch | None = None,
+) -> None:
+    """``open_store`` and ``fetch``: for ranks on other hosts, where they meet and where a model comes from."""
     from aphro_core.worker.results import Results, freeze_heap
     from aphro_core.worker.worker import Worker
 
-    worker = Worker(start, channel.send, open_store)
+    worker = Worker(start, channel.send, open_store, fetch)
     channel.send(worker.load())
     with Results(channel.send, errors=partial(_fail, channel, start.rank)) as results:
         while True:

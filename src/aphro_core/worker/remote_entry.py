@@ -51,7 +51,7 @@ def _serve(channel: StdioChannel, log: int, _: entry.WorkerChannel, start: Start
 
         return RelayedStore(channel.ask, start.config.distributed_timeout_seconds)
 
-    entry.serve(channel, start, open_store)
+    entry.serve(channel, start, open_store, channel.fetch)
 
 
 def _interfaces(peers: list[str]) -> dict[str, str]:

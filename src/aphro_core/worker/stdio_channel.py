@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import os
 import select
 import sys
@@ -16,11 +17,13 @@ import msgspec
 
 from aphro_core.channel import ChannelClosedError, Frames
 from aphro_core.messages import codec
+from aphro_core.messages.model_source import FetchModel, ModelBytes
 from aphro_core.messages.steps import Beat, DumpStacks, FromWorker, StoreCall, StoreReply, ToWorker
 
 _READ_BYTES: Final = 256 * 1024
 _GRACE_SECONDS: Final = 0.5  # for the worker to end by itself once the engine is gone
 _REPLY_SECONDS: Final = 60.0
+_FETCH_SECONDS: Final = 300.0  # for a MiB or so, behind those of other ranks
 
 
 class StdioChannel:
@@ -32,6 +35,8 @@ class StdioChannel:
         self._codec = codec.worker_side()
         self._messages: SimpleQueue[ToWorker | None] = SimpleQueue()
         self._replies: SimpleQueue[StoreReply] = SimpleQueue()
+        self._fetches: dict[int, SimpleQueue[ModelBytes]] = {}
+        self._numbers = itertools.count()
         self._write_lock, self._ask_lock = threading.Lock(), threading.Lock()
         threading.Thread(target=self._read, name="channel", daemon=True).start()
 
@@ -58,6 +63,21 @@ class StdioChannel:
                 return self._replies.get(timeout=_REPLY_SECONDS)
             except Empty:
                 raise RuntimeError(f"the engine has not answered within {_REPLY_SECONDS:g} s") from None
+
+    def fetch(self, file: str, ranges: list[int]) -> bytes:
+        """The bytes of ranges of a model file on the engine's host, from any thread. Raises RuntimeError."""
+        number, replies = next(self._numbers), SimpleQueue[ModelBytes]()
+        self._fetches[number] = replies
+        try:
+            self.send(FetchModel(number, file, ranges))
+            reply = replies.get(timeout=_FETCH_SECONDS)
+        except Empty:
+            raise RuntimeError(f"it has not answered within {_FETCH_SECONDS:g} s") from None
+        finally:
+            del self._fetches[number]
+        if reply.problem:
+            raise RuntimeError(reply.problem)
+        return reply.data
 
     def _read(self) -> None:
         """Until the engine is gone, or silent for a whole lease: then this process ends, also out of a collective."""
@@ -93,5 +113,8 @@ class StdioChannel:
                 faulthandler.dump_traceback(all_threads=True)
             case StoreReply():
                 self._replies.put(message)
+            case ModelBytes():
+                if message.number in self._fetches:
+                    self._fetches[message.number].put(message)
             case _:
                 self._messages.put(message)

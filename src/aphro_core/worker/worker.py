@@ -13,6 +13,7 @@ import torch
 from torch.distributed import FileStore, Store  # type: ignore[attr-defined]
 
 from aphro_core import distributed
+from aphro_core.checkpoint.checkpoint import Checkpoint
 from aphro_core.checkpoint.open import open_checkpoint, read_hf_config
 from aphro_core.errors import EngineDeadError
 from aphro_core.layers.decoder import Decoder
@@ -22,6 +23,7 @@ from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel import memory
 from aphro_core.parallel.shard import build_plan
 from aphro_core.worker.device_runner import DeviceRunner
+from aphro_core.worker.fetched_model import Fetch, FetchedModel
 from aphro_core.worker.kv_cache import allocate_kv_cache
 from aphro_core.worker.loader import dummy_weights, load_weights
 from aphro_core.worker.model_runner import ModelRunner
@@ -40,9 +42,12 @@ class Worker:
         start: StartWorker,
         on_progress: Callable[[WorkerProgress], None],
         open_store: Callable[[], Store] | None = None,
+        fetch: Fetch | None = None,
     ) -> None:
-        """``open_store`` makes what the ranks meet in, if it is not the file ``start.store``."""
+        """``open_store`` makes what the ranks meet in, if it is not the file ``start.store``; ``fetch`` gets ranges of
+        a model that comes from elsewhere."""
         self._start = start
+        self._fetched = FetchedModel(start.source, fetch) if start.source and fetch else None
         self._open_store = open_store or self._open_file
         self._config = start.config
         self._on_progress = on_progress
@@ -70,7 +75,7 @@ class Worker:
         if model.load_format == "dummy":
             weights = dummy_weights(self._spec, self._shard, self._dtype, self._device, model.seed)
         else:
-            with open_checkpoint(Path(model.path)) as checkpoint:
+            with self._open_checkpoint() as checkpoint:
                 weights = load_weights(
                     checkpoint, self._spec, self._shard, self._dtype, self._device, self._weights_progress
                 )
@@ -171,6 +176,7 @@ class Worker:
             block_bytes=block_bytes,
             num_blocks=memory.num_blocks(kv_bytes, block_bytes),
             bytes_read=bytes_read,
+            bytes_fetched=self._fetched.bytes_fetched if self._fetched else None,
         )
 
     def _memory_budget(self) -> int:
@@ -186,11 +192,14 @@ class Worker:
         return FileStore(self._start.store, self._config.parallel.world_size)
 
     def _read_spec(self) -> DecoderSpec:
-        path = Path(self._config.model.path)
         if self._config.model.load_format == "dummy":
+            path = self._fetched.fetch_heads() if self._fetched else self._config.model.path
             return load_spec(read_hf_config(path), self._config.model.quantization)
-        with open_checkpoint(path) as checkpoint:
+        with self._open_checkpoint() as checkpoint:
             return load_spec(checkpoint.hf_config, self._config.model.quantization)
+
+    def _open_checkpoint(self) -> Checkpoint:
+        return self._fetched.open() if self._fetched else open_checkpoint(Path(self._config.model.path))
 
     def _weights_progress(self, done: int, total: int) -> None:
         self._progress("weights", done, total)

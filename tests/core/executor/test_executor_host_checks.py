@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from aphro_core.checkpoint.model_files import FileFacts, facts_of
 from aphro_core.errors import ModelError, PlacementError
 from aphro_core.executor.host_checks import check_devices, check_files, check_versions
-from aphro_core.worker.host_report import HostReport, ModelFile, model_files
+from aphro_core.worker.host_report import HostReport
 
 OURS = HostReport("here", {"aphro": "1.0", "torch": "2.13.0", "python": "3.12"}, 8, 0, 2**34, {})
 
@@ -38,18 +39,19 @@ def test_files(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "a.safetensors").write_bytes(b"abc")
     (tmp_path / "notes.txt").write_text("not of the model")
-    ours = model_files(tmp_path)
+    ours = facts_of(tmp_path)
     assert set(ours) == {"config.json", "a.safetensors"}
     check_files("b", "/m", ours, ours)
-    assert model_files(tmp_path / "a.safetensors") == {"a.safetensors": ours["a.safetensors"]}
-    assert model_files(tmp_path / "nothing") == {}
-    changed = ours | {"a.safetensors": ModelFile(3, "0" * 64)}
+    assert facts_of(tmp_path / "a.safetensors") == {"a.safetensors": ours["a.safetensors"]}
+    assert facts_of(tmp_path / "nothing") == {}
+    changed = ours | {"a.safetensors": FileFacts(3, 3, "0" * 64)}
     missing = {"config.json": ours["config.json"]}
     for theirs, words in (
         ({}, "b has no model at /m"),
         (missing, "b: a.safetensors of /m is missing"),
-        (ours | {"a.safetensors": ModelFile(2, "")}, "b: a.safetensors of /m has 2 bytes, 3 on this host"),
+        (ours | {"a.safetensors": FileFacts(2, 2, "")}, "b: a.safetensors of /m has 2 bytes, 3 on this host"),
         (changed, "b: a.safetensors of /m begins with other bytes"),
+        (ours | {"b.safetensors": ours["a.safetensors"]}, "b: /m has b.safetensors, which this host's has not"),
     ):
         with pytest.raises(ModelError, match=words):
             check_files("b", "/m", theirs, ours)

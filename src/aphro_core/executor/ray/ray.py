@@ -19,7 +19,7 @@ from anyio.abc import SocketStream, TaskGroup
 from aphro_core.channel import Channel
 from aphro_core.config import EngineConfig
 from aphro_core.environment import travelling
-from aphro_core.errors import AddressError, EngineDeadError, PlacementError
+from aphro_core.errors import AddressError, EngineDeadError, ModelError, PlacementError
 from aphro_core.executor.group import GroupExecutor, Launched, WorkerChannel, running
 from aphro_core.executor.host_checks import check_devices, check_files, check_versions
 from aphro_core.executor.ray.admission import Admission, open_admission
@@ -35,6 +35,7 @@ from aphro_core.executor.ray.protocol import (
 )
 from aphro_core.executor.ray.room import wait_for_room
 from aphro_core.executor.ray.seats import Seat, names, seat_ranks
+from aphro_core.executor.served_model import ServedModel, open_served
 from aphro_core.messages import codec
 from aphro_core.messages.steps import FromWorker, StartWorker, ToWorker, WorkerProgress
 from aphro_core.remote.ssh import last_line
@@ -55,6 +56,7 @@ class Group:
     reports: list[AgentReport]
     seats: list[Seat]
     hosts: dict[str, str]
+    fetching: frozenset[str]  # ids of nodes without the model, which are to read ours
 
 
 class RayRank:
@@ -128,10 +130,11 @@ async def open_ray(
 
         async def launch(rank: int) -> Launched:
             host = group.hosts[group.seats[rank].node.id]
-            return Launched(ranks[rank], channels[rank], _start_message(config, rank, group), host)
+            return Launched(ranks[rank], channels[rank], _start_message(config, rank, group, model), host)
 
-        async with running(GroupExecutor(config, launch, on_progress), beats=True) as executor:
-            yield executor
+        with open_served(config.model.path, [group.hosts[node] for node in sorted(group.fetching)]) as model:
+            async with running(GroupExecutor(config, launch, on_progress, model), beats=True) as executor:
+                yield executor
         tasks.cancel_scope.cancel()
 
 
@@ -165,8 +168,8 @@ async def _open_agents(link: RayLink, config: EngineConfig) -> Group:
         failed = {place.node: why for place, why in zip(places, answer.failures, strict=True) if why}
         if not failed:
             reports = [report for report in answer.reports if report is not None]
-            await anyio.to_thread.run_sync(_check, config, hosts, places, reports)
-            return Group(cluster.address, places, reports, seats, hosts)
+            fetching = await anyio.to_thread.run_sync(_check, config, hosts, places, reports)
+            return Group(cluster.address, places, reports, seats, hosts, fetching)
         failures += [f"{hosts[node]} {why}" for node, why in failed.items()]
         _say(f"{failures[-1]}; trying without it.")
         refused |= set(failed)
@@ -174,14 +177,21 @@ async def _open_agents(link: RayLink, config: EngineConfig) -> Group:
 
 def _check(
     config: EngineConfig, hosts: Mapping[str, str], places: Sequence[AgentPlace], reports: Sequence[AgentReport]
-) -> None:
-    path = config.model.path
+) -> frozenset[str]:
+    """The nodes that lack the model, if they may fetch it. Raises PlacementError or ModelError for what may not be."""
+    path, fetching = config.model.path, set[str]()
     ours = report_host(path)
     for place, report in zip(places, reports, strict=True):
         name = hosts[place.node]
         check_versions(name, report.host, ours)
         check_devices(name, report.host, place.num_ranks, config.device)
-        check_files(name, path, report.host.files, ours.files)
+        try:
+            check_files(name, path, report.host.files, ours.files)
+        except ModelError:
+            if config.model.model_from != "head":
+                raise
+            fetching.add(place.node)
+    return frozenset(fetching)
 
 
 async def _start_ranks(link: RayLink, group: Group, ranks: Sequence[RayRank]) -> list[WorkerChannel]:
@@ -227,7 +237,7 @@ async def _close_after_end(rank: RayRank, channel: WorkerChannel) -> None:
     await channel.aclose()
 
 
-def _start_message(config: EngineConfig, rank: int, group: Group) -> StartWorker:
+def _start_message(config: EngineConfig, rank: int, group: Group, model: ServedModel | None) -> StartWorker:
     seat = group.seats[rank]
     report = group.reports[seat.agent]
     num_ranks = Counter(each.node.id for each in group.seats)[seat.node.id]
@@ -241,6 +251,7 @@ def _start_message(config: EngineConfig, rank: int, group: Group) -> StartWorker
         store="",
         memory_bytes=int(report.host.memory_bytes * config.cache.cpu_memory_utilization / num_ranks),
         environment=environment,
+        source=model.source if model and seat.node.id in group.fetching else None,
         peers=sorted({each.node.address for each in group.seats} - {seat.node.address}),
     )
 
