@@ -88,11 +88,13 @@ _aphro() {
         --max-model-len) _aphro_offer "" auto; return ;;
         --block-size) _aphro_offer "" 8 16 32; return ;;
         --load-format) _aphro_offer "" auto dummy; return ;;
+        --model-from) _aphro_offer "" nodes head; return ;;
+        --verify) _aphro_offer "" headers full; return ;;
         --chat-template|--json-ready|--config) compopt -o default; return ;;
         --log-level) _aphro_offer "" debug info warning error; return ;;
         esac
         if [[ "$current" == -* ]]; then
-            _aphro_offer "" --tensor-parallel-size -tp --pipeline-parallel-size -pp --pp-layers --enable-expert-parallel --distributed-executor-backend --hosts --wait-nodes --wait-timeout --device --dtype --max-model-len --max-num-seqs --max-num-batched-tokens --max-num-prefill-tokens --enforce-eager --gpu-memory-utilization -gmu --cpu-memory-utilization --block-size --num-gpu-blocks-override --enable-prefix-caching --no-enable-prefix-caching --load-format --quantization -q --revision --served-model-name --chat-template --skip-tokenizer-init --seed --host --port --api-key --api-keys --allow-anonymous --max-queued-requests --queue-timeout --request-timeout --drain-seconds --json-ready --start-timeout --distributed-timeout --distributed-timeout-seconds --step-timeout --max-recoveries --log-level --config --print-config --dry-run --json --help -h
+            _aphro_offer "" --tensor-parallel-size -tp --pipeline-parallel-size -pp --pp-layers --enable-expert-parallel --distributed-executor-backend --hosts --wait-nodes --wait-timeout --device --dtype --max-model-len --max-num-seqs --max-num-batched-tokens --max-num-prefill-tokens --enforce-eager --gpu-memory-utilization -gmu --cpu-memory-utilization --block-size --num-gpu-blocks-override --enable-prefix-caching --no-enable-prefix-caching --load-format --quantization -q --revision --model-from --verify --served-model-name --chat-template --skip-tokenizer-init --seed --host --port --api-key --api-keys --allow-anonymous --max-queued-requests --queue-timeout --request-timeout --drain-seconds --json-ready --start-timeout --distributed-timeout --distributed-timeout-seconds --step-timeout --max-recoveries --log-level --config --print-config --dry-run --json --help -h
         else
             _aphro_models
         fi

@@ -9,6 +9,7 @@ from typing import Literal
 from aphro_core import host
 from aphro_core.checkpoint.open import open_checkpoint, read_hf_config, resolve_model
 from aphro_core.config import (
+    Backend,
     CacheConfig,
     Device,
     DType,
