@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Final
 
@@ -42,10 +42,22 @@ def read_attention(keys: ConfigKeys, num_layers: int) -> tuple[AttentionFacts, .
     if "linear" in kinds:
         by_kind["linear"] = replace(base, kind="linear", num_kv_heads=0, latent=None, state=_state(keys))
     layers = [by_kind[kind] for kind in kinds]
+    blocks = keys.list("block_configs")
+    if blocks:
+        layers = [_of_block(layer, block) for layer, block in zip(layers, blocks, strict=False)]
     shared = keys.integer("num_kv_shared_layers", 0, minimum=0)
     return tuple(
         replace(layer, shares_cache=True) if at >= num_layers - shared else layer for at, layer in enumerate(layers)
     )
+
+
+def _of_block(attention: AttentionFacts, block: object) -> AttentionFacts:
+    """Nemotron-NAS: each layer says how many query heads share a KV head, or that it has no attention."""
+    found = block.get("attention") if isinstance(block, Mapping) else None
+    each = found.get("n_heads_in_group") if isinstance(found, Mapping) else None
+    if isinstance(each, int) and not isinstance(each, bool) and each > 0:
+        return replace(attention, num_kv_heads=max(attention.num_heads // each, 1))
+    return replace(attention, kind="none", num_kv_heads=0)
 
 
 def _full(keys: ConfigKeys) -> AttentionFacts:
@@ -133,6 +145,16 @@ def _state(keys: ConfigKeys) -> StateFacts:
         return StateFacts(
             recurrent=inner * head_dim, conv_channels=3 * inner, conv_kernel=kernel, parameters=parameters
         )
+    if keys.has("attn_type_list"):  # lightning attention: q, k, v and a gate of the queries' width
+        heads = keys.integer("heads")
+        head_dim = keys.integer("head_dim", hidden // heads)
+        inner = heads * head_dim
+        return StateFacts(recurrent=inner * head_dim, conv_channels=0, conv_kernel=1, parameters=5 * hidden * inner)
+    if keys.has("mamba_dt_rank"):  # Mamba-1
+        inner, size = keys.integer("mamba_expand", 2) * hidden, keys.integer("mamba_d_state", 16)
+        rank = keys.integer("mamba_dt_rank")
+        parameters = inner * (3 * hidden + kernel + 2 * rank + 3 * size)
+        return StateFacts(recurrent=inner * size, conv_channels=inner, conv_kernel=kernel, parameters=parameters)
     heads = keys.integer("mamba_n_heads", keys.integer("mamba_num_heads", 0, minimum=0), minimum=0)
     head_dim = keys.integer("mamba_d_head", keys.integer("mamba_head_dim", 64))
     size = keys.integer("mamba_d_state", keys.integer("ssm_state_size", 128))
@@ -162,13 +184,19 @@ def _kinds(keys: ConfigKeys, num_layers: int) -> list[AttentionKind]:
                 hint=f"one entry a layer is expected, of {', '.join(sorted(_KINDS))}",
             )
         return [kind for kind in kinds if kind is not None]
+    listed = keys.list("attn_type_list")  # MiniMax: 1 full, 0 lightning
+    if listed:
+        return ["full" if each else "linear" for each in listed]
+    full = keys.list("full_attn_layers")  # Kimi Linear, counted from 1
+    if full:
+        return ["full" if layer + 1 in full else "linear" for layer in range(num_layers)]
     pattern = keys.text("hybrid_override_pattern")
     if pattern:  # Nemotron-H: M a state, * attention, - an MLP alone
         letters: dict[str, AttentionKind] = {"M": "linear", "*": "full"}
         return [letters.get(letter, "none") for letter in pattern]
     is_global = _global_rule(keys)
     other: AttentionKind = "full"
-    if keys.has("linear_num_value_heads"):
+    if keys.has("linear_num_value_heads") or keys.has("attn_layer_period"):
         other = "linear"
     elif keys.model_type.startswith("llama4") and keys.has("attention_chunk_size"):
         other = "chunked"
@@ -199,10 +227,21 @@ def _global_rule(keys: ConfigKeys) -> Callable[[int], bool]:
         rotates = keys.list("no_rope_layers")  # 1 where a layer has rotary positions, and then chunks
         step = keys.integer("no_rope_layer_interval", 4)
         return lambda layer: not rotates[layer] if layer < len(rotates) else (layer + 1) % step == 0
-    if kind == "gemma2":
-        return lambda layer: layer % 2 == 1
-    if kind in ("gemma3", "gemma3_text", "gemma3n_text", "gemma4_text", "cohere2", "gpt_oss", "exaone4"):
-        default = {"cohere2": 4, "gpt_oss": 2, "gemma3n_text": 5, "exaone4": 4}.get(kind, 6)
-        every = keys.integer("sliding_window_pattern", keys.integer("_sliding_window_pattern", default))
-        return lambda layer: (layer + 1) % every == 0
-    return lambda layer: False
+    return _periodic_rule(keys)
+
+
+def _periodic_rule(keys: ConfigKeys) -> Callable[[int], bool]:
+    """One layer of every so many."""
+    kind = keys.model_type
+    if keys.has("attn_layer_period"):  # Jamba
+        period, offset = keys.integer("attn_layer_period"), keys.integer("attn_layer_offset", 0, minimum=0)
+        return lambda layer: layer % period == offset
+    letters = keys.text("sliding_window_pattern")
+    if letters:  # exaone4: LLLG
+        return lambda layer: letters[layer % len(letters)] == "G"
+    default = {"gemma2": 2, "cohere2": 4, "gpt_oss": 2, "gemma3n_text": 5, "exaone4": 4}.get(kind)
+    default = default or (6 if kind in ("gemma3", "gemma3_text", "gemma4_text") else None)
+    if default is None:
+        return lambda layer: False
+    every = keys.integer("sliding_window_pattern", keys.integer("_sliding_window_pattern", default))
+    return lambda layer: (layer + 1) % every == 0

@@ -52,16 +52,70 @@ _OMITTED: Final[dict[str, dict[str, Any]]] = {
     "qwen3_5_text": {"head_dim": 256, "linear_conv_kernel_dim": 4, "vocab_size": 248_320},
 }
 
+# The same, of decoders in a section of a larger model, where the classes' own sizes are left out too.
+_OMITTED_INSIDE: Final[dict[str, dict[str, Any]]] = {
+    "llama": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "intermediate_size": 11_008,
+        "vocab_size": 32_000,
+        "max_position_embeddings": 2048,
+    },
+    "mistral": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14_336,
+        "vocab_size": 32_000,
+        "max_position_embeddings": 131_072,
+    },
+    "qwen2": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "intermediate_size": 22_016,
+        "vocab_size": 151_936,
+        "max_position_embeddings": 32_768,
+    },
+}
+
+_LINEAR_ATTENTION: Final = {  # Kimi Linear's section -> names as other families have them
+    "num_heads": "linear_num_heads",
+    "head_dim": "linear_head_dim",
+    "short_conv_kernel_size": "linear_conv_kernel_dim",
+    "full_attn_layers": "full_attn_layers",
+}
+
 NAMES: Final[dict[str, tuple[str, ...]]] = {
-    "hidden": ("hidden_size", "n_embd", "d_model", "model_dim"),
+    "hidden": ("hidden_size", "n_embd", "d_model", "model_dim", "n_embed", "dim"),
     "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
     "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
-    "kv_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num", "kv_n_heads"),
+    "kv_heads": (
+        "num_key_value_heads",
+        "num_kv_heads",
+        "n_head_kv",
+        "multi_query_group_num",
+        "kv_n_heads",
+        "n_kv_heads",
+        "num_attention_groups",
+    ),
     "head_dim": ("head_dim", "attention_head_dim", "kv_channels"),
     "vocab": ("padded_vocab_size", "vocab_size"),
-    "intermediate": ("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner", "d_ff"),
+    "intermediate": (
+        "intermediate_size",
+        "ffn_hidden_size",
+        "ffn_dim",
+        "n_inner",
+        "d_ff",
+        "ff_intermediate_size",
+        "hidden_dim",
+    ),
     "position": (
         "max_position_embeddings",
+        "max_position_embedding",
         "n_positions",
         "max_seq_len",
         "max_sequence_length",
@@ -79,8 +133,8 @@ NAMES: Final[dict[str, tuple[str, ...]]] = {
         "top_k_experts",
     ),
     "expert_size": ("moe_intermediate_size", "expert_intermediate_size"),
-    "shared_experts": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
-    "shared_size": ("shared_expert_intermediate_size", "shared_intermediate_size"),
+    "shared_experts": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert"),
+    "shared_size": ("shared_expert_intermediate_size", "shared_intermediate_size", "share_expert_dim"),
 }
 
 
@@ -101,15 +155,19 @@ class ConfigKeys:
             if isinstance(found, Mapping):
                 text = {key: value for key, value in text.items() if key not in found} | dict(found)
                 text.setdefault("model_type", whole.get("model_type"))
-        for nested in ("attn_config", "ffn_config"):  # MPT and DBRX
+        for nested in ("attn_config", "ffn_config", "moe"):  # MPT, DBRX, Mistral's own format
             found = text.get(nested)
             if isinstance(found, Mapping):
                 text |= {key: value for key, value in found.items() if key not in text}
+        linear = text.get("linear_attn_config")
+        if isinstance(linear, Mapping):
+            text |= {flat: linear[key] for key, flat in _LINEAR_ATTENTION.items() if key in linear}
         names = HfConfig(whole).names("architectures") or HfConfig(text).names("architectures")
         self.model_type = str(text.get("model_type") or whole.get("model_type") or _type_of(names))
         self.whole_type = str(whole.get("model_type") or self.model_type)
         self.architecture = names[0][:80] if names else self.whole_type or "unknown"
-        omitted = _OMITTED.get(self.model_type, {})
+        inside = _OMITTED_INSIDE.get(self.model_type, {}) if self.model_type != self.whole_type else {}
+        omitted = inside | _OMITTED.get(self.model_type, {})
         self.values: dict[str, Any] = {**omitted, **{key: value for key, value in text.items() if value is not None}}
         self.whole = whole
         self._typed = HfConfig(self.values)

@@ -8,14 +8,21 @@ from typing import Any, Final
 from aphro_core.errors import ModelError
 from aphro_core.estimate.attention_reader import read_attention
 from aphro_core.estimate.config_keys import ConfigKeys
-from aphro_core.estimate.facts import LayerFacts, ModelFacts
+from aphro_core.estimate.facts import LayerFacts, ModelFacts, QuantizationFacts
 from aphro_core.estimate.mlp_reader import read_mlps
-from aphro_core.estimate.quantization import read_quantization
+from aphro_core.estimate.quantization import read_quantization, unknown_method
 from aphro_core.estimate.tower_reader import read_tower
 
 MAX_LAYERS: Final = 1024
 _LEARNED_POSITIONS: Final = {"opt": 2, "gpt2": 0, "gpt_bigcode": 0}  # rows beside the model's length
 _NO_ROTARY: Final = ("opt", "gpt2", "gpt_bigcode", "bloom", "mpt", "jamba", "bamba", "nemotron_h")
+_ENCODERS: Final = {
+    "albert", "bart", "bert", "camembert", "clip", "deberta", "deberta-v2", "distilbert", "electra", "marian", "mbart",
+    "modernbert", "mt5", "nomic_bert", "pegasus", "roberta", "siglip", "t5", "umt5", "vit", "wav2vec2", "whisper",
+    "xlm-roberta",
+}  # fmt: skip
+_STATE_ONLY: Final = ("mamba", "falcon_mamba", "rwkv", "xlstm", "recurrent_gemma")
+_SIDE_BY_SIDE: Final = ("falcon_h1", "zamba", "hymba", "plamo2")
 _FOUR_NORMS: Final = ("gemma2", "gemma3", "gemma4", "olmo2", "glm4")
 
 
@@ -25,6 +32,7 @@ def read_facts(hf_config: Mapping[str, Any]) -> ModelFacts:
     Raises ModelError for a key that is missing without a known default, of the wrong type or out of range.
     """
     keys = ConfigKeys(hf_config)
+    _refuse_others(keys)
     num_layers = keys.integer("layers", len(keys.text("hybrid_override_pattern")) or None, maximum=MAX_LAYERS)
     attention = read_attention(keys, num_layers)
     if len(attention) != num_layers:
@@ -36,9 +44,12 @@ def read_facts(hf_config: Mapping[str, Any]) -> ModelFacts:
         LayerFacts(attention=each, mlp=mlp) for each, mlp in zip(attention, read_mlps(keys, num_layers), strict=True)
     )
     position = keys.integer("position", 2048)
+    if keys.model_type.startswith("cohere"):  # states both, and means the longer
+        position = keys.integer("model_max_length", position)
     rotary_dim = _rotary_dim(keys, attention[-1].head_dim)
     # Gemma-3 states the stretched length, and its table is stretched again; its sliding layers have one of their own
     stretched = _longest(keys, position)
+    quantization = read_quantization(keys)
     return ModelFacts(
         architecture=keys.architecture,
         model_type=keys.model_type,
@@ -56,8 +67,38 @@ def read_facts(hf_config: Mapping[str, Any]) -> ModelFacts:
         layer_input_size=keys.integer("hidden_size_per_layer_input", 0, minimum=0),
         norms_per_layer=4 if keys.model_type.startswith(_FOUR_NORMS) else 2,
         tower=read_tower(keys),
-        quantization=read_quantization(keys),
+        quantization=quantization,
+        assumed=_assumed(keys, quantization),
     )
+
+
+def _refuse_others(keys: ConfigKeys) -> None:
+    """What is no decoder with a KV cache, or lays it out as nothing here does."""
+    kind = keys.model_type
+    why = None
+    if keys.flag("is_encoder_decoder", False) or kind in _ENCODERS:
+        why = "an encoder, or an encoder with a decoder, which has no cache of the kind that is counted here"
+    elif kind.startswith(_STATE_ONLY):
+        why = "a model without attention: it keeps a state of fixed size for each request, and no KV cache"
+    elif kind.startswith(_SIDE_BY_SIDE):
+        why = "a model that shares attention among layers or puts it beside a state space, which is not counted yet"
+    if why:
+        raise ModelError(
+            f"{keys.architecture} is {why}",
+            hint="give a decoder: a causal language model, with towers or without",
+        )
+
+
+def _assumed(keys: ConfigKeys, quantization: QuantizationFacts | None) -> tuple[str, ...]:
+    notes = []
+    unknown = unknown_method(keys)
+    if unknown is not None:
+        notes.append(f"quantised by {unknown}, whose size is unknown here: counted as 16 bit; file headers would tell")
+    if quantization is not None and quantization.doubt:
+        notes.append(quantization.doubt)
+    if not keys.has("position"):
+        notes.append("the config does not say how long a request may be: taken as 2,048 tokens")
+    return tuple(notes)
 
 
 def _longest(keys: ConfigKeys, position: int) -> int:

@@ -80,6 +80,8 @@ class QuantizationFacts:
 
     scheme: str
     group_size: int | None = None
+    bits: float | None = None  # of a weight with its scales, where the scheme leaves them open
+    doubt: str = ""  # what had to be guessed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,7 @@ def check_general(
     for mlp in _cut_by_columns(facts, expert_parallel):
         limits["MLP columns" if group == 1 else f"groups of {group} MLP columns"] = mlp.intermediate_size // group
     for what, number in limits.items():
-        if tp > number:
+        if tp > number > 0:
             raise PlacementError(
                 f"tensor_parallel_size is {tp}, but {facts.architecture} has {number} {what} and each rank needs one, "
                 f"allowed: 1 to {number}",

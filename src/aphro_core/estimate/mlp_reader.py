@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from math import ceil
 from typing import Final
 
 from aphro_core.estimate.config_keys import ConfigKeys
@@ -19,16 +22,38 @@ def read_mlps(keys: ConfigKeys, num_layers: int) -> tuple[MlpFacts, ...]:
     dense = _dense(keys)
     num_experts = keys.integer("experts", 0, minimum=0)
     is_off = keys.model_type.startswith("gemma4") and not keys.flag("enable_moe_block", False)
+    blocks = keys.list("block_configs")
+    if blocks:
+        return tuple(_of_block(keys.integer("hidden"), dense, block) for block in blocks)
+    pattern = keys.text("hybrid_override_pattern")
     if num_experts < 2 or is_off:
-        return (dense,) * num_layers
+        return tuple(_in_pattern(pattern, layer, dense, dense) for layer in range(num_layers))
     experts = _experts(keys, num_experts, dense)
+    if pattern:
+        return tuple(_in_pattern(pattern, layer, dense, experts) for layer in range(num_layers))
     return tuple(experts if _has_experts(keys, layer) else dense for layer in range(num_layers))
+
+
+def _in_pattern(pattern: str, layer: int, dense: MlpFacts, experts: MlpFacts) -> MlpFacts:
+    """Nemotron-H: a layer is one thing alone, - an MLP or E experts; what attends or keeps a state has neither."""
+    letter = pattern[layer : layer + 1] or "-"
+    return dense if letter == "-" else experts if letter == "E" else replace(dense, intermediate_size=0)
+
+
+def _of_block(hidden: int, dense: MlpFacts, block: object) -> MlpFacts:
+    """Nemotron-NAS: each layer's multiple of 2/3 of the hidden size, rounded up to 256 columns; none without."""
+    found = block.get("ffn") if isinstance(block, Mapping) else None
+    times = found.get("ffn_mult") if isinstance(found, Mapping) else None
+    if not isinstance(times, int | float) or isinstance(times, bool) or not 0 < times < 64:
+        return replace(dense, intermediate_size=0)
+    return replace(dense, intermediate_size=ceil(int(2 * times * hidden / 3) / 256) * 256)
 
 
 def _dense(keys: ConfigKeys) -> MlpFacts:
     hidden = keys.integer("hidden")
     default = hidden * keys.integer("expansion_ratio", 4)
-    size = keys.integer("intermediate", default if keys.model_type in _PLAIN else None)
+    is_known = keys.model_type in _PLAIN or keys.list("block_configs")
+    size = keys.integer("intermediate", default if is_known else None)
     if keys.model_type == "qwen":  # the first Qwen counts both halves of the gated pair
         size //= 2
     if keys.model_type == "llama4_text":
@@ -57,6 +82,9 @@ def _experts(keys: ConfigKeys, num_experts: int, dense: MlpFacts) -> MlpFacts:
 
 
 def _has_experts(keys: ConfigKeys, layer: int) -> bool:
+    listed = keys.text("moe_layers_enum")  # Step-3: 4,5,...
+    if listed:
+        return str(layer) in {each.strip() for each in listed.split(",")}
     kinds = keys.list("mlp_layer_types")
     if layer < len(kinds):
         return bool(kinds[layer] == "sparse")

@@ -10,6 +10,7 @@ from typing import Any, Final
 from aphro_core.errors import UsageError
 from aphro_core.estimate.config_keys import ConfigKeys
 from aphro_core.estimate.facts import QuantizationFacts
+from aphro_core.estimate.packed_bits import packed_bits
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ SCHEMES: Final[dict[str, Scheme]] = {
         Scheme("mxfp4", 0.53125, group_size=None, experts_only=True),
         Scheme("nvfp4", 0.5625, is_exact=False),
         Scheme("squeezellm", 0.5, 0.0, is_exact=False),
+        Scheme("mxfp8", 1.0, 1.0, 32),
+        Scheme("mxfp4-linear", 0.5, 1.0, 32, is_exact=False),
+        Scheme("packed", 1.0, is_exact=False),  # of as many bits as the config says
     )
 }
 
@@ -62,12 +66,15 @@ _ALIASES: Final[dict[str, str]] = {
     "compressed-tensors-w4a16": "w4a16",
     "wna16": "gptq-int4",
     "moe-wna16": "awq-int4",
+    "intel/auto-round": "gptq-int4",
     "hqq": "gptq-int4",
     "w8a16": "gptq-int8",
     "w8a8": "int8",
     "int8-channel": "int8",
     "w8a8-int8": "int8",
     "experts-int8": "int8",
+    "tpu-int8": "int8",
+    "eetq": "int8",
     "fp8-dynamic": "fp8",
     "w8a8-fp8": "fp8",
     "fp8-per-tensor": "fp8",
@@ -118,11 +125,11 @@ def read_quantization(keys: ConfigKeys) -> QuantizationFacts | None:
     if not isinstance(found, Mapping):
         return QuantizationFacts(scheme="mxfp4") if keys.model_type == "gpt_oss" else None
     method = str(found.get("quant_method") or found.get("quant_algo") or "").lower().replace("_", "-")
-    return _of_method(method, found)
+    return _of_method(method.removeprefix("intel/"), found)
 
 
 def _of_method(method: str, config: Mapping[str, Any]) -> QuantizationFacts | None:
-    """By the method's name; one that nobody knows counts as 16 bit."""
+    """By the method's name; of one that nobody knows by its bits, else None: read_unknown_quantization says so."""
     facts: QuantizationFacts | None
     if method.startswith(("gptq", "awq", "auto-round")):
         bits = config.get("bits", config.get("w_bit", 4))
@@ -140,20 +147,35 @@ def _of_method(method: str, config: Mapping[str, Any]) -> QuantizationFacts | No
         facts = QuantizationFacts(scheme="nvfp4" if "fp4" in algorithm else "fp8")
     else:
         name = _ALIASES.get(method, method)
-        facts = QuantizationFacts(scheme=name) if name in SCHEMES else None
+        bits = packed_bits(method, config)
+        if bits is not None:
+            doubt = f"{method} is counted as {bits:g} bits a weight, scales included; file headers would tell"
+            facts = QuantizationFacts(scheme="packed", bits=bits, doubt=doubt)
+        else:
+            facts = QuantizationFacts(scheme=name) if name in SCHEMES else None
     return facts
+
+
+def unknown_method(keys: ConfigKeys) -> str | None:
+    """The name of a quantisation that is counted as 16 bit, because nothing tells its size."""
+    found = keys.whole.get("quantization_config") or keys.values.get("quantization_config")
+    if not isinstance(found, Mapping) or read_quantization(keys) is not None:
+        return None
+    method = str(found.get("quant_method") or found.get("quant_algo") or "a method without a name")[:40]
+    return None if method in ("gguf", "compressed-tensors") else method
 
 
 def _positive(value: object) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
 
 
-def _compressed(config: Mapping[str, Any]) -> QuantizationFacts:
+def _compressed(config: Mapping[str, Any]) -> QuantizationFacts | None:
     """The first group of a compressed-tensors config decides: bits, type and group size of its weights."""
     groups = config.get("config_groups")
     first: Any = next(iter(groups.values()), {}) if isinstance(groups, Mapping) else {}
     weights: Any = first.get("weights") if isinstance(first, Mapping) else None
-    weights = weights if isinstance(weights, Mapping) else {}
+    if not isinstance(weights, Mapping):
+        return None  # sparse without quantisation
     bits, kind = weights.get("num_bits", 8), weights.get("type", "int")
     if bits == 4:
         scheme = "nvfp4" if kind == "float" else "w4a16"

@@ -101,6 +101,11 @@ def assumptions(found: Estimate) -> list[str]:
         notes.append("what the quantised checkpoint leaves in 16 bit is taken from its scheme; file headers would tell")
     if source.facts.tower is not None:
         notes.append("the encoder's work space is a guess within 1 GiB")
+    card = question.device.card
+    if card is not None and not card.is_nvidia:
+        notes.append(f"{card.name} is an AMD card: the constants of kernels and communicators are those of NVIDIA's")
+        if question.version is None:
+            notes.append("aphro has not been tried on AMD cards")
     if question.device.origin:
         notes.append(question.device.origin)
     if found.num_blocks < found.limiting.num_blocks:

@@ -82,7 +82,7 @@ def _bytes_per_element(
     if quantization is None:
         return {"linear": full, "experts": full, "kept": full}
     scheme = SCHEMES[quantization.scheme]
-    packed = scheme.bytes_per_weight(quantization.group_size)
+    packed = quantization.bits / 8 if quantization.bits else scheme.bytes_per_weight(quantization.group_size)
     if scheme.experts_only:
         return {"linear": full, "experts": packed * mxfp4_padding, "kept": full}
     return {"linear": packed, "experts": packed, "kept": full}

@@ -42,10 +42,38 @@ def test_each_card_is_found(card: Card) -> None:
         ("L40S", "L40S"),
         ("NVIDIA A800-SXM4-80GB", "A800-80GB"),
         ("RTX PRO 6000 Blackwell", "RTX PRO 6000"),
+        ("AMD Instinct MI300X", "MI300X"),
+        ("MI355X", "MI355X"),
+        ("Radeon RX 7900 XTX", "RX 7900 XTX"),
+        ("NVIDIA GeForce RTX 3090 Ti", "RTX 3090 Ti"),
+        ("Quadro RTX 8000", "Quadro RTX 8000"),
+        ("4070 Ti Super", "RTX 4070 Ti Super"),
     ],
 )
 def test_names_that_people_use(name: str, card: str) -> None:
     assert find_card(name).name == card
+
+
+@pytest.mark.parametrize(
+    ("name", "card", "gib"),
+    [
+        ("A100 3g.20gb", "A100-40GB MIG 3g.20gb", 19.5),
+        ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", "A100-80GB MIG 3g.40gb", 39.25),
+        ("h100-1g.10gb", "H100-80GB MIG 1g.10gb", 9.7),
+        ("H100 MIG 1g.20gb+me", "H100-80GB MIG 1g.20gb", 19.5),
+        ("H200 2g.35gb", "H200 MIG 2g.35gb", 34.5),
+        ("A30 2g.12gb", "A30 MIG 2g.12gb", 11.5),
+    ],
+)
+def test_slices_of_cards(name: str, card: str, gib: float) -> None:
+    found = find_card(name)
+    assert (found.name, found.total_gib) == (card, pytest.approx(gib, abs=0.3))
+    assert not found.fused_all_reduce
+
+
+def test_a_slice_that_a_card_does_not_have_is_refused() -> None:
+    with pytest.raises(UsageError, match="no MIG slice 3g"):
+        find_card("H100 3g.17gb")
 
 
 def test_unknown_card_is_refused_with_the_nearest() -> None:
