@@ -116,7 +116,7 @@ _aphro() {
     estimate)
         case "$previous" in
         --tensor-parallel-size|-tp|--pipeline-parallel-size|-pp|--pp-layers|--gpu-memory|--gpu-mem|--max-gpus|--gpus-per-node|--quantization|-q|--max-num-seqs|--max-num-batched-tokens|--max-num-prefill-tokens|--gpu-memory-utilization|-gmu|--block-size|--concurrency|--max-loras|--max-lora-rank|--draft-layers|--num-speculative-tokens|--revision|--compare) return ;;
-        --gpu) _aphro_offer "" T4 V100-16GB V100-32GB GTX-1080 P100-16GB RTX-2080-Ti RTX-3060 RTX-3080 RTX-3090 RTX-4060 RTX-4060-Ti-16GB RTX-4070-Ti RTX-4080 RTX-4090 RTX-4090D RTX-4090-48GB RTX-5070-Ti RTX-5080 RTX-5090 RTX-A4000 RTX-A5000 RTX-A6000 RTX-6000-Ada RTX-PRO-6000 L4 L20 L40 L40S A10 A10G A30 A40 A100-40GB A100-80GB A800-80GB MI300X H20 H100-80GB H100-94GB GH200-96GB H200 B200 B300; return ;;
+        --gpu) _aphro_offer "" T4 V100-16GB V100-32GB GTX-1080 P100-16GB P40 GTX-1080-Ti TITAN-RTX Quadro-RTX-8000 RTX-2080-Ti RTX-3060 RTX-3070 RTX-3080 RTX-3080-Ti RTX-3090 RTX-3090-Ti RTX-4060 RTX-4060-Ti-8GB RTX-4060-Ti-16GB RTX-4070 RTX-4070-Ti-Super RTX-4070-Ti RTX-4080 RTX-4090 RTX-4090D RTX-4090-48GB RTX-5060-Ti-16GB RTX-5070 RTX-5070-Ti RTX-5080 RTX-5090 RTX-A4000 RTX-A2000-12GB RTX-A4500 RTX-A5000 RTX-A6000 RTX-4000-Ada RTX-5000-Ada RTX-6000-Ada RTX-PRO-6000 A2 A16 L4 L20 L40 L40S A10 A10G A30 A40 A100-40GB A100-80GB A800-80GB MI210 MI250X MI300X MI308X MI325X MI350X MI355X RX-7900-XTX RX-7900-XT Radeon-PRO-W7900 H20 H100-80GB H100-94GB GH200-96GB H20-141GB H200 B200 GB200 B300; return ;;
         --device) _aphro_offer "" auto cuda cpu; return ;;
         --engine) _aphro_offer "" aphro; return ;;
         --dtype) _aphro_offer "" auto float32 bfloat16 float16; return ;;

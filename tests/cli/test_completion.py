@@ -80,7 +80,7 @@ def test_hosts(home: Path) -> None:
 
 
 def test_choices(home: Path) -> None:
-    assert complete(home, "estimate", "--gpu", "H2") == ["H200", "H20"][::-1]
+    assert complete(home, "estimate", "--gpu", "H20") == ["H20", "H20-141GB", "H200"]
     assert complete(home, "bench", "--endpoint", "") == ["chat", "completions"]
     assert complete(home, "completion", "") == ["install", "show"]
     assert complete(home, "chat", "--model", "") == []
