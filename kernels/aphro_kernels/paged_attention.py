@@ -199,7 +199,7 @@ def _plan(q: Tensor, num_kv_heads: int, seq_lens: Tensor, window: int | None) ->
 def _tile(num_rows: int, group_padded: int, dims: int, dtype: torch.dtype) -> dict[str, int]:
     """Rows (queries times heads of a group) and keys of one program, and how Triton runs it.
 
-    Measured on an H200 and an H100 with bfloat16 and head_dim 64 and 128; ``num_rows`` is queries times heads of the step.
+    Measured on an H100 with bfloat16 and head_dim 64 and 128; ``num_rows`` is queries times heads of the step.
     """
     head_bytes = dims * dtype.itemsize
     is_small = num_rows < 2**16  # too few tiles of the larger kind for all multiprocessors

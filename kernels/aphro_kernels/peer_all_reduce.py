@@ -9,7 +9,7 @@ and none can be two ahead. Calls are counted on the device, program by program, 
 ranks must make the same calls with the same number of rows. Waiting is bounded: a rank that is gone, or the host by
 ``status``, ends it, and ``status`` is then 1: the numbers are void.
 """
-# ruff: noqa: N803, PLR0912  (constants in capitals; a kernel is one piece)
+# ruff: noqa: N803, PLR0912, PLR0915  (constants in capitals; a kernel is one piece)
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from aphro_kernels.language import chain_options, jit, next_power_of_2, start_in_chain, tl
+from aphro_kernels.language import chain_options, jit, let_next_start, next_power_of_2, tl, wait_for_last
 from aphro_kernels.rms_norm import rms_norm_reference
 
 _PROGRAMS: Final = 64
@@ -174,10 +174,13 @@ def _one_shot_kernel(
     CHAINED: tl.constexpr,
 ) -> None:
     """Program p takes rows p, p + P, ... of P programs."""
-    start_in_chain(CHAINED)
+    let_next_start(CHAINED)
     program = tl.program_id(0)
     dims = tl.arange(0, BLOCK)
     is_inside = dims < width
+    if HAS_NORM:
+        weight = tl.load(gain + dims, mask=is_inside, other=0.0).to(tl.float32)
+    wait_for_last(CHAINED)
     call = tl.load(calls + program) + 1
     slab = ((program * 2 + (call & 1)) * SIZE).to(tl.int64) * slab_rows  # in rows; a part for each rank that writes
 
@@ -226,7 +229,7 @@ def _one_shot_kernel(
         if HAS_NORM:
             wide = y.to(tl.float32)
             scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / width + eps)
-            y = wide * scale * tl.load(gain + dims, mask=is_inside, other=0.0).to(tl.float32)
+            y = wide * scale * weight
         if HAS_NORM or not HAS_RESIDUAL:
             tl.store(out + out_at, y.to(out.dtype.element_ty), mask=is_inside)
     tl.store(calls + program, call)

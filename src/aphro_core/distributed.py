@@ -62,13 +62,26 @@ class TensorParallelGroup:
         if self.size == 1:
             return x
         self.num_sums += 1
-        peers = self._peers
-        if peers is not None and x.dim() == 2 and x.is_contiguous() and x.dtype == peers.dtype:
-            num_rows, width = x.shape
-            if width == peers.width and 0 < num_rows <= peers.max_rows:
-                return peer_all_reduce(x, peers, is_fatal=True, out=x)
+        if (peers := self._peers_for(x)) is not None:
+            return peer_all_reduce(x, peers, is_fatal=True, out=x)
         dist.all_reduce(x, group=self._group)
         return x
+
+    def add_rms_norm_(self, residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+        """``residual +=`` the sum of ``x`` over the group, and the RMSNorm of that, in one launch; None, and nothing
+        done, where the sum does not go by peer memory."""
+        if self.size == 1 or not residual.is_contiguous() or (peers := self._peers_for(x)) is None:
+            return None
+        self.num_sums += 1
+        return peer_all_reduce(x, peers, residual=residual, gain=weight, eps=eps, is_fatal=True)
+
+    def _peers_for(self, x: Tensor) -> PeerMemory | None:
+        """The memory by which ``x`` can be summed."""
+        peers = self._peers
+        if peers is None or x.dim() != 2 or not x.is_contiguous() or x.dtype != peers.dtype:
+            return None
+        num_rows, width = x.shape
+        return peers if width == peers.width and 0 < num_rows <= peers.max_rows else None
 
     def _is_on_one_host(self, device: torch.device) -> bool:
         boot = zlib.crc32(_BOOT_ID.read_bytes()) if _BOOT_ID.exists() else self.rank  # no file: no two are equal

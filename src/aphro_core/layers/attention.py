@@ -7,7 +7,6 @@ from aphro_kernels.paged_attention import paged_attention
 from aphro_kernels.rotary import rotary_and_cache
 from torch import Tensor
 
-from aphro_core.distributed import TensorParallelGroup
 from aphro_core.layers.batch import GatheredRows, PagedRows
 from aphro_core.layers.cache_format import PLAIN_SCALES
 from aphro_core.layers.gathered_attention import GatheredAttention
@@ -26,7 +25,6 @@ class Attention:
         self,
         qkv: AnyLinear,
         out: AnyLinear,
-        group: TensorParallelGroup,
         *,
         num_heads: int,
         num_kv_heads: int,
@@ -44,7 +42,7 @@ class Attention:
         """``scale`` of the scores, None = head_dim ** -0.5; ``softcap`` c makes them c * tanh(score / c). In a cache of
         ``cache_dtype`` (None: ``dtype``) K and V stand divided by ``cache_scales``."""
         scale = head_dim**-0.5 if scale is None else scale
-        self._qkv, self._out, self._group = qkv, out, group
+        self._qkv, self._out = qkv, out
         self._all_heads, self._head_dim = num_heads + 2 * num_kv_heads, head_dim
         self._paged = PagedAttention(window, q_norm, k_norm, scale, softcap, cache_scales)
         self._gathered: GatheredAttention | None = None  # on GPUs: it would be compiled for nothing
@@ -64,14 +62,15 @@ class Attention:
             )
 
     def __call__(self, x: Tensor, rotation: Rotation, rows: GatheredRows | PagedRows, cache: Tensor) -> Tensor:
-        """``x`` [num_tokens, hidden_size] to the same shape. ``cache`` as worker/kv_cache.py allocates it."""
+        """``x`` [num_tokens, hidden_size] to this rank's summand of the same shape. ``cache`` as worker/kv_cache.py
+        allocates it."""
         qkv = self._qkv(x).view(len(x), self._all_heads, self._head_dim)
         if isinstance(rows, PagedRows):
             attended = self._paged(qkv, rotation, rows, cache)
         else:
             assert self._gathered is not None, "gathered rows are a CPU's"
             attended = self._gathered(qkv, rotation, rows, cache)
-        return self._group.all_reduce_(self._out(attended))
+        return self._out(attended)
 
 
 class PagedAttention:

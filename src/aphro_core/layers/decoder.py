@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -25,11 +26,29 @@ from aphro_core.quantization.linear import QuantizedLinear
 from aphro_core.quantization.matrix import PackedMatrix, Weights
 
 
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What is to be added to the residual stream: this rank's summand, and what the sum passes through (a norm, a
+    factor) where the model has something there."""
+
+    summand: Tensor
+    group: TensorParallelGroup
+    out: Callable[[Tensor], Tensor] | None
+
+    def whole(self) -> Tensor:
+        total = self.group.all_reduce_(self.summand)
+        return total if self.out is None else self.out(total)
+
+    def add_to_(self, x: Tensor, norm: Norm) -> Tensor:
+        """To ``x`` in place; the norm of that. On GPUs sum, addition and norm are one kernel where they can be."""
+        return norm.add_sum_(x, self.summand, self.group) if self.out is None else norm.add_(x, self.whole())
+
+
 class Block:
     """Pre-norm: ``x += attention(norm(x))``, then ``x += mlp(norm(x))``, each passed through ``attention_out`` and
     ``mlp_out`` where the model has something there (a norm, a factor).
 
-    What a block adds last is handed to the next one, whose first norm adds it: on a GPU the two are one kernel.
+    What a block adds last is handed to the next one, whose first norm adds it.
     """
 
     def __init__(
@@ -38,22 +57,21 @@ class Block:
         attention: Attention,
         post_norm: Norm,
         mlp: Callable[[Tensor], Tensor],
+        group: TensorParallelGroup,
         attention_out: Callable[[Tensor], Tensor] | None = None,
         mlp_out: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._input_norm, self._attention, self._post_norm, self._mlp = input_norm, attention, post_norm, mlp
-        self._attention_out, self._mlp_out = attention_out, mlp_out
+        self._attention_out, self._mlp_out, self._group = attention_out, mlp_out, group
 
     def __call__(
-        self, x: Tensor, delta: Tensor | None, rotation: Rotation, rows: GatheredRows | PagedRows, cache: Tensor
-    ) -> Tensor:
+        self, x: Tensor, delta: Delta | None, rotation: Rotation, rows: GatheredRows | PagedRows, cache: Tensor
+    ) -> Delta:
         """``x`` [num_tokens, hidden_size] in place, ``delta`` what is still to be added; returns the next delta."""
-        normed = self._input_norm(x) if delta is None else self._input_norm.add_(x, delta)
-        delta = self._attention(normed, rotation, rows, cache)
-        if self._attention_out is not None:
-            delta = self._attention_out(delta)
-        delta = self._mlp(self._post_norm.add_(x, delta))
-        return delta if self._mlp_out is None else self._mlp_out(delta)
+        normed = self._input_norm(x) if delta is None else delta.add_to_(x, self._input_norm)
+        attended = self._attention(normed, rotation, rows, cache)
+        normed = Delta(attended, self._group, self._attention_out).add_to_(x, self._post_norm)
+        return Delta(self._mlp(normed), self._group, self._mlp_out)
 
 
 class Decoder:
@@ -100,7 +118,7 @@ class Decoder:
         rotations = [rotary.at(batch.positions, halves=halves) for rotary in self._rotaries]
         for block, rotary, cache in zip(self._blocks, self._rotary_of, caches, strict=True):
             delta = block(x, delta, rotations[rotary], batch.cache_rows, cache)
-        return x if delta is None else x.add_(delta)
+        return x if delta is None else x.add_(delta.whole())
 
     def logits(self, rows: Tensor, out: Tensor | None = None) -> Tensor | None:
         """Of chosen rows of the last stage's residual stream: ``[rows, vocab_size]`` float32, None off tp rank 0."""
@@ -159,14 +177,14 @@ class _Parts:
             outs = [self.norm(f"{name}.attention_out_norm"), self.norm(f"{name}.mlp_out_norm")]
         elif spec.residual_scale != 1.0:
             outs = [partial(_scale_, scale=spec.residual_scale)] * 2
-        return Block(self.norm(f"{name}.input_norm"), attention, self.norm(f"{name}.post_attention_norm"), mlp, *outs)
+        norms = [self.norm(f"{name}.{norm}") for norm in ("input_norm", "post_attention_norm")]
+        return Block(norms[0], attention, norms[1], mlp, self._group, *outs)
 
     def _attention(self, name: str, layer: int) -> Attention:
         spec, shard = self._spec, self._shard
         return Attention(
             self.linear(f"{name}.qkv_proj"),
             self.linear(f"{name}.o_proj"),
-            self._group,
             num_heads=len(shard.heads),
             num_kv_heads=len(shard.kv_heads),
             head_dim=spec.head_dim,
@@ -184,12 +202,12 @@ class _Parts:
     def _mlp(self, name: str) -> GatedMLP | PlainMLP:
         activation = self._spec.activation
         if self._spec.gated_mlp:
-            return self._gated_mlp(name, self._group)
-        return PlainMLP(self.linear(f"{name}.up_proj"), self.linear(f"{name}.down_proj"), self._group, activation)
+            return self._gated_mlp(name)
+        return PlainMLP(self.linear(f"{name}.up_proj"), self.linear(f"{name}.down_proj"), activation)
 
-    def _gated_mlp(self, name: str, group: TensorParallelGroup | None) -> GatedMLP:
+    def _gated_mlp(self, name: str) -> GatedMLP:
         activation = self._spec.activation
-        return GatedMLP(self.linear(f"{name}.gate_up_proj"), self.linear(f"{name}.down_proj"), group, activation)
+        return GatedMLP(self.linear(f"{name}.gate_up_proj"), self.linear(f"{name}.down_proj"), activation)
 
     def _moe(self, name: str) -> SparseMoe:
         moe = self._spec.moe
@@ -199,8 +217,7 @@ class _Parts:
             moe,
             self.linear(f"{name}.router"),
             self._experts(name),
-            self._group,
-            self._gated_mlp(f"{name}.shared", None) if has_shared else None,
+            self._gated_mlp(f"{name}.shared") if has_shared else None,
             self.linear(f"{name}.shared_gate") if has_shared else None,
         )
 

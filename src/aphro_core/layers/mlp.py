@@ -1,4 +1,4 @@
-"""The MLPs: gated (gate and up in one product) and plain, summed over the tensor-parallel ranks."""
+"""The MLPs: gated (gate and up in one product) and plain. What they return is this rank's summand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from aphro_kernels.silu_and_mul import silu_and_mul
 from torch import Tensor
 from torch.nn import functional
 
-from aphro_core.distributed import TensorParallelGroup
 from aphro_core.layers.linear import AnyLinear
 from aphro_core.models.spec import Activation
 
@@ -42,33 +41,28 @@ def gated_product(gate_up: AnyLinear, x: Tensor, activation: Activation) -> Tens
 
 
 class GatedMLP:
-    """``down(act(gate x) * (up x))``. Without a ``group`` what it returns is this rank's summand."""
+    """``down(act(gate x) * (up x))``."""
 
-    __slots__ = ("_activation", "_down", "_gate_up", "_group")
+    __slots__ = ("_activation", "_down", "_gate_up")
 
-    def __init__(
-        self, gate_up: AnyLinear, down: AnyLinear, group: TensorParallelGroup | None, activation: Activation = "silu"
-    ) -> None:
+    def __init__(self, gate_up: AnyLinear, down: AnyLinear, activation: Activation = "silu") -> None:
         self._gate_up = gate_up
         self._down = down
-        self._group = group
         self._activation = activation
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = self._down(gated_product(self._gate_up, x, self._activation))
-        return y if self._group is None else self._group.all_reduce_(y)
+        return self._down(gated_product(self._gate_up, x, self._activation))
 
 
 class PlainMLP:
     """``down(act(up x))``."""
 
-    __slots__ = ("_act", "_down", "_group", "_up")
+    __slots__ = ("_act", "_down", "_up")
 
-    def __init__(self, up: AnyLinear, down: AnyLinear, group: TensorParallelGroup, activation: Activation) -> None:
+    def __init__(self, up: AnyLinear, down: AnyLinear, activation: Activation) -> None:
         self._up = up
         self._down = down
-        self._group = group
         self._act = ACTIVATIONS[activation]
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._group.all_reduce_(self._down(self._act(self._up(x))))
+        return self._down(self._act(self._up(x)))

@@ -9,7 +9,6 @@ import torch
 from aphro_kernels.grouped_gemm import RowTiles, grouped_linear, plan_tiles
 from torch import Tensor
 
-from aphro_core.distributed import TensorParallelGroup
 from aphro_core.layers.linear import AnyLinear
 from aphro_core.layers.mlp import GatedMLP, gated, gated_product
 from aphro_core.models.spec import Activation, MoeSpec
@@ -26,19 +25,18 @@ class Experts(Protocol):
 
 
 class SparseMoe:
-    """Router, experts, and perhaps one expert that every token takes. One all-reduce for all of them."""
+    """Router, experts, and perhaps one expert that every token takes: this rank's summand of all of them."""
 
     def __init__(
         self,
         spec: MoeSpec,
         router: AnyLinear,
         experts: Experts,
-        group: TensorParallelGroup,
         shared: GatedMLP | None = None,
         shared_gate: AnyLinear | None = None,
     ) -> None:
         self._top, self._renormalize = spec.experts_per_token, spec.renormalize
-        self._router, self._experts, self._group = router, experts, group
+        self._router, self._experts = router, experts
         self._shared, self._shared_gate = shared, shared_gate
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -48,7 +46,7 @@ class SparseMoe:
         if self._shared is not None:
             shared = self._shared(x)
             y += shared if self._shared_gate is None else shared.mul_(torch.sigmoid(self._shared_gate(x)))
-        return self._group.all_reduce_(y)
+        return y
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Every rank has the whole router and the same rows, so all choose alike."""

@@ -10,6 +10,8 @@ from aphro_kernels.rms_norm import add_rms_norm_, rms_norm
 from torch import Tensor
 from torch.nn import functional
 
+from aphro_core.distributed import TensorParallelGroup
+
 _FEW_ROWS: Final = 4  # up to here a norm on a CPU costs its calls, above it its memory
 
 
@@ -51,6 +53,11 @@ class RMSNorm:
             return self._cpu.add_(residual, delta)
         return self(residual.add_(delta))
 
+    def add_sum_(self, residual: Tensor, summand: Tensor, group: TensorParallelGroup) -> Tensor:
+        """``residual +=`` the sum of the ranks' ``summand``s; the norm of that: one launch where ``group`` can."""
+        normed = group.add_rms_norm_(residual, summand, self.weight, self.eps)
+        return self.add_(residual, group.all_reduce_(summand)) if normed is None else normed
+
 
 class LayerNorm:
     """``(x - mean) / sqrt(var + eps) * weight + bias``, float32 inside. The weight may be finer than ``x``."""
@@ -68,6 +75,10 @@ class LayerNorm:
     def add_(self, residual: Tensor, delta: Tensor) -> Tensor:
         """``residual += delta`` in place; the norm of that sum."""
         return self(residual.add_(delta))
+
+    def add_sum_(self, residual: Tensor, summand: Tensor, group: TensorParallelGroup) -> Tensor:
+        """``residual +=`` the sum of the ranks' ``summand``s; the norm of that."""
+        return self.add_(residual, group.all_reduce_(summand))
 
 
 Norm = RMSNorm | LayerNorm

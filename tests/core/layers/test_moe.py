@@ -7,12 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from aphro_core.distributed import TensorParallelGroup
 from aphro_core.layers.linear import Linear
 from aphro_core.layers.moe import DenseStack, GroupedExperts, LoopedExperts, SparseMoe
 from aphro_core.models.spec import MoeSpec
 
-ALONE = TensorParallelGroup(0, 1)
 NUM_EXPERTS, HIDDEN, WIDTH = 5, 24, 16
 
 
@@ -41,12 +39,12 @@ def test_tokens_go_through_the_experts_of_their_choice(num_tokens: int, top: int
     by_experts, in_groups = torch.zeros_like(x), torch.zeros_like(x)
     for here in (range(3), range(3, 5), range(0)):
         experts = LoopedExperts([Linear(gate_up[e]) for e in here], [Linear(down[e]) for e in here], here.start, "silu")
-        by_experts += SparseMoe(spec, Linear(router), experts, ALONE)(x)
+        by_experts += SparseMoe(spec, Linear(router), experts)(x)
         stacked = [DenseStack(each[here.start : here.stop]) for each in (gate_up, down)]
         grouped = (
             GroupedExperts(*stacked, first=here.start, num_experts=NUM_EXPERTS, activation="silu") if here else experts
         )
-        in_groups += SparseMoe(spec, Linear(router), grouped, ALONE)(x)
+        in_groups += SparseMoe(spec, Linear(router), grouped)(x)
     by_columns = torch.zeros_like(x)
     for columns in (slice(0, 6), slice(6, 16)):
         gate, up = gate_up.chunk(2, dim=1)
@@ -55,7 +53,7 @@ def test_tokens_go_through_the_experts_of_their_choice(num_tokens: int, top: int
             [Linear(part.contiguous()) for part in fused],
             [Linear(part.contiguous()) for part in down[..., columns]],
         )
-        by_columns += SparseMoe(spec, Linear(router), LoopedExperts(*parts, 0, "silu"), ALONE)(x)
+        by_columns += SparseMoe(spec, Linear(router), LoopedExperts(*parts, 0, "silu"))(x)
     torch.testing.assert_close(by_experts, reference, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(in_groups, reference, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(by_columns, reference, atol=1e-4, rtol=1e-4)
