@@ -38,6 +38,7 @@ complete -c aphro -n '__fish_seen_subcommand_from run serve' -l distributed-exec
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l hosts -x -a '(__fish_complete_list , __fish_print_hostnames)' -d 'Start the ranks there, over ssh; or a file with a HOST -DEVICES a line.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l wait-nodes -x -d 'Use the cluster, once N nodes are in it.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l wait-timeout -x -d 'Seconds for --wait-nodes; then it is refused.'
+complete -c aphro -n '__fish_seen_subcommand_from run serve' -l env -s e -x -d 'For all ranks, wherever they run. NAME - from here.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l device -x -a 'auto cuda cpu' -d 'Where the ranks compute.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l dtype -x -a 'auto float32 bfloat16 float16 float half' -d 'Data type of weights and KV cache; float and half are float32 and float16.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l max-model-len -x -a 'auto' -d 'Prompt and output together; default - the model’s own length; auto - as much of it as the memory holds.'

@@ -12,10 +12,12 @@ import typer
 
 from aphro_cli.config_file import Option, match_entries, read_entries
 from aphro_cli.console import open_console, run_reported
+from aphro_core.environment import is_secret
 from aphro_core.errors import UsageError
 
 NOT_IN_FILES: Final = {"config", "print_config", "dry_run", "as_json"}
 SECRET: Final = {"api_key"}
+ENVIRONMENT: Final = "env"  # NAME=VALUE, some of them secrets
 _LINES: Final = "aphro.config_lines"  # in the context's meta: parameter name -> file, line
 
 
@@ -68,8 +70,16 @@ def read_values(context: typer.Context) -> list[dict[str, Any]]:
         source = _source(context, param, lines)
         if param.name in SECRET and value:
             value, source = None, f"{source}; {len(value)} set, not shown"
+        if param.name == ENVIRONMENT and value:
+            value = [_without_secret(word) for word in value]
         rows.append({"key": _option(param).spellings[0], "value": value, "source": source})
     return rows
+
+
+def _without_secret(word: str) -> str:
+    """The name alone takes the value that the shell has."""
+    name = word.partition("=")[0]
+    return name if is_secret(name) else word
 
 
 def _source(context: Any, param: Any, lines: dict[str, str]) -> str:

@@ -63,6 +63,11 @@ WaitTimeout = Annotated[
     float, typer.Option("--wait-timeout", metavar="S", min=0, help="Seconds for --wait-nodes; then it is refused.")
 ]
 
+Environment = Annotated[
+    list[str] | None,
+    typer.Option("--env", "-e", metavar="NAME[=VALUE]", help="For all ranks, wherever they run. NAME: from here."),
+]
+
 # model
 DeviceOption = Annotated[Literal["auto", "cuda", "cpu"], typer.Option("--device", help="Where the ranks compute.")]
 DTypeOption = Annotated[

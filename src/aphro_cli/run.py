@@ -13,6 +13,7 @@ import typer
 
 from aphro_cli import options as opt
 from aphro_cli.console import Console, open_console, run_reported
+from aphro_core.environment import parse_assignments
 from aphro_core.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ Examples:
   aphro run ./llama -tp 2 -pp 2 --hosts a:2,b:2
   aphro run ./llama -tp 2 -pp 2 --wait-nodes 2 in the cluster that this host is in (aphro cluster up, join)
   aphro run ./llama -pp 2 --hosts a,b --model-from head   b needs no copy of the model
+  aphro run ./llama -tp 2 -pp 2 --hosts a:2,b:2 -e NCCL_DEBUG=INFO -e HF_TOKEN   for the ranks, on all hosts
   APHRO_API_KEY=secret aphro run ./llama --host 0.0.0.0
   aphro run ./llama --load-format dummy        start with random weights, to try a placement
   aphro run ./llama -tp 2 --dry-run            plan, memory, ports, environment; nothing is started
@@ -46,6 +48,7 @@ def run(
     hosts: opt.Hosts = None,
     wait_nodes: opt.WaitNodes = None,
     wait_timeout: opt.WaitTimeout = 300.0,
+    env: opt.Environment = None,
     device: opt.DeviceOption = "auto",
     dtype: opt.DTypeOption = "auto",
     max_model_len: opt.MaxModelLen = None,
@@ -128,6 +131,7 @@ def run(
             enable_expert_parallel=enable_expert_parallel,
             backend=backend,
             hosts=opt.parse_hosts(hosts),
+            environment=parse_assignments(env or [], os.environ),
             wait_nodes=wait_nodes,
             wait_timeout=wait_timeout,
             device=device,

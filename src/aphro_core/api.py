@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import faulthandler
 import gc
 import json
@@ -69,7 +70,7 @@ def serve(options: ServeOptions, reporter: Reporter) -> int:
     )
     sockets = bind(server_config.host, server_config.port)  # a busy port is known before anything loads
     try:
-        prepared = prepare(options, reporter)
+        prepared = _with_url(prepare(options, reporter), url_of(sockets))
         server_config = replace(server_config, max_num_seqs=prepared.config.scheduler.max_num_seqs)
         budget = RecoveryBudget(options.max_recoveries, time.monotonic)
 
@@ -87,6 +88,15 @@ def serve(options: ServeOptions, reporter: Reporter) -> int:
     finally:
         for sock in sockets:
             sock.close()
+
+
+def _with_url(prepared: Prepared, url: str) -> Prepared:
+    """So that a cluster can say where its models answer."""
+    parallel = prepared.config.parallel
+    if parallel.ray is None:
+        return prepared
+    parallel = replace(parallel, ray=replace(parallel.ray, url=url))
+    return dataclasses.replace(prepared, config=replace(prepared.config, parallel=parallel))
 
 
 async def _serve(

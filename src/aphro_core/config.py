@@ -40,6 +40,7 @@ class RayCluster(msgspec.Struct, frozen=True, kw_only=True):
     node_address: str = ""  # this host's in it; "" = the one that Ray finds
     token_path: str = ""  # of a file; "" = what Ray's own variables say
     placement_group: str = ""  # id in hex; ranks then take what it has reserved, and nothing else
+    url: str = ""  # of the server, for those who ask the cluster what runs in it
 
 
 class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +51,7 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
     backend: Backend = "inprocess"
     hosts: tuple[HostSlots, ...] = ()  # of the ssh backend; of ray, the nodes as they were found before the start
     ray: RayCluster | None = None
+    environment: dict[str, str] = {}  # of every rank, on top of all other; may hold secrets
 
     @property
     def world_size(self) -> int:

@@ -117,7 +117,7 @@ def try_out(options: ServeOptions, reporter: Reporter) -> DryRun:
         url=url,
         num_api_keys=len(options.api_keys),
         fetch_bytes=fetch_bytes,
-        environment=_shown(engine_environment(prepared.config)),
+        environment=_shown(engine_environment(prepared.config), prepared.config.parallel.environment),
         problem=problem,
     )
 
@@ -211,10 +211,10 @@ def _describe(problem: AphroError) -> dict[str, Any]:
     return {"message": problem.message, "hint": problem.hint, "exit_code": int(problem.exit_code)}
 
 
-def _shown(environment: Mapping[str, str]) -> dict[str, str]:
-    """What decides how ranks compute and talk, in order; never a secret's value."""
+def _shown(environment: Mapping[str, str], asked: Mapping[str, str]) -> dict[str, str]:
+    """What decides how ranks compute and talk, and what was ``asked``, in order; never a secret's value."""
     return {
         name: "set, not shown" if is_secret(name) else environment[name]
         for name in sorted(environment)
-        if name.startswith(_SHOWN)
+        if name.startswith(_SHOWN) or name in asked
     }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -45,6 +46,7 @@ class EngineOptions:
     hosts: tuple[HostSlots, ...] = ()  # ranks run there, started over ssh
     wait_nodes: int | None = None  # that are to be in the cluster before anything starts
     wait_timeout: float = 300.0  # seconds for them to come
+    environment: Mapping[str, str] = field(default_factory=dict)  # of engine and ranks, on top of all other
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: int | Literal["auto"] | None = None
@@ -125,6 +127,7 @@ def prepare(options: EngineOptions, reporter: Reporter) -> Prepared:
             backend=placement.backend,
             hosts=placement.hosts,
             ray=placement.ray,
+            environment=dict(options.environment),
         ),
         cache=CacheConfig(
             block_size=options.block_size,

@@ -164,6 +164,12 @@ def test_keys_that_others_can_read(tmp_path: Path, starts: list[api.ServeOptions
     assert starts[0].api_keys == ("secret",)
 
 
+def test_print_config_has_no_secret(starts: list[api.ServeOptions]) -> None:
+    result = run("model", "--print-config", "-e", "NCCL_DEBUG=INFO", "-e", "HF_TOKEN=hf_secret")
+    assert "hf_secret" not in result.stdout
+    assert [line for line in result.stdout.splitlines() if line.startswith("env: ") and "NCCL_DEBUG=INFO" in line]
+
+
 def test_print_config_says_where_values_are_from(tmp_path: Path, starts: list[api.ServeOptions]) -> None:
     file = write(tmp_path, YAML)
     result = run("--config", file, "--port", 8000, "--print-config", APHRO_LOG_LEVEL="warning")

@@ -75,11 +75,12 @@ def test_json_adds_up(model: Path) -> None:
 
 def test_the_environment_without_secrets(model: Path) -> None:
     variables = {"NCCL_SOCKET_IFNAME": "eth7", "HF_TOKEN": "hf_secret", "APHRO_API_KEY": "secret", "PATH_TO": "x"}
-    result = dry_run(model, "--json", **variables)
+    result = dry_run(model, "--json", "-e", "ANY=1", "-e", "MY_TOKEN=a secret", **variables)
     environment = json.loads(result.stdout)["environment"]
     assert environment["NCCL_SOCKET_IFNAME"] == "eth7"
     assert environment["TOKENIZERS_PARALLELISM"] == "false"
-    assert environment["HF_TOKEN"] == environment["APHRO_API_KEY"] == "set, not shown"
+    assert environment["HF_TOKEN"] == environment["APHRO_API_KEY"] == environment["MY_TOKEN"] == "set, not shown"
+    assert environment["ANY"] == "1"
     assert environment.keys() >= {"OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME"}
     assert "PATH_TO" not in environment
     assert "secret" not in result.output.replace("a secret", "")

@@ -94,7 +94,7 @@ def test_every_option_reaches_the_core(served: list[api.ServeOptions], tmp_path:
         --served-model-name name --chat-template {template} --skip-tokenizer-init --seed 5 --host 0.0.0.0 --port 8000
         --api-key one --api-keys two --max-queued-requests 9 --drain-seconds 3 --json-ready {tmp_path}/ready.json
         --start-timeout 60 --distributed-timeout 20 --step-timeout 9 --max-recoveries 2 --hosts a:2
-        --wait-nodes 2 --wait-timeout 9 --queue-timeout 50 --request-timeout 70"""
+        --wait-nodes 2 --wait-timeout 9 -e A=b --queue-timeout 50 --request-timeout 70"""
     result = aphro("run", "model", *words.split())
     assert result.exit_code == 0, result.stderr
     (options,) = served
@@ -226,5 +226,6 @@ def test_every_parameter_is_passed_on() -> None:
     parameters = set(inspect.signature(run).parameters)
     fields = {field.name for field in dataclasses.fields(api.ServeOptions)}
     own = {"context", "config", "print_config", "dry_run", "as_json"}
-    assert parameters - fields - own == {"distributed_executor_backend", "api_key", "allow_anonymous", "log_level"}
-    assert fields - parameters == {"backend", "api_keys"}
+    renamed = {"distributed_executor_backend", "api_key", "env"}
+    assert parameters - fields - own == {*renamed, "allow_anonymous", "log_level"}
+    assert fields - parameters == {"backend", "api_keys", "environment"}

@@ -117,7 +117,7 @@ def test_a_group_over_three_hosts(
     wait_until_gone(nodes, 3)
     said = capfd.readouterr().err
     assert "Defaulting to use ray for distributed inference: 4 ranks, no devices on this host" in said
-    assert "4 ranks on 3 of 4 of the cluster" in said
+    assert "4 ranks on 3 of 4 nodes of the cluster" in said
     assert "A tensor parallel group spans hosts" in said
     assert re.search(r"rank 2 on node1 \(pid \d+\) was killed by signal 9", said)
 

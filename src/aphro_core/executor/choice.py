@@ -63,7 +63,7 @@ def choose_placement(wanted: Wanted, reporter: Reporter) -> Placement:
         return _in_cluster(wanted, choice, found.where or RayCluster(address="auto"), reporter)
     if choice.backend == "ssh":
         _report_device(wanted, device, gpus, reporter)
-        return Placement(device, "ssh", _report_places(wanted, choice, wanted.hosts, "of --hosts", reporter))
+        return Placement(device, "ssh", _report_places(wanted, choice, wanted.hosts, "hosts", reporter))
     _report_device(wanted, device, gpus, reporter)
     if device == "cpu" and wanted.world_size > host.num_cores():
         reporter.line(
@@ -128,7 +128,7 @@ def _in_cluster(wanted: Wanted, choice: Choice, where: RayCluster, reporter: Rep
         reporter.line(f"Device {device}: {why} in the cluster.")
     named = names(cluster.nodes)
     hosts = tuple(HostSlots(named[node.id], node.free(resource)) for node in cluster.nodes if node.reachable)
-    return Placement(device, "ray", _report_places(wanted, choice, hosts, "of the cluster", reporter), where)
+    return Placement(device, "ray", _report_places(wanted, choice, hosts, "nodes of the cluster", reporter), where)
 
 
 def _report_places(

@@ -93,7 +93,7 @@ async def open_ssh(
 def _start_message(config: EngineConfig, rank: int, nodes: Nodes, model: ServedModel | None) -> StartWorker:
     place = nodes.places[rank]
     node, num_ranks = nodes.by_index[place.host], nodes.num_ranks(place.host)
-    environment = travelling(os.environ)
+    environment = travelling(os.environ) | config.parallel.environment
     if config.device == "cpu":
         environment.setdefault("OMP_NUM_THREADS", str(max(1, node.report.num_cores // num_ranks)))
     return StartWorker(

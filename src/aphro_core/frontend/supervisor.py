@@ -258,7 +258,7 @@ class Supervisor:
 
 def engine_environment(config: EngineConfig) -> dict[str, str]:
     """The environment of engine and workers: OpenMP has to be told before torch is loaded. The user's values win."""
-    environment = dict(os.environ)
+    environment = {**os.environ, **config.parallel.environment}
     if config.parallel.backend in ("ssh", "ray"):
         return environment  # each host has cores and interfaces of its own
     cores = host.num_cores()

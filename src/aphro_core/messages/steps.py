@@ -26,6 +26,7 @@ class StartWorker(msgspec.Struct, frozen=True, tag="start_worker"):
     environment: dict[str, str] = {}
     peers: list[str] = []  # addresses of the other hosts
     source: ModelSource | None = None  # of a model that this host reads from the engine's
+    log_file: str = ""  # on the worker's host, where what it prints is kept as well
 
 
 class StoreCall(msgspec.Struct, frozen=True, tag="store_call"):

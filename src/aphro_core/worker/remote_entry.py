@@ -10,8 +10,10 @@ import os
 import socket
 import sys
 import threading
+from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Final
 
 from aphro_core.channel import ChannelClosedError
 from aphro_core.environment import host_specific
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
 LEASE_SECONDS: Final = 15.0
+_MAX_LOG_BYTES: Final = 8 << 20  # at the start of a rank
 
 
 def main() -> None:
@@ -43,7 +46,7 @@ def main() -> None:
 
 
 def _serve(channel: StdioChannel, log: int, _: entry.WorkerChannel, start: StartWorker) -> None:
-    threading.Thread(target=_forward_lines, args=(channel, log, start.rank), name="log", daemon=True).start()
+    threading.Thread(target=_forward_lines, args=(channel, log, start), name="log", daemon=True).start()
     os.environ.update(_interfaces(start.peers) | host_specific(os.environ) | start.environment)
 
     def open_store() -> Store:
@@ -67,13 +70,25 @@ def _interfaces(peers: list[str]) -> dict[str, str]:
     return {"GLOO_SOCKET_IFNAME": names[0], "NCCL_SOCKET_IFNAME": f"={names[0]}"} if names else {}
 
 
-def _forward_lines(channel: StdioChannel, log: int, rank: int) -> None:
-    with open(log, encoding="utf-8", errors="replace") as lines:
+def _forward_lines(channel: StdioChannel, log: int, start: StartWorker) -> None:
+    with open(log, encoding="utf-8", errors="replace") as lines, _open_log(start.log_file) as kept:
         for line in lines:
+            with suppress(OSError):  # a full disk must not stop the rank
+                kept.write(line)
+                kept.flush()
             try:
-                channel.send(WorkerLog(rank, line.rstrip("\n")))
+                channel.send(WorkerLog(start.rank, line.rstrip("\n")))
             except ChannelClosedError:
                 return
+
+
+def _open_log(path: str) -> IO[str]:
+    """What this rank printed in earlier starts stays, unless it has become too much."""
+    try:
+        is_large = Path(path).is_file() and Path(path).stat().st_size > _MAX_LOG_BYTES
+        return open(path or os.devnull, "w" if is_large else "a", encoding="utf-8")
+    except OSError:
+        return open(os.devnull, "w", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import anyio
@@ -17,9 +18,12 @@ import anyio.to_thread
 from anyio.abc import SocketStream, TaskGroup
 
 from aphro_core.channel import Channel
+from aphro_core.cluster.announce import announced
+from aphro_core.cluster.membership import read_membership
+from aphro_core.cluster.messages import Model
 from aphro_core.config import EngineConfig
 from aphro_core.environment import travelling
-from aphro_core.errors import AddressError, EngineDeadError, ModelError, PlacementError
+from aphro_core.errors import AddressError, AphroError, EngineDeadError, ModelError, PlacementError
 from aphro_core.executor.group import GroupExecutor, Launched, WorkerChannel, running
 from aphro_core.executor.host_checks import check_devices, check_files, check_versions
 from aphro_core.executor.ray.admission import Admission, open_admission
@@ -42,6 +46,7 @@ from aphro_core.remote.ssh import last_line
 from aphro_core.spawn import Spawner
 from aphro_core.worker.host_report import report_host
 
+_ROOM_SECONDS: Final = 6.0  # for a node that was lost a moment ago to be back, or another to join; three such are tried
 _AGENT_SECONDS: Final = 30.0  # for a node to start a process of Ray and import aphro there
 _JOIN_SECONDS: Final = 60.0  # for an agent to connect, from a file system that may be slow
 _CLOSE_SECONDS: Final = 1.0  # after a rank's end: its last frames have been read
@@ -134,7 +139,9 @@ async def open_ray(
 
         with open_served(config.model.path, [group.hosts[node] for node in sorted(group.fetching)]) as model:
             async with running(GroupExecutor(config, launch, on_progress, model), beats=True) as executor:
-                yield executor
+                with ExitStack() as announcement:
+                    await anyio.to_thread.run_sync(_announce, announcement, config, group)
+                    yield executor
         tasks.cancel_scope.cancel()
 
 
@@ -156,7 +163,7 @@ async def _open_agents(link: RayLink, config: EngineConfig) -> Group:
     while True:
         try:
             cluster, resource, _ = await wait_for_room(
-                link, lambda nodes: config.device, parallel.world_size, _say, refused=refused
+                link, lambda nodes: config.device, parallel.world_size, _say, seconds=_ROOM_SECONDS, refused=refused
             )
         except PlacementError as error:
             message = f"{error.message}; {'; '.join(failures)}" if failures else error.message
@@ -237,11 +244,25 @@ async def _close_after_end(rank: RayRank, channel: WorkerChannel) -> None:
     await channel.aclose()
 
 
+def _announce(stack: ExitStack, config: EngineConfig, group: Group) -> None:
+    """Let `aphro cluster status` name the model, where this is an aphro cluster."""
+    here = read_membership()
+    if here is None or config.parallel.ray is None or here.head_address != config.parallel.ray.address:
+        return
+    ranks = {rank: seat.node.address for rank, seat in enumerate(group.seats)}
+    try:
+        stack.enter_context(
+            announced(here, Model(config.model.served_name, config.parallel.ray.url, group.address, ranks))
+        )
+    except AphroError as error:  # nobody's request depends on it
+        _say(f"`aphro cluster status` will not name this model: {error.message}")
+
+
 def _start_message(config: EngineConfig, rank: int, group: Group, model: ServedModel | None) -> StartWorker:
     seat = group.seats[rank]
     report = group.reports[seat.agent]
     num_ranks = Counter(each.node.id for each in group.seats)[seat.node.id]
-    environment = travelling(os.environ) | report.environment
+    environment = travelling(os.environ) | report.environment | config.parallel.environment
     if config.device == "cpu":
         environment.setdefault("OMP_NUM_THREADS", str(max(1, report.host.num_cores // num_ranks)))
     return StartWorker(
@@ -253,6 +274,7 @@ def _start_message(config: EngineConfig, rank: int, group: Group, model: ServedM
         environment=environment,
         source=model.source if model and seat.node.id in group.fetching else None,
         peers=sorted({each.node.address for each in group.seats} - {seat.node.address}),
+        log_file=str(Path(report.log_dir) / f"rank-{rank}.log") if report.log_dir else "",
     )
 
 
