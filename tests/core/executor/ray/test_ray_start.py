@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from aphro_core.config import EngineConfig, ModelConfig, ParallelConfig
+from aphro_core.executor.ray.agents import Group
 from aphro_core.executor.ray.protocol import AgentPlace, AgentReport, RankEnded, RayNode
-from aphro_core.executor.ray.ray import Group, RayRank, _start_message
+from aphro_core.executor.ray.rank import RayRank
+from aphro_core.executor.ray.ray import _start_message
 from aphro_core.executor.ray.seats import Seat
 from aphro_core.worker.host_report import HostReport
 
@@ -19,7 +21,7 @@ def group(**environment: str) -> Group:
     seats = [Seat(NODES[0], 0, 0), Seat(NODES[0], 0, 1), Seat(NODES[1], 1, 0)]
     places = [AgentPlace("a", -1, "aphro_slot", 2), AgentPlace("b", -1, "aphro_slot", 1)]
     reports = [AgentReport(HOST), AgentReport(HOST, environment, "/logs")]
-    return Group("10.0.0.0", places, reports, seats, {"a": "a", "b": "b"})
+    return Group("10.0.0.0", places, reports, seats, {"a": "a", "b": "b"}, frozenset())
 
 
 def config(**environment: str) -> EngineConfig:
@@ -33,7 +35,7 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "shell")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     where = group(NCCL_DEBUG="node", NCCL_ALGO="node", NCCL_SOCKET_IFNAME="eth1")
-    first, _, last = (_start_message(config(NCCL_ALGO="asked", FOO="asked"), rank, where) for rank in range(3))
+    first, _, last = (_start_message(config(NCCL_ALGO="asked", FOO="asked"), rank, where, None) for rank in range(3))
     assert first.environment["NCCL_DEBUG"] == first.environment["HF_TOKEN"] == "shell"
     assert "NCCL_SOCKET_IFNAME" not in first.environment
     assert first.environment["OMP_NUM_THREADS"] == "4"
@@ -42,7 +44,7 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_shares() -> None:
-    first, second, last = (_start_message(config(), rank, group()) for rank in range(3))
+    first, second, last = (_start_message(config(), rank, group(), None) for rank in range(3))
     assert [each.local_rank for each in (first, second, last)] == [0, 1, 0]
     assert first.memory_bytes * 2 == second.memory_bytes * 2 == last.memory_bytes == 2**29
     assert (first.peers, last.peers) == (["10.0.0.1"], ["10.0.0.0"])
