@@ -52,6 +52,7 @@ class ParallelConfig(msgspec.Struct, frozen=True, kw_only=True):
     hosts: tuple[HostSlots, ...] = ()  # of the ssh backend; of ray, the nodes as they were found before the start
     ray: RayCluster | None = None
     environment: dict[str, str] = {}  # of every rank, on top of all other; may hold secrets
+    connect_timeout_seconds: float = 10.0  # to each host, over ssh
 
     @property
     def world_size(self) -> int:

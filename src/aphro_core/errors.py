@@ -74,16 +74,24 @@ class ClusterError(AphroError):
 class EngineDeadError(AphroError):
     """The engine or one of its workers is gone; ``message`` carries rank, host and first cause.
 
-    ``is_external``: it was killed or stopped from outside, so that no request is to blame.
+    ``is_external``: it was killed or stopped from outside, so that no request is to blame. ``lost_host``: the one that
+    does not answer any more, "" if none.
     """
 
     exit_code = ExitCode.ENGINE
 
     def __init__(
-        self, message: str, *, hint: str | None = None, exit_code: ExitCode | None = None, is_external: bool = False
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        exit_code: ExitCode | None = None,
+        is_external: bool = False,
+        lost_host: str = "",
     ) -> None:
         super().__init__(message, hint=hint, exit_code=exit_code)
         self.is_external = is_external
+        self.lost_host = lost_host
 
 
 class RequestFailedError(Exception):

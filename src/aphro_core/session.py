@@ -29,6 +29,7 @@ from aphro_core.messages.requests import (
     StepFailed,
     StepOutputs,
 )
+from aphro_core.parallel.link_cost import tensor_link_warning
 from aphro_core.prepare import EngineOptions, Prepared
 from aphro_core.reporter import Reporter
 from aphro_core.spawn import ForkServer, open_fork_server
@@ -162,6 +163,8 @@ class Session:
         self._reporter.line(
             f"Maximum concurrency for {ready.max_model_len:,} tokens per request: {tokens / ready.max_model_len:.2f}x"
         )
+        if warning := tensor_link_warning(self.prepared.plan, ready.ranks):
+            self._reporter.line(warning)
         for loaded in ready.ranks:
             if loaded.bytes_fetched is not None:
                 fetched, read = loaded.bytes_fetched / gib, loaded.bytes_read / gib

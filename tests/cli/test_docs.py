@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +159,26 @@ def test_doctor_page_has_every_option_and_finding() -> None:
     }
     assert documented | {"--tensor-parallel-size"} == set(options_of("doctor"))
     assert {id for row in rows for id in re.findall(r"`(log\.[a-z0-9-]+)`", row)} == set(TOPICS)
+
+
+def test_container_page_has_scripts_that_are_bash_and_options_that_exist() -> None:
+    text = (ROOT / "docs" / "containers.md").read_text()
+    scripts = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+    consoles = re.findall(r"```console\n(.*?)```", text, flags=re.DOTALL)
+    scripts += [re.sub(r"^\S*\$ ", "", console, flags=re.MULTILINE) for console in consoles]
+    assert len(scripts) >= 8
+    for script in scripts:
+        checked = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, check=False)
+        assert (checked.returncode, checked.stderr) == (0, "")
+    joined = text.replace("\\\n", " ")
+    runs = re.findall(r"(?:aphro|aphro \\?\s+) run (.*)", joined) + re.findall(
+        r"^\s+run (/models.*)", joined, re.MULTILINE
+    )
+    members = re.findall(r"aphro cluster (up|join)([^&;]*)", joined)
+    assert len(runs) >= 4
+    assert len(members) >= 4
+    for words in runs:
+        assert set(re.findall(r"(?<=\s)(--?[a-z][a-z-]+)", words)) <= set(PARAMETERS), words
+    for command, words in members:
+        known = {name for param in COMMAND.commands["cluster"].commands[command].params for name in param.opts}
+        assert set(re.findall(r"(?<=\s)(--?[a-z][a-z-]+)", words)) <= known, words

@@ -151,6 +151,11 @@ class NetnsHost:
         _signal(self.pid, signal.SIGKILL)
 
 
+def driver_link_down(node: NetnsHost) -> None:
+    """Pull the cable of this process's own card, on the switch of ``node``."""
+    _in_net(node.switch_pid, "ip", "link", "set", "driver", "nomaster")
+
+
 @contextmanager
 def hosts(count: int, *, env: Mapping[str, Mapping[str, str]] | None = None) -> Iterator[list[NetnsHost]]:
     """``count`` hosts called node0, node1, ... ``env``: name -> variables that a session over ssh finds there.

@@ -78,6 +78,10 @@ def test_a_host_without_the_model(nodes: list[NetnsHost], folder: Path, kind: st
                 assert second.bytes_fetched is not None
                 assert (second.bytes_fetched == 0) == (run == 1), "the second time it is there"
     assert any("came from this host" in line for line in said.lines)
+    spans = [
+        line for line in said.lines if line.startswith("Warning: tensor parallel spans node0, node1, which exchange ")
+    ]
+    assert len(spans) == (2 if tp == 2 else 0)
     assert not (folder / "cache0").exists()
 
 

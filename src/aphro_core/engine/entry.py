@@ -145,7 +145,8 @@ def _describe(error: BaseException, seq_ids: list[int]) -> EngineFailed:
     if isinstance(error, AphroError):
         notes = "".join(getattr(error, "__notes__", []))
         is_external = isinstance(error, EngineDeadError) and error.is_external
-        return EngineFailed(error.message, error.hint, int(error.exit_code), notes, is_external, seq_ids)
+        lost_host = error.lost_host if isinstance(error, EngineDeadError) else ""
+        return EngineFailed(error.message, error.hint, int(error.exit_code), notes, is_external, seq_ids, lost_host)
     detail = "".join(traceback.format_exception(error))
     message = f"{type(error).__name__}: {error}"
     return EngineFailed(message, None, int(ExitCode.ENGINE), detail, seq_ids=seq_ids)

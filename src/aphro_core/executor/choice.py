@@ -141,8 +141,8 @@ def _report_places(
     reporter.line(f"{_using(wanted, choice)}: {choice.why}; {ranks}.")
     if splits_a_group(places, wanted.tp_size):
         reporter.line(
-            "A tensor parallel group spans hosts: each layer waits twice for the network between them "
-            "(`aphro doctor --hosts ...` measures what that costs)."
+            "A tensor parallel group spans hosts: each layer waits twice for the network between them (measured at the "
+            "start)."
         )
     return hosts
 

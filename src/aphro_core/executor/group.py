@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import signal
 import socket
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -18,6 +17,7 @@ from anyio.abc import ObjectReceiveStream, ObjectSendStream
 from aphro_core.channel import Channel, ChannelClosedError
 from aphro_core.config import EngineConfig
 from aphro_core.errors import AphroError, EngineDeadError, ExitCode
+from aphro_core.executor.host_lines import HostLines
 from aphro_core.executor.served_model import ServedModel
 from aphro_core.executor.store import GroupStore
 from aphro_core.host import num_oom_kills
@@ -43,6 +43,9 @@ from aphro_core.messages.steps import (
 
 _BEAT_SECONDS: Final = 2.0
 _STOP_SECONDS: Final = 2.0  # for a rank to end by itself before it is killed
+_COME_SECONDS: Final = 30.0  # from the first rank that has come to the last one, or a multiple of what the first took
+_COME_FACTOR: Final = 4.0
+_LINES_SECONDS: Final = 0.5  # for the last lines of other hosts to be written
 _BLAME_SECONDS: Final = 0.5  # after a first death: time for the others to report, so that the first cause is found
 
 
@@ -100,6 +103,7 @@ class WorkerHandle:
         self.is_remote = bool(launched.host)
         self.loaded: WorkerLoaded | None = None
         self.failed: WorkerFailed | None = None
+        self.has_come = False  # to where the ranks meet
         self.is_ready = False
         self.is_gone = False
         self.gone_at = math.inf
@@ -120,6 +124,7 @@ class GroupExecutor:
         self._model = model
         self._launch = launch
         self._store = GroupStore()
+        self._lines = HostLines()
         self._num_oom_kills = num_oom_kills()
         self._on_progress = on_progress
         self.workers: list[WorkerHandle] = []
@@ -138,7 +143,16 @@ class GroupExecutor:
             await launched.channel.send(launched.start)
 
     async def wait_loaded(self) -> None:
-        await self._wait_all(lambda worker: worker.loaded is not None, self._config.start_timeout_seconds, "load")
+        """Ranks come within about the same time: one that does not, once another has, is not waited for any longer."""
+        began, limit = anyio.current_time(), self._config.start_timeout_seconds
+        with anyio.move_on_after(limit):
+            while not any(worker.has_come for worker in self.workers):
+                await self._changed.wait()
+        taken = anyio.current_time() - began
+        allowed = max(_COME_SECONDS, _COME_FACTOR * taken)
+        if taken + allowed < limit:
+            await self._wait_all(lambda worker: worker.has_come, allowed, "come to meet the others")
+        await self._wait_all(lambda worker: worker.loaded is not None, limit, "load")
 
     async def allocate(self, num_blocks: int) -> None:
         await self._broadcast(AllocateCache(num_blocks=num_blocks))
@@ -175,6 +189,7 @@ class GroupExecutor:
             case StepResult():
                 await self._send_result.send(message)
             case WorkerProgress():
+                worker.has_come = True
                 self._on_progress(message)
             case WorkerLoaded():
                 worker.loaded = message
@@ -189,7 +204,7 @@ class GroupExecutor:
                 await self._send(worker, await self._answer(message))
                 return
             case WorkerLog():
-                print(f"[{worker.host} rank {message.rank}] {message.line}", file=sys.stderr, flush=True)
+                self._lines.put(f"[{worker.host} rank {message.rank}] {message.line}")
                 return
         self._changed.set()
         self._changed = anyio.Event()
@@ -204,10 +219,16 @@ class GroupExecutor:
             while not all(is_done(worker) for worker in self.workers):
                 await self._changed.wait()
             return
-        late = [str(worker.rank) for worker in self.workers if not is_done(worker)]
+        late = [worker for worker in self.workers if not is_done(worker)]
+        ranks, hosts = (
+            ", ".join(dict.fromkeys(words)) for words in zip(*((str(w.rank), w.host) for w in late), strict=True)
+        )
         raise EngineDeadError(
-            f"rank {', '.join(late)} did not {what} within {seconds:g} s",
-            hint="raise --start-timeout, or look at what that process waits for",
+            f"rank {ranks} did not {what} within {seconds:.3g} s (on {hosts})",
+            hint=f"raise --start-timeout, or look at what that process waits for: pid {late[0].process.pid} "
+            f"on {late[0].host}"
+            if not late[0].is_remote
+            else f"`ps` on {late[0].host}: what does its process of aphro wait for?",
         )
 
     async def _broadcast(self, message: ToWorker) -> None:
@@ -236,7 +257,7 @@ class GroupExecutor:
         where = f"rank {worker.rank} on {failed.host if failed else worker.host} (pid {pid})"
         if failed is None:
             was_short = not worker.is_remote and num_oom_kills() > self._num_oom_kills
-            return _explain_end(where, worker.process, was_short=was_short or worker.process.was_short)
+            return _explain_end(where, worker, was_short=was_short or worker.process.was_short)
         error = EngineDeadError(f"{where}: {failed.message}", hint=failed.hint, exit_code=ExitCode(failed.exit_code))
         error.add_note(failed.traceback)
         return error
@@ -258,14 +279,16 @@ class GroupExecutor:
         for worker in self.workers:
             worker.process.close()
             await worker.channel.aclose()
+        await self._lines.drain(_LINES_SECONDS)
 
 
 def _result_stream() -> tuple[ObjectSendStream[StepResult], ObjectReceiveStream[StepResult]]:
     return anyio.create_memory_object_stream[StepResult](math.inf)
 
 
-def _explain_end(where: str, process: Process, *, was_short: bool) -> EngineDeadError:
+def _explain_end(where: str, worker: WorkerHandle, *, was_short: bool) -> EngineDeadError:
     """``was_short``: the kernel there has killed something for want of memory since the group started."""
+    process = worker.process
     is_killed = process.exit_code == -signal.SIGKILL
     if process.is_lost:
         hint = "look at that host and the network to it; it may take part again once it answers"
@@ -276,7 +299,10 @@ def _explain_end(where: str, process: Process, *, was_short: bool) -> EngineDead
     else:
         hint = "start again with `--log-level debug` and read that rank's lines"
     return EngineDeadError(
-        f"{where} {process.describe_end()}", hint=hint, is_external=process.is_lost or (is_killed and not was_short)
+        f"{where} {process.describe_end()}",
+        hint=hint,
+        is_external=process.is_lost or (is_killed and not was_short),
+        lost_host=worker.host if process.is_lost else "",
     )
 
 

@@ -21,7 +21,6 @@ from aphro_core.remote.ssh import last_line, open_host
 from aphro_core.worker.host_report import HostReport, report_host
 
 _LOG: Final = logging.getLogger(__name__)
-_CONNECT_SECONDS: Final = 10.0
 _REPORT_SECONDS: Final = 60.0  # a first import from a network file system takes its time
 
 
@@ -91,8 +90,7 @@ def _place(config: EngineConfig, lost: dict[int, HostUnreachableError]) -> list[
 async def _open_node(
     stack: AsyncExitStack, slots: HostSlots, config: EngineConfig, num_ranks: int, ours: HostReport
 ) -> Node:
-    """An engine that is started again has half a minute: then a host has less time to answer."""
-    path, seconds = config.model.path, min(_CONNECT_SECONDS, config.start_timeout_seconds / 6)
+    path, seconds = config.model.path, config.parallel.connect_timeout_seconds
     host = await stack.enter_async_context(open_host(slots.name, timeout_seconds=seconds))
     report = await _report(host, slots.name, path)
     check_versions(slots.name, report, ours)

@@ -16,7 +16,8 @@ from aphro_core.executor.served_model import ServedModel, open_served
 from aphro_core.executor.verify import verify_full
 from aphro_core.messages import codec
 from aphro_core.messages.steps import FromWorker, StartWorker, ToWorker, WorkerProgress
-from aphro_core.remote.remote import Process
+from aphro_core.parallel.placement import splits_a_group
+from aphro_core.remote.remote import Host, Process
 from aphro_core.remote.ssh import SSH_FAILED, last_line
 from aphro_core.spawn import Spawner
 
@@ -26,8 +27,9 @@ class RemoteProcess:
 
     was_short = False  # not known of another host
 
-    def __init__(self, process: Process) -> None:
+    def __init__(self, process: Process, host: Host) -> None:
         self._process = process
+        self._host = host
 
     @property
     def pid(self) -> int:
@@ -39,7 +41,8 @@ class RemoteProcess:
 
     @property
     def is_lost(self) -> bool:
-        return self.exit_code == SSH_FAILED
+        """ssh ends in this way, too, when the rank was killed by a signal: only then its connection is still there."""
+        return self.exit_code == SSH_FAILED and not self._host.is_connected
 
     def poll(self) -> bool:
         return self.exit_code is not None
@@ -56,6 +59,8 @@ class RemoteProcess:
     def describe_end(self) -> str:
         if self.exit_code is None:
             return "closed its channel but has not ended"
+        if self.exit_code == SSH_FAILED and not self.is_lost:
+            return "was killed by a signal"
         return f"ended ({last_line(self._process.stderr_tail) or f'exit code {self.exit_code}'})"
 
     def close(self) -> None:
@@ -84,7 +89,7 @@ async def open_ssh(
                 node.host.start(node.host.python, "-m", "aphro_core.worker.remote_entry")
             )
             channel = Channel[ToWorker, FromWorker](process.stream, codec.engine_side_of_worker())
-            return Launched(RemoteProcess(process), channel, start, node.slots.name)
+            return Launched(RemoteProcess(process, node.host), channel, start, node.slots.name)
 
         async with running(GroupExecutor(config, launch, on_progress, model), beats=True) as executor:
             yield executor
@@ -104,5 +109,7 @@ def _start_message(config: EngineConfig, rank: int, nodes: Nodes, model: ServedM
         memory_bytes=int(node.report.memory_bytes * config.cache.cpu_memory_utilization / num_ranks),
         environment=environment,
         peers=[other.host.address for i, other in nodes.by_index.items() if i != place.host],
+        address=node.host.address,
+        measures_links=splits_a_group(nodes.places, config.parallel.tensor_parallel_size),
         source=model.source if model and node.fetches else None,
     )

@@ -30,6 +30,7 @@ _END_SECONDS: Final = 2.0  # from the last message of an engine to the end of it
 _STACKS_SECONDS: Final = 0.3  # for an engine that hangs to write its stacks
 _LEAST_START_SECONDS: Final = 30.0  # for an engine that is started again, or a multiple of what the first one took
 _START_FACTOR: Final = 5.0
+_RECONNECT_SECONDS: Final = 4.0  # to a host of an engine that is started again: three times within half a minute
 _RETRY_SECONDS: Final = 0.5  # about; before an engine is started again that did not even get ready
 _WAKE_SECONDS: Final = 0.5  # a second chance for the engine, should this process have been stopped itself
 
@@ -75,6 +76,7 @@ class EngineProcess:
         if isinstance(message, EngineFailed):
             error = AphroError(message.message, hint=message.hint, exit_code=ExitCode(message.exit_code))
             lost = EngineLostError(error, message.seq_ids, is_external=message.is_external)
+            lost.lost_host = message.lost_host
             if message.detail:
                 lost.add_note(message.detail)
             raise lost
@@ -192,6 +194,8 @@ class Supervisor:
         self._is_ready = False  # this engine
         self._was_ready = orphan is not None  # any engine
         self._started_at = 0.0
+        self._all_hosts = config.parallel.hosts
+        self._lost_hosts = set[str]()
         self.epoch = 0 if orphan is None else orphan.epoch
 
     async def run(self) -> None:
@@ -202,6 +206,7 @@ class Supervisor:
             self._listener.take_loss(failure or lost, is_final=failure is not None)
             if failure is not None:
                 return
+            self._leave_out(lost.lost_host)
             if not self._is_ready:  # what just failed may need a moment: memory that is being freed, a full table
                 await anyio.sleep(_RETRY_SECONDS * (0.5 + random.random()))
 
@@ -237,7 +242,22 @@ class Supervisor:
         self._was_ready = self._is_ready = True
         cache = msgspec.structs.replace(self._config.cache, num_blocks=ready.num_blocks)
         model = msgspec.structs.replace(self._config.model, max_model_len=ready.max_model_len)
-        self._config = msgspec.structs.replace(self._config, cache=cache, model=model, start_timeout_seconds=limit)
+        parallel = msgspec.structs.replace(self._config.parallel, connect_timeout_seconds=_RECONNECT_SECONDS)
+        self._config = msgspec.structs.replace(
+            self._config, cache=cache, model=model, parallel=parallel, start_timeout_seconds=limit
+        )
+
+    def _leave_out(self, lost_host: str) -> None:
+        """The next engine does not ask hosts that were lost, as long as the others have devices enough."""
+        if not lost_host:
+            return
+        self._lost_hosts.add(lost_host)
+        parallel = self._config.parallel
+        rest = tuple(each for each in self._all_hosts if each.name not in self._lost_hosts)
+        if sum(each.num_slots for each in rest) < parallel.world_size:
+            self._lost_hosts.clear()  # it may be back
+            rest = self._all_hosts
+        self._config = msgspec.structs.replace(self._config, parallel=msgspec.structs.replace(parallel, hosts=rest))
 
     def _final_failure(self, lost: EngineLostError) -> EngineLostError | None:
         if not self._was_ready:

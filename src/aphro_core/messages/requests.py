@@ -74,6 +74,7 @@ class EngineFailed(msgspec.Struct, frozen=True, tag="engine_failed"):
     detail: str = ""  # the failing rank's traceback
     is_external: bool = False
     seq_ids: list[int] = []
+    lost_host: str = ""  # of --hosts, that does not answer any more
 
 
 class EnginePulse(msgspec.Struct, frozen=True, tag="pulse"):

@@ -25,6 +25,8 @@ class StartWorker(msgspec.Struct, frozen=True, tag="start_worker"):
     memory_bytes: int  # this rank's share of the host's memory, measured before any rank started (used on CPUs)
     environment: dict[str, str] = {}
     peers: list[str] = []  # addresses of the other hosts
+    address: str = ""  # of this one, among their peers
+    measures_links: bool = False  # a tensor-parallel group spans hosts: what its sums cost is to be measured
     source: ModelSource | None = None  # of a model that this host reads from the engine's
     log_file: str = ""  # on the worker's host, where what it prints is kept as well
 
@@ -73,6 +75,13 @@ class WorkerProgress(msgspec.Struct, frozen=True, tag="progress"):
     total: int = 0
 
 
+class LinkCost(msgspec.Struct, frozen=True, array_like=True):
+    """Of a tensor-parallel group: one sum of a token's activations, and what a rank sends in sums of many."""
+
+    sum_seconds: float
+    bytes_per_second: float
+
+
 class WorkerLoaded(msgspec.Struct, frozen=True, tag="loaded"):
     """Worker to engine: the weights are in place; ``num_blocks`` is what this rank's memory allows."""
 
@@ -86,6 +95,7 @@ class WorkerLoaded(msgspec.Struct, frozen=True, tag="loaded"):
     block_bytes: int
     num_blocks: int
     bytes_read: int  # from the checkpoint
+    link: LinkCost | None = None  # where it was to be measured
     bytes_fetched: int | None = None  # of these from the engine's host; None: they were all here
 
 

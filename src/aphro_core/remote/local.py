@@ -25,6 +25,10 @@ class LocalHost:
         self.python = sys.executable
         self._root = root
 
+    @property
+    def is_connected(self) -> bool:
+        return True
+
     async def files(self, *patterns: str) -> dict[str, str]:
         return await self._each_match(patterns, _read_text)
 

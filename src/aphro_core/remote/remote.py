@@ -75,6 +75,11 @@ class Host(Protocol):
     address: str
     python: str
 
+    @property
+    def is_connected(self) -> bool:
+        """False once it cannot be reached any more."""
+        ...
+
     async def files(self, *patterns: str) -> dict[str, str]:
         """Path -> text of each regular file that matches a shell pattern and can be read, in the order of the paths."""
         ...

@@ -23,7 +23,8 @@ _TARGET: Final = re.compile(
     r"(?:(?P<user>[\w.][\w.-]*)@)?(?P<host>\[[0-9A-Fa-f:.%\w]+\]|[\w.][\w.-]*)(?::(?P<port>\d+))?$"
 )
 SSH_FAILED: Final = 255
-# No questions, no forwarding, no terminal; a peer that says nothing for 9 s is lost
+# No questions, no forwarding, no terminal; a peer that says nothing for 8 s is lost: before a step's deadline, after a
+# cable that was out for a moment
 _OPTIONS: Final = (
     "BatchMode=yes",
     "ClearAllForwardings=yes",
@@ -32,7 +33,7 @@ _OPTIONS: Final = (
     "PermitLocalCommand=no",
     "RemoteCommand=none",
     "RequestTTY=no",
-    "ServerAliveInterval=3",
+    "ServerAliveInterval=2",
     "ServerAliveCountMax=3",
     "ControlPersist=no",
 )
@@ -47,11 +48,18 @@ _LINKS: Final = _EACH_MATCH.format('[ -e "$f" ] && readlink -f -- "$f"')
 class SshHost:
     """Commands of a host through the connection behind ``control``, the path of its socket."""
 
-    def __init__(self, name: str, arguments: Sequence[str], control: Path, address: str) -> None:
+    def __init__(
+        self, name: str, arguments: Sequence[str], control: Path, address: str, connection: process.LineProcess
+    ) -> None:
         self.name = name
         self.address = address
         self.python = sys.executable
+        self._connection = connection
         self._arguments = [*_ssh(control), "-o", "ControlMaster=no", *arguments]
+
+    @property
+    def is_connected(self) -> bool:
+        return self._connection.returncode is None
 
     async def files(self, *patterns: str) -> dict[str, str]:
         return await self._each_match(_FILES, patterns)
@@ -103,7 +111,7 @@ async def open_host(target: str, *, timeout_seconds: float = 10.0) -> AsyncItera
         master = [*_ssh(control.path), "-o", "ControlMaster=yes", "-o", seconds, *arguments, "exec cat"]
         async with process.start(master, None) as connection:
             await _wait_connected(connection, target, timeout_seconds)
-            yield SshHost(target, arguments, control.take(), address)
+            yield SshHost(target, arguments, control.take(), address, connection)
 
 
 async def _wait_connected(connection: process.LineProcess, target: str, timeout_seconds: float) -> None:

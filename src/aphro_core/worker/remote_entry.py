@@ -22,6 +22,7 @@ from aphro_core.interfaces import way_to
 from aphro_core.lifeline import die_with_parent, name_process
 from aphro_core.messages.steps import StartWorker, WorkerLog
 from aphro_core.worker import entry
+from aphro_core.worker.paths import check_interfaces, check_paths
 from aphro_core.worker.stdio_channel import StdioChannel
 
 if TYPE_CHECKING:
@@ -47,12 +48,18 @@ def main() -> None:
 
 def _serve(channel: StdioChannel, log: int, _: entry.WorkerChannel, start: StartWorker) -> None:
     threading.Thread(target=_forward_lines, args=(channel, log, start), name="log", daemon=True).start()
+    asked = dict(os.environ) | start.environment
+    check_interfaces(asked)
     os.environ.update(_interfaces(start.peers) | host_specific(os.environ) | start.environment)
 
     def open_store() -> Store:
         from aphro_core.worker.relayed_store import RelayedStore
 
-        return RelayedStore(channel.ask, start.config.distributed_timeout_seconds)
+        store = RelayedStore(channel.ask, start.config.distributed_timeout_seconds)
+        if start.peers and start.address and start.local_rank == 0:
+            variable = "GLOO_SOCKET_IFNAME" if start.config.device == "cpu" else "NCCL_SOCKET_IFNAME"
+            check_paths(store, start.address, start.peers, asked, variable)
+        return store
 
     entry.serve(channel, start, open_store, channel.fetch)
 

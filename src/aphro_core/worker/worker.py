@@ -17,7 +17,7 @@ from aphro_core.checkpoint.checkpoint import Checkpoint
 from aphro_core.checkpoint.open import open_checkpoint, read_hf_config
 from aphro_core.errors import EngineDeadError
 from aphro_core.layers.decoder import Decoder
-from aphro_core.messages.steps import StartWorker, StepPlan, StepResult, WorkerLoaded, WorkerProgress
+from aphro_core.messages.steps import LinkCost, StartWorker, StepPlan, StepResult, WorkerLoaded, WorkerProgress
 from aphro_core.models.registry import load_spec
 from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel import memory
@@ -25,6 +25,7 @@ from aphro_core.parallel.shard import build_plan
 from aphro_core.worker.device_runner import DeviceRunner
 from aphro_core.worker.fetched_model import Fetch, FetchedModel
 from aphro_core.worker.kv_cache import allocate_kv_cache
+from aphro_core.worker.link_cost import measure_link
 from aphro_core.worker.loader import dummy_weights, load_weights
 from aphro_core.worker.model_runner import ModelRunner
 from aphro_core.worker.step import FinishedStep, LaunchedStep, SamplingError
@@ -71,6 +72,7 @@ class Worker:
         os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
         self._links = distributed.join(plan, rank, self._open_store, self._device, timeout)
         self._progress("rendezvous", 1, 1)
+        self._link = self._measure_link() if self._start.measures_links else None
         bytes_read = 0
         if model.load_format == "dummy":
             weights = dummy_weights(self._spec, self._shard, self._dtype, self._device, model.seed)
@@ -176,8 +178,13 @@ class Worker:
             block_bytes=block_bytes,
             num_blocks=memory.num_blocks(kv_bytes, block_bytes),
             bytes_read=bytes_read,
+            link=self._link,
             bytes_fetched=self._fetched.bytes_fetched if self._fetched else None,
         )
+
+    def _measure_link(self) -> LinkCost | None:
+        group = self._links.tensor
+        return measure_link(group, self._spec.hidden_size, self._dtype, self._device) if group.size > 1 else None
 
     def _memory_budget(self) -> int:
         """Bytes that weights, activations and KV cache of this rank may take together."""

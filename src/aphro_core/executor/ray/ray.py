@@ -113,7 +113,14 @@ def _start_message(config: EngineConfig, rank: int, group: Group, model: ServedM
         store="",
         memory_bytes=int(report.host.memory_bytes * config.cache.cpu_memory_utilization / num_ranks),
         environment=environment,
+        address=seat.node.address,
+        measures_links=_splits_a_group(group, config.parallel.tensor_parallel_size),
         source=model.source if model and seat.node.id in group.fetching else None,
         peers=sorted({each.node.address for each in group.seats} - {seat.node.address}),
         log_file=str(Path(report.log_dir) / f"rank-{rank}.log") if report.log_dir else "",
     )
+
+
+def _splits_a_group(group: Group, tp_size: int) -> bool:
+    nodes = [seat.node.id for seat in group.seats]
+    return any(len(set(nodes[at : at + tp_size])) > 1 for at in range(0, len(nodes), tp_size))
