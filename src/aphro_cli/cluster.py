@@ -155,7 +155,7 @@ def status(expect: opt.Expect = None, as_json: opt.AsJson = False) -> None:
 
     def work(console: Console) -> int:
         from aphro_cli.cluster_view import render_status, status_to_json
-        from aphro_core.cluster.cluster import membership, read_status
+        from aphro_core.cluster.asking import membership, read_status
         from aphro_core.cluster.registry import num_in
 
         here = membership()
@@ -176,7 +176,7 @@ def env(as_json: opt.AsJson = False) -> None:
 
     def work(console: Console) -> int:
         from aphro_cli.cluster_view import environment_to_json, render_environments
-        from aphro_core.cluster.cluster import read_environment
+        from aphro_core.cluster.asking import read_environment
 
         found = _of_nodes(console, read_environment)
         _print(as_json, lambda: environment_to_json(found), lambda: render_environments(found))
@@ -191,7 +191,7 @@ def ports(as_json: opt.AsJson = False) -> None:
 
     def work(console: Console) -> int:
         from aphro_cli.cluster_view import ports_to_json, render_ports
-        from aphro_core.cluster.cluster import membership, read_ports
+        from aphro_core.cluster.asking import membership, read_ports
         from aphro_core.cluster.ports import Layout
 
         found = _of_nodes(console, read_ports)
@@ -252,7 +252,7 @@ def _ask_for_token() -> str | None:
 
 def _print_head(here: Membership, as_json: bool) -> None:
     from aphro_cli.cluster_view import head_to_json, render_head
-    from aphro_core.cluster.cluster import token_of
+    from aphro_core.cluster.asking import token_of
 
     token = token_of(here)
     _print(as_json, lambda: head_to_json(here), lambda: render_head(here, token))
@@ -266,7 +266,7 @@ def _print_member(here: Membership, as_json: bool) -> None:
 
 def _of_nodes(console: Console, read: Callable[[Membership, Node], Any]) -> dict[str, Any]:
     """Node name -> its answer; who does not answer is named in a warning."""
-    from aphro_core.cluster.cluster import membership, read_status
+    from aphro_core.cluster.asking import membership, read_status
 
     here = membership()
     found = {}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from aphro_core.cluster.cluster import follow_log, membership, read_status
+from aphro_core.cluster.asking import follow_log, membership, read_status
 from aphro_core.cluster.messages import AskLog
 from aphro_core.errors import ClusterError, ExitCode
 

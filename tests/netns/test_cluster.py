@@ -269,6 +269,19 @@ def test_a_closed_port_is_named_with_the_line_that_opens_it(nodes: list[Node], s
     assert f"try: on this host: sudo ufw allow proto tcp from {stranger['head']} to any port {PORT}:" in done.stderr
 
 
+def test_interrupted_while_it_joins_leaves_nothing(nodes: list[Node]) -> None:
+    process = nodes[3].host.popen(*nodes[3].command("join", "--head", nodes[0].host.address), stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    while "starting Ray" not in process.stderr.readline():
+        pass
+    time.sleep(1)
+    for pid in nodes[3].host.processes():
+        if b"aphro_cli.main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGINT)
+    assert process.wait(20) == ExitCode.INTERRUPTED
+    assert nodes[3].left() == NOTHING
+
+
 def test_ray_itself_lets_no_stranger_in(nodes: list[Node]) -> None:
     code = (
         "import sys; from ray._raylet import GcsClient\n"

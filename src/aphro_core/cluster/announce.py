@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from aphro_core.channel import ChannelClosedError
-from aphro_core.cluster.cluster import token_of
+from aphro_core.cluster.asking import token_of
 from aphro_core.cluster.membership import Membership
 from aphro_core.cluster.messages import Announce, Done, Model
 from aphro_core.cluster.wire import connect

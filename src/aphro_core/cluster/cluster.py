@@ -1,18 +1,16 @@
-"""What `aphro cluster` does on this host: up, join, down, and asking the head and the nodes."""
+"""What `aphro cluster` does to this host: `up`, `join` and `down`."""
 
 from __future__ import annotations
 
 import os
 import select
 import signal
-from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
-from aphro_core.channel import ChannelClosedError
 from aphro_core.cluster.address import Chosen, check_head, choose_address, resolve
+from aphro_core.cluster.asking import ask_for
 from aphro_core.cluster.member import clean_files
 from aphro_core.cluster.membership import (
     Membership,
@@ -23,19 +21,8 @@ from aphro_core.cluster.membership import (
     remove_membership,
 )
 from aphro_core.cluster.messages import (
-    AskEnvironment,
-    AskLog,
-    AskPorts,
-    AskStatus,
     Done,
     Down,
-    Environment,
-    LogLines,
-    Node,
-    Ports,
-    Refused,
-    Request,
-    Status,
 )
 from aphro_core.cluster.plan import Plan
 from aphro_core.cluster.ports import DEFAULT_PORT, MAX_FIRST_PORT
@@ -43,14 +30,12 @@ from aphro_core.cluster.processes import end_processes
 from aphro_core.cluster.raylet import check_installed
 from aphro_core.cluster.starting import start_member
 from aphro_core.cluster.token import new_token
-from aphro_core.cluster.wire import NoMemberError, ask, connect
 from aphro_core.errors import ClusterError, UsageError
 from aphro_core.host import gpu_memory, torch_has_cuda, visible_gpus
 from aphro_core.reporter import Reporter
 
 _DOWN_SECONDS: Final = 60.0
 _END_SECONDS: Final = 15.0
-AnswerType = TypeVar("AnswerType")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,68 +130,6 @@ def _clean_leftovers(reporter: Reporter) -> None:
     clean_files(record)
 
 
-def membership() -> Membership:
-    """Of this host. Raises ClusterError where it is in no cluster."""
-    found = read_membership()
-    if found is not None:
-        return found
-    if read_record() is not None:
-        raise ClusterError(
-            "this host's member was killed, and its node is no longer in the cluster",
-            hint="aphro cluster down cleans up here; then join again",
-        )
-    raise ClusterError("this host is in no cluster", hint="aphro cluster up, or aphro cluster join --head IP")
-
-
-def token_of(here: Membership) -> str:
-    try:
-        return Path(here.token_path).read_text()
-    except OSError as error:
-        raise ClusterError(f"{here.token_path}: {error.strerror}", hint="aphro cluster down, then join again") from None
-
-
-def read_status(here: Membership) -> Status:
-    """Asked of the head, from any node."""
-    head = here.head_address.rpartition(":")[0]
-    try:
-        return _ask(here, head, AskStatus(), Status)
-    except NoMemberError as error:
-        raise ClusterError(
-            f"the head does not answer: {error.message}",
-            hint="if it is gone for good: aphro cluster down here, and `up` on another host",
-        ) from None
-
-
-def read_environment(here: Membership, node: Node) -> Environment:
-    """One node's own answer. Raises ClusterError."""
-    return _ask(here, node.address, AskEnvironment(), Environment)
-
-
-def read_ports(here: Membership, node: Node) -> Ports:
-    """One node's own answer. Raises ClusterError."""
-    return _ask(here, node.address, AskPorts(), Ports)
-
-
-def follow_log(here: Membership, node: Node, request: AskLog) -> Iterator[Sequence[str]]:
-    """The lines of a node's log, in parts; with ``follow`` until the node is gone. Raises ClusterError."""
-    channel = connect(node.address, here.control_port, token_of(here))
-    try:
-        channel.send(request)
-        channel.set_timeout(None if request.follow else 10.0)
-        while True:
-            match channel.receive():
-                case LogLines(lines=lines, is_last=is_last):
-                    yield lines
-                    if is_last:
-                        return
-                case Refused(message=message):
-                    raise ClusterError(message)
-    except ChannelClosedError:
-        raise ClusterError(f"{node.name} ({node.address}) is gone") from None
-    finally:
-        channel.close()
-
-
 def down(reporter: Reporter) -> dict[str, str]:
     """End this host's node; on the head, all nodes. Returns node -> problem of those that could not be told.
 
@@ -233,7 +156,7 @@ def down(reporter: Reporter) -> dict[str, str]:
 def _ask_to_end(record: Membership) -> dict[str, str]:
     try:
         request = Down("aphro cluster down")
-        return _ask(record, record.node_address, request, Done, timeout=_DOWN_SECONDS).problems
+        return ask_for(record, record.node_address, request, Done, timeout=_DOWN_SECONDS).problems
     except ClusterError:  # it hangs, or ended before it could answer
         return {}
 
@@ -247,13 +170,3 @@ def _wait_for_end(record: Membership) -> None:
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             ended.poll(_END_SECONDS * 1000)
         os.close(pidfd)
-
-
-def _ask(
-    here: Membership, address: str, request: Request, kind: type[AnswerType], *, timeout: float = 10.0
-) -> AnswerType:
-    answer = ask(address, here.control_port, token_of(here), request, timeout=timeout)
-    if isinstance(answer, kind):
-        return answer
-    refusal = answer if isinstance(answer, Refused) else Refused(f"{address} answers {answer}")
-    raise ClusterError(refusal.message, hint=refusal.hint or None)

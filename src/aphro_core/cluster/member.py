@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import signal
 import socket
-import sys
 import threading
 import time
-import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-import msgspec
-
-from aphro_core.channel import ChannelClosedError
 from aphro_core.cluster import joining
 from aphro_core.cluster.answers import environment_of, log_lines, memory_now, ports_of
 from aphro_core.cluster.headquarters import Headquarters
+from aphro_core.cluster.joining import Say
 from aphro_core.cluster.membership import (
     Membership,
     private_folder,
     remove_membership,
-    state_folder,
-    with_process,
     write_membership,
 )
 from aphro_core.cluster.messages import (
@@ -49,7 +43,7 @@ from aphro_core.cluster.messages import (
     Refused,
     Request,
 )
-from aphro_core.cluster.plan import Failed, Plan, Progress, Ready, Said
+from aphro_core.cluster.plan import Plan
 from aphro_core.cluster.ports import Layout
 from aphro_core.cluster.processes import end_processes, name_of
 from aphro_core.cluster.raylet import ray_environment, start_command, start_ray
@@ -58,22 +52,22 @@ from aphro_core.cluster.service import Service, open_door
 from aphro_core.cluster.token import keep_token, token_path
 from aphro_core.cluster.versions import installed_versions
 from aphro_core.cluster.wire import Serving, ask
-from aphro_core.errors import AphroError, ClusterError
-from aphro_core.lifeline import name_process
+from aphro_core.errors import ClusterError
 from aphro_core.listeners import holder_of
 
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _TICK_SECONDS: Final = 0.5
 _LEAVE_SECONDS: Final = 30.0
 _VITAL: Final = ("raylet", "gcs_server")
-_MASK: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
 
 class Member:
-    """``say`` reaches the command that started this process, until the node is in; then the log."""
+    """``say`` reaches the command that started this process, until the node is in; ``log`` always does the log."""
 
-    def __init__(self, plan: Plan, membership: Membership) -> None:
+    def __init__(self, plan: Plan, membership: Membership, say: Say, log: Callable[[str], None]) -> None:
         self._plan = plan
+        self._say = say
+        self._log = log
         self._membership = membership
         self._layout = Layout(plan.head_port)
         self._node = Node(
@@ -91,11 +85,12 @@ class Member:
         self._headquarters: Headquarters | None = None
         self._environment = dict(os.environ)
         self._leaving = ""  # why, once that is decided
+        self._decided = threading.Event()
         self._left = threading.Event()
         self._problems: dict[str, str] = {}
 
     def start(self) -> None:
-        """Get in, or raise AphroError with nothing left behind."""
+        """Get in, or raise AphroError: whoever called ends what was started by then."""
         self._check_ports()
         if self._plan.role == "head":
             self._start_ray()
@@ -106,13 +101,14 @@ class Member:
         else:
             self._open_door()
             self._join()
+        signal.signal(signal.SIGTERM, lambda *_: self._decide("SIGTERM"))
 
     def _join(self) -> None:
         plan = self._plan
-        greeting = joining.wait_for_head(plan, self._node, _say)
-        joining.check_versions(plan, self._node, greeting.head, _say)
+        greeting = joining.wait_for_head(plan, self._node, self._say)
+        joining.check_versions(plan, self._node, greeting.head, self._say)
         joining.check_ways(plan, greeting)
-        _say(f"{greeting.head.name} ({plan.head}) and this host ({plan.address}) reach each other")
+        self._say(f"{greeting.head.name} ({plan.head}) and this host ({plan.address}) reach each other", False)
         environment = {**greeting.environment, **plan.environment}
         self._membership = replace(self._membership, environment=environment)
         self._start_ray()
@@ -137,17 +133,13 @@ class Member:
         Service(open_door(self._plan.address, self._layout.control), self._plan.token, self.respond).start()
 
     def _start_ray(self) -> None:
-        _say("starting Ray")
+        self._say("starting Ray", False)
         keep_token(self._plan.token)
         private_folder(Path(self._membership.temp_dir))
         write_membership(self._membership)  # from here on `down` knows what there is to end
         self._environment = ray_environment(self._membership, os.environ)
         command = start_command(self._membership, self._layout, name=self._node.name, dashboard=self._plan.dashboard)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _MASK)  # a child begins with the mask of who starts it
-        try:
-            start_ray(command, self._environment, Path(self._membership.log_dir) / "ray.log")
-        finally:
-            signal.pthread_sigmask(signal.SIG_BLOCK, _MASK)
+        start_ray(command, self._environment, Path(self._membership.log_dir) / "ray.log")
 
     # ---- while it is in
 
@@ -156,17 +148,20 @@ class Member:
         if self._headquarters is None:
             threading.Thread(target=self._beat, name="heart", daemon=True).start()
         while not self._leaving:
-            info = signal.sigtimedwait(_MASK, _TICK_SECONDS)
-            if info is not None and info.si_signo == signal.SIGTERM:
-                self._leaving = "SIGTERM"
             for name, how in _reap():
-                if name in _VITAL and not self._leaving:
-                    self._leaving = f"{name} ended: {how}"
+                if name in _VITAL:
+                    self._decide(f"{name} ended: {how}")
+            self._decided.wait(_TICK_SECONDS)
         self.leave()
+
+    def _decide(self, reason: str) -> None:
+        """To leave; the first reason is the one."""
+        self._leaving = self._leaving or reason
+        self._decided.set()
 
     def leave(self) -> None:
         """Nothing of this node is left after it: processes, files, ports."""
-        _log(f"leaving: {self._leaving}")
+        self._log(f"leaving: {self._leaving}")
         if self._headquarters is not None:
             self._problems |= self._headquarters.end_members(f"the cluster ends on {self._node.name}: {self._leaving}")
         else:
@@ -190,7 +185,7 @@ class Member:
             case AskLog():
                 return self._send_log(request, channel)
             case Down(reason=reason):
-                self._leaving = self._leaving or reason
+                self._decide(reason)
                 self._left.wait(_LEAVE_SECONDS)
                 return Done(self._problems)
         return self._respond_as_head(request, channel)
@@ -227,11 +222,11 @@ class Member:
             try:
                 self._tell_head(Beat(self._node))
                 if not is_heard:
-                    _log("the head answers again")
+                    self._log("the head answers again")
                 is_heard = True
             except ClusterError as error:
                 if is_heard:
-                    _log(f"the head does not hear us: {error.message}")
+                    self._log(f"the head does not hear us: {error.message}")
                 is_heard = False
             time.sleep(BEAT_SECONDS)
 
@@ -256,71 +251,3 @@ def _reap() -> list[tuple[str, str]]:
             how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
             ended.append((name, how))
     return ended
-
-
-def _log(text: str) -> None:
-    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", file=sys.stderr, flush=True)
-
-
-def _say(text: str, is_warning: bool = False) -> None:
-    _log(text)
-    _tell(Said(text, is_warning))
-
-
-def _tell(progress: Progress) -> None:
-    """The command that waits for us; where it is gone (Ctrl-C), so are we."""
-    os.write(sys.stdout.fileno(), msgspec.json.encode(progress) + b"\n")
-
-
-def membership_of(plan: Plan) -> Membership:
-    id = uuid.uuid4().hex[:12]
-    blank = Membership(
-        id=id,
-        role=plan.role,
-        head_address=f"{plan.head}:{plan.head_port}",
-        node_address=plan.address,
-        control_port=Layout(plan.head_port).control,
-        token_path=str(token_path()),
-        temp_dir=f"/tmp/aphro-{id}",
-        log_dir=str(state_folder() / "logs"),
-        devices=plan.devices,
-        resource=plan.resource,
-        environment=plan.environment,
-        started_at=time.time(),
-        pid=0,
-        pid_started=0,
-        boot_id="",
-    )
-    return with_process(blank, os.getpid())
-
-
-def main() -> None:
-    """``python -m aphro_core.cluster.member``: Plan on standard input, Progress on standard output, log on stderr."""
-    started = time.monotonic()
-    plan = msgspec.json.decode(sys.stdin.buffer.read(), type=Plan)
-    signal.pthread_sigmask(signal.SIG_BLOCK, _MASK)  # of all threads; a closed terminal changes nothing
-    name_process("aphro-member")
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    membership = membership_of(plan)
-    member = Member(plan, membership)
-    try:
-        member.start()
-        _log(f"in after {time.monotonic() - started:.1f} s")
-        _tell(Ready(time.monotonic() - started))
-    except (AphroError, OSError, ChannelClosedError) as error:
-        _log(f"not in: {error}")
-        end_processes(membership)
-        clean_files(membership)
-        if isinstance(error, AphroError):
-            with suppress(OSError):
-                _tell(Failed(error.message, error.hint or "", error.exit_code))
-            sys.exit(error.exit_code)
-        sys.exit(1)
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1):
-        os.dup2(nothing, descriptor)
-    member.run()
-
-
-if __name__ == "__main__":
-    main()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
+from typing import Final
 
 import msgspec
 
@@ -13,6 +13,8 @@ from aphro_core.cluster.membership import private_folder, state_folder
 from aphro_core.cluster.plan import Failed, Plan, Progress, Ready, Said
 from aphro_core.errors import AphroError, ClusterError, ExitCode
 from aphro_core.reporter import Reporter
+
+_END_SECONDS: Final = 30.0
 
 
 def start_member(plan: Plan, reporter: Reporter) -> None:
@@ -22,7 +24,7 @@ def start_member(plan: Plan, reporter: Reporter) -> None:
         old.unlink()
     with (logs / "member.log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "aphro_core.cluster.member"],
+            [sys.executable, "-m", "aphro_core.cluster.entry"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -38,8 +40,8 @@ def start_member(plan: Plan, reporter: Reporter) -> None:
             if _report(msgspec.json.decode(line, type=Progress), reporter):
                 return
     except KeyboardInterrupt:
-        process.stdout.close()  # it ends, cleanly, at its next word to us
-        os.kill(process.pid, signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
+        process.wait(_END_SECONDS)  # it ends what it has started
         raise
     code = process.wait()
     raise ClusterError(f"the member process ended with code {code}", hint=f"look into {logs / 'member.log'}")
