@@ -34,6 +34,7 @@ from tests.faults.lab import (
 from tests.faults.load import Load, bodies, prompt_of, run_load
 
 _SMALL: Final = ("--max-num-seqs", "16", "--max-recoveries", "99", "--step-timeout", "3")
+_NUM_TOKENS: Final = 900  # a tiny model's step takes a millisecond: the streams must outlive the fault
 _PAUSE_SECONDS: Final = 30.0  # reported; the bar of 5 s is for a rank that starts in 2 s
 
 
@@ -60,7 +61,7 @@ class Served:
 
     def __init__(self, server: FaultyServer, num_requests: int = 16) -> None:
         self.server = server
-        self.asked = bodies(num_requests, 300)
+        self.asked = bodies(num_requests, _NUM_TOKENS)
         run_load(server.url, self.asked)  # the first steps of each shape may compile
         self.expected = run_load(server.url, self.asked)
 
@@ -68,13 +69,20 @@ class Served:
         with Probe(self.server.url) as probe, Load(self.server.url, self.asked) as load:
             load.wait_tokens(first_token)
             hit = self.server.kill(victim, number)
-        equal = sum(a.token_ids == tokens for a, tokens in zip(load.answers, self.expected, strict=True))
-        outcome.figures["token-equal"] = f"{equal}/{len(self.expected)}"
-        outcome.check("all token-equal", equal == len(self.expected))
+        self._compare(load, outcome)
         outcome.check("all 200", {answer.status for answer in load.answers} == {200})
         outcome.at_most("pause", max(answer.longest_pause for answer in load.answers), _PAUSE_SECONDS)
         outcome.at_most("silence", max(answer.longest_silence for answer in load.answers), 2.5)
         outcome.at_most("`/readyz` 503 after", probe.first(503, hit), 4.0)
+
+    def _compare(self, load: Load, outcome: Outcome) -> None:
+        pairs = list(zip((answer.token_ids for answer in load.answers), self.expected, strict=True))
+        equal = sum(tokens == expected for tokens, expected in pairs)
+        outcome.figures["token-equal"] = f"{equal}/{len(pairs)}"
+        firsts = [next((i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b), -1) for pair in pairs]
+        if differing := [first for first in firsts if first >= 0]:
+            outcome.figures["first differences at tokens"] = str(differing)
+        outcome.check("all token-equal", equal == len(pairs))
 
     def culprit(self, token: int, outcome: Outcome) -> None:
         """One request that meets a fault in every step of it, among others; no restart."""
@@ -85,9 +93,7 @@ class Served:
             load.wait_tokens(10)
             ask.start()
         ask.join(60)
-        equal = sum(a.token_ids == tokens for a, tokens in zip(load.answers, self.expected, strict=True))
-        outcome.figures["token-equal"] = f"{equal}/{len(self.expected)}"
-        outcome.check("all token-equal", equal == len(self.expected))
+        self._compare(load, outcome)
         (answer,) = answers
         outcome.figures["culprit"] = f"{answer.status_code} {answer.json().get('error', {}).get('code')}"
         outcome.check("the culprit gets 500 step_failed", answer.json()["error"]["code"] == "step_failed")
@@ -135,12 +141,12 @@ def over_two(lab: Lab, *layout: str) -> None:
         served = Served(server)
         name = "P-01" if layout[0] == "-tp" else "P-02"
         row(name, f"SIGKILL of each {layout[0][1:].upper()} worker", lambda outcome: kills(served, outcome))
+        row("P-06", "SIGSTOP of a worker", lambda outcome: served.signal("aphro-rank-1", signal.SIGSTOP, outcome))
         if layout[0] == "-tp":
             row("P-09", "allocation failure in prefill", lambda outcome: served.culprit(MEMORY, outcome))
             row("P-09b", "the same on one rank of two", lambda outcome: served.culprit(MEMORY_OF_ONE, outcome))
             row("P-08", "an exception in forward", lambda outcome: served.culprit(RAISE, outcome))
             row("P-11", "NaN logits", lambda outcome: served.culprit(NAN, outcome))
-        row("P-06", "SIGSTOP of a worker", lambda outcome: served.signal("aphro-rank-1", signal.SIGSTOP, outcome))
         row("P-04", "SIGKILL of the API process", served.lose_api)
         row("P-05", "SIGKILL of the keeper", served.lose_keeper)
 
