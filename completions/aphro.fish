@@ -46,6 +46,7 @@ complete -c aphro -n '__fish_seen_subcommand_from run serve' -l max-num-seqs -x 
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l max-num-batched-tokens -x -d 'Tokens in one step in which anything decodes.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l max-num-prefill-tokens -x -d 'Tokens in one step in which nothing decodes.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l enforce-eager -d 'No CUDA graphs - slower, starts sooner.'
+complete -c aphro -n '__fish_seen_subcommand_from run serve' -l deterministic -d 'The same tokens whatever else is computed, also in bfloat16 (CPUs; slower).'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l gpu-memory-utilization -o gmu -x -d 'Share of each GPU’s memory, weights included.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l cpu-memory-utilization -x -d 'Share of the free host memory, all ranks together.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l block-size -x -a '8 16 32' -d 'Tokens in a KV block.'

@@ -127,6 +127,10 @@ MaxNumPrefillTokens = Annotated[
     int | None, typer.Option("--max-num-prefill-tokens", min=1, help="Tokens in one step in which nothing decodes.")
 ]
 EnforceEager = Annotated[bool, typer.Option("--enforce-eager", help="No CUDA graphs: slower, starts sooner.")]
+Deterministic = Annotated[
+    bool,
+    typer.Option("--deterministic", help="The same tokens whatever else is computed, also in bfloat16 (CPUs; slower)."),
+]
 GpuMemoryUtilization = Annotated[
     float, typer.Option("--gpu-memory-utilization", "-gmu", help="Share of each GPU's memory, weights included.")
 ]

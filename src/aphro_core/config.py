@@ -85,6 +85,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     scheduler: SchedulerConfig = SchedulerConfig()
     device: Device = "cpu"
     enforce_eager: bool = False  # no CUDA graphs
+    deterministic: bool = False  # a token does not depend on what else is computed (CPU)
     distributed_timeout_seconds: float = 300.0  # rendezvous and every collective
     start_timeout_seconds: float = 1800.0  # from the first worker started to the last one ready
     step_timeout_seconds: float = 10.0  # a step has this long, or a multiple of what steps of its size take

@@ -57,6 +57,7 @@ class EngineOptions:
     cpu_memory_utilization: float = 0.50
     block_size: int = 16
     enforce_eager: bool = False
+    deterministic: bool = False  # the same tokens whatever else is computed, and after a recovery
     num_blocks: int | None = None
     enable_prefix_caching: bool = True
     load_format: Literal["auto", "dummy"] = "auto"
@@ -98,6 +99,8 @@ def prepare(options: EngineOptions, reporter: Reporter) -> Prepared:
     quantization = _choose_quantization(options, spec, device, dtype, reporter)
     spec = spec if quantization != "none" else replace(spec, quantization=None)
     _check_experts(options, spec)
+    if options.deterministic:
+        _check_deterministic(spec, device, dtype, reporter)
     plan = build_plan(
         spec,
         options.tensor_parallel_size,
@@ -139,6 +142,7 @@ def prepare(options: EngineOptions, reporter: Reporter) -> Prepared:
         scheduler=_choose_steps(options, spec, plan, device, reporter),
         device=device,
         enforce_eager=options.enforce_eager,
+        deterministic=options.deterministic,
         start_timeout_seconds=options.start_timeout,
         distributed_timeout_seconds=options.distributed_timeout,
         step_timeout_seconds=options.step_timeout or (60.0 if device == "cuda" else 10.0),
@@ -207,6 +211,28 @@ def _check_experts(options: EngineOptions, spec: DecoderSpec) -> None:
         )
 
 
+def _check_deterministic(spec: DecoderSpec, device: Device, dtype: DType, reporter: Reporter) -> None:
+    """Raises UsageError where a row's bits would depend on the rows beside it."""
+    if device == "cuda":
+        raise UsageError(
+            "--deterministic on GPUs: their products and sums are split by the number of rows, and this version has no "
+            "kernels that are not",
+            hint="--device cpu, or leave --deterministic out",
+        )
+    if dtype == "float16":
+        raise UsageError("--deterministic in float16, allowed: bfloat16, float32", hint="--dtype bfloat16")
+    if spec.quantization is not None:
+        raise UsageError(
+            f"--deterministic with weights that stay packed ({spec.quantization.layout}): their products are chosen by "
+            f"the number of rows",
+            hint="a checkpoint in bfloat16 or float32, or a GGUF file without -q",
+        )
+    reporter.line(
+        "Deterministic: the same tokens whatever else is computed, and after a recovery. Every row reads its keys by "
+        "itself, which makes long prompts slower; products go in fixed numbers of rows, checked on this CPU."
+    )
+
+
 def _choose_steps(
     options: EngineOptions, spec: DecoderSpec, plan: ShardingPlan, device: Device, reporter: Reporter
 ) -> SchedulerConfig:
@@ -263,7 +289,8 @@ def _choose_quantization(
     found = spec.quantization
     if found is None:
         return options.quantization
-    if expands_gguf(found, options.quantization, dtype, device):
+    is_exact = options.deterministic and options.quantization is None and found.layout == "gguf"
+    if is_exact or expands_gguf(found, options.quantization, dtype, device):
         reporter.line(f"Weights: GGUF blocks are expanded to {dtype} (-q gguf keeps them packed).")
         return "none"
     how = f"quantised to {found.kind} while loading" if found.layout == "online" else f"{found.layout}, kept packed"

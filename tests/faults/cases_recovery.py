@@ -69,6 +69,24 @@ def p03(lab: Lab) -> Outcome:
     return outcome
 
 
+def deterministic(lab: Lab) -> Outcome:
+    """In bfloat16: each request alone, then 16 at once with a death, then where blocks are short."""
+    outcome = Outcome()
+    flags = ("--dtype", "bfloat16", "--deterministic", "--max-recoveries", "9")
+    asked = bodies(_NUM_REQUESTS, 120)
+    with lab.server("-tp", "2", *flags) as server:
+        expected = [tokens for body in asked for tokens in run_load(server.url, [body])]
+        with Load(server.url, asked) as load:
+            load.wait_tokens(20)
+            server.kill("aphro-engine")
+        judge_load(load, expected, outcome, pause=8.0)
+    with lab.server("-tp", "2", *flags, "--num-gpu-blocks-override", "40", "--max-model-len", "256") as server:
+        outcome.check("the same after preemptions", run_load(server.url, asked) == expected)
+        outcome.figures["preemptions"] = f"{server.metric('num_preemptions_total'):g}"
+        outcome.check("preempted", server.metric("num_preemptions_total") > 0)
+    return outcome
+
+
 def p06(lab: Lab) -> Outcome:
     outcome = Outcome()
     with lab.server("-tp", "2", "--step-timeout", "2") as server:
@@ -229,6 +247,7 @@ CASES = [
     Case("P-10", "KV cache for a quarter of the demand", p10),
     Case("P-11", "NaN logits of one request", p11),
     Case("P-45", "an unpickler armed to raise, and a death", p45),
+    Case("R1", "bfloat16 with --deterministic: alone, 16 at once with a death, preempted", deterministic),
     Case("R5", "two deaths, a budget of one", budget),
     Case("R3a", "a request under which a worker exits, every time", poison, is_fast=True),
     Case("R2", "a request whose step never ends; step deadline 1 s", hanging),

@@ -20,6 +20,7 @@ from aphro_core.layers.mlp import GatedMLP, PlainMLP
 from aphro_core.layers.moe import DenseStack, Experts, GroupedExperts, LoopedExperts, PackedStack, SparseMoe, Stack
 from aphro_core.layers.norm import LayerNorm, Norm, RMSNorm
 from aphro_core.layers.rotary import RotaryEmbedding, Rotation
+from aphro_core.layers.row_invariant import RowSizes
 from aphro_core.models.spec import DecoderSpec, RopeSpec
 from aphro_core.parallel.shard import RankShard
 from aphro_core.quantization.linear import QuantizedLinear
@@ -84,11 +85,13 @@ class Decoder:
         weights: Weights,
         group: TensorParallelGroup,
         cache_format: CacheFormat | None = None,
+        *,
+        is_deterministic: bool = False,
     ) -> None:
         """Empties ``weights`` (ARCHITECTURE.md, "Weights of a rank"): a reordered one must not stay in memory twice.
-        ``cache_format`` None: the weights' dtype."""
+        ``cache_format`` None: the weights' dtype. ``is_deterministic``: a row is the same bits in any step (CPU)."""
         sample = next(weight for weight in weights.values() if isinstance(weight, Tensor))
-        parts = _Parts(spec, shard, weights, group, cache_format or CacheFormat(sample.dtype))
+        parts = _Parts(spec, shard, weights, group, cache_format or CacheFormat(sample.dtype), is_deterministic)
         ropes = [spec.rope_of(layer) for layer in shard.layers]
         self._rotaries = [RotaryEmbedding(rope, sample.dtype, sample.device) for rope in _distinct(ropes)]
         self._rotary_of = [_distinct(ropes).index(rope) for rope in ropes]
@@ -135,7 +138,9 @@ class _Parts:
         weights: Weights,
         group: TensorParallelGroup,
         cache_format: CacheFormat,
+        is_deterministic: bool,
     ) -> None:
+        self._row_sizes = RowSizes() if is_deterministic else None
         self._spec, self._shard, self._weights, self._group = spec, shard, weights, group
         self._cache_format = cache_format
         sample = next(weight for weight in weights.values() if isinstance(weight, Tensor))  # norms are everywhere
@@ -270,7 +275,7 @@ class _Parts:
             packed = QuantizedLinear(weight, bias, self._dtype)
             self._packed_bytes += packed.packed_bytes
             return packed
-        linear = Linear(weight, bias, self._workspace)
+        linear = Linear(weight, bias, self._workspace, self._row_sizes)
         if linear.packed_bytes:
             self._packed_bytes += linear.packed_bytes
         else:

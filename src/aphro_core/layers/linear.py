@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from aphro_core import host
+from aphro_core.layers.row_invariant import RowSizes, multiply_rows
 from aphro_core.quantization.linear import QuantizedLinear
 
 _ROWS: Final = 16  # for which oneDNN chooses the order; one order serves every number of rows as fast as its own
@@ -28,19 +29,29 @@ class Linear:
     then. On GPUs few rows take a kernel of our own where the tables of aphro_kernels/tuned.py say that it is faster.
     """
 
-    __slots__ = ("_bias", "_cpu", "_is_packed", "_weight", "_workspace")
+    __slots__ = ("_bias", "_cpu", "_is_packed", "_row_sizes", "_weight", "_workspace")
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, workspace: SkinnyWorkspace | None = None) -> None:
-        """``workspace``: of the stream that the calls of this layer follow each other on; None: cuBLAS alone."""
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        workspace: SkinnyWorkspace | None = None,
+        row_sizes: RowSizes | None = None,
+    ) -> None:
+        """``workspace``: of the stream that the calls of this layer follow each other on; None: cuBLAS alone.
+        ``row_sizes``: a row's result is to be the same bits in any number of rows."""
         self._bias = bias
         self._workspace = workspace
         self._cpu: CpuLinear | None = None
         self._is_packed = False
+        self._row_sizes: tuple[int, ...] | None = None
         if host.has_product_kernels() and cpu_linear.suits(weight):
-            self._cpu = CpuLinear(weight, bias)
+            self._cpu = CpuLinear(weight, bias)  # whose rows do not hang on each other
             return
         self._is_packed = _can_pack(weight)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS) if self._is_packed else weight
+        if row_sizes is not None:
+            self._row_sizes = row_sizes.of(weight, self._multiply)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """``[rows, in_features]`` to ``[rows, out_features]``, the dtype of the weight. ``out`` takes them, of a layer
@@ -52,9 +63,9 @@ class Linear:
         if out is not None:
             assert self._bias is None
             return torch.mm(x, self._weight.t(), out=out)
-        if not self._is_packed:
-            return linear(x, self._weight, self._bias)
-        if x.shape[0] > 1:
+        if self._row_sizes is not None:
+            return multiply_rows(self._multiply, x, self._row_sizes)
+        if not self._is_packed or x.shape[0] > 1:
             return self._multiply(x)
         return self._multiply(x.expand(_FEWEST_ROWS, -1))[:1]
 
@@ -75,6 +86,8 @@ class Linear:
         return is_alike and self._bias is None
 
     def _multiply(self, x: Tensor) -> Tensor:
+        if not self._is_packed:
+            return linear(x, self._weight, self._bias)
         y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self._weight, self._bias, "none", [], "")
         return y
 

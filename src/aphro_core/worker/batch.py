@@ -18,7 +18,15 @@ from aphro_core.worker.span import Span
 class BatchBuilder:
     """Makes batches for one rank."""
 
-    def __init__(self, spec: DecoderSpec, shard: RankShard, block_size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        shard: RankShard,
+        block_size: int,
+        dtype: torch.dtype,
+        *,
+        is_deterministic: bool = False,
+    ) -> None:
         self._rows = GatheredRowsBuilder(
             num_heads=len(shard.heads),
             num_kv_heads=len(shard.kv_heads),
@@ -26,6 +34,7 @@ class BatchBuilder:
             block_size=block_size,
             windows={spec.window_of(layer) for layer in shard.layers},
             dtype=dtype,
+            is_deterministic=is_deterministic,
         )
 
     def build(self, plan: StepPlan, sequences: dict[int, SequenceState]) -> Batch:

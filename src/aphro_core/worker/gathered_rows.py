@@ -33,7 +33,10 @@ class GatheredRowsBuilder:
         block_size: int,
         windows: set[int | None],
         dtype: torch.dtype,
+        is_deterministic: bool = False,
     ) -> None:
+        """``is_deterministic``: every row is read by itself, so that no chunk decides how its keys are added up."""
+        self._is_deterministic = is_deterministic
         self._num_heads, self._num_kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
         self._block_size = block_size
         self._windows = windows
@@ -47,7 +50,7 @@ class GatheredRowsBuilder:
 
     def build(self, decode: Sequence[Span], chunks: Sequence[Span]) -> GatheredRows:
         """``decode`` spans have one position each; both come in ascending order of their last one."""
-        num_short = bisect_right(chunks, _SHORT_KEYS, key=_stop_of)
+        num_short = len(chunks) if self._is_deterministic else bisect_right(chunks, _SHORT_KEYS, key=_stop_of)
         direct, chunks = [*decode, *chunks[:num_short]], chunks[num_short:]
         num_direct = sum(span.stop - span.start for span in direct)
         first_rows = [row for span in (*direct, *chunks) for row in span.slots(self._block_size, self._block_stride)]

@@ -33,6 +33,7 @@ class ModelRunner:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        is_deterministic: bool = False,
     ) -> None:
         self._hidden_size = spec.hidden_size
         self._shard = shard
@@ -42,7 +43,7 @@ class ModelRunner:
         self._dtype = dtype
         self._device = device
         self._sequences: dict[int, SequenceState] = {}
-        self._batches = BatchBuilder(spec, shard, block_size, dtype)
+        self._batches = BatchBuilder(spec, shard, block_size, dtype, is_deterministic=is_deterministic)
         self._sampler = Sampler(spec.vocab_size, device) if shard.has_head and shard.tp_rank == 0 else None
 
     def launch(self, plan: StepPlan) -> FinishedStep | None:

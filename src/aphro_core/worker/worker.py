@@ -83,7 +83,8 @@ class Worker:
                 )
                 bytes_read = checkpoint.bytes_read
         self._links.tensor.connect(self._spec.hidden_size, self._dtype, self._device)
-        self._decoder = Decoder(self._spec, self._shard, weights, self._links.tensor)
+        self._links.tensor.adds_in_order = is_deterministic = self._config.deterministic
+        self._decoder = Decoder(self._spec, self._shard, weights, self._links.tensor, is_deterministic=is_deterministic)
         self._weights_bytes = self._decoder.weights_bytes
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # what loading took besides the weights
@@ -100,7 +101,13 @@ class Worker:
         caches = allocate_kv_cache(self._shard, self._spec, num_blocks, block_size, self._dtype, self._device)
         parts = (self._spec, self._shard, self._decoder, caches, self._links)
         if self._device.type == "cpu":
-            self._runner = ModelRunner(*parts, block_size=block_size, dtype=self._dtype, device=self._device)
+            self._runner = ModelRunner(
+                *parts,
+                block_size=block_size,
+                dtype=self._dtype,
+                device=self._device,
+                is_deterministic=self._config.deterministic,
+            )
             return
         runner = DeviceRunner(
             *parts,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,17 +32,24 @@ def sharding_plan(folder: Path, tp: int, pp: int) -> ShardingPlan:
 
 
 def build_runner(
-    folder: Path, plan: ShardingPlan, rank: int = 0, links: Links | None = None, dtype: torch.dtype = torch.float32
+    folder: Path,
+    plan: ShardingPlan,
+    rank: int = 0,
+    links: Links | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    is_deterministic: bool = False,
 ) -> ModelRunner:
     with open_checkpoint(folder) as checkpoint:
         spec, shard = load_spec(checkpoint.hf_config), plan.ranks[rank]
         weights = load_weights(checkpoint, spec, shard, dtype, CPU)
     links = links or Links(TensorParallelGroup(0, 1), StageLink(None, None))
-    decoder = Decoder(spec, shard, weights, links.tensor)
+    decoder = Decoder(spec, shard, weights, links.tensor, is_deterministic=is_deterministic)
     caches = allocate_kv_cache(shard, spec, NUM_BLOCKS, BLOCK_SIZE, dtype, CPU)
     for cache in caches:
         cache.fill_(float("nan"))  # whatever reads a key that nobody wrote shows
-    return ModelRunner(spec, shard, decoder, caches, links, block_size=BLOCK_SIZE, dtype=dtype, device=CPU)
+    sizes: dict[str, Any] = {"block_size": BLOCK_SIZE, "dtype": dtype, "device": CPU}
+    return ModelRunner(spec, shard, decoder, caches, links, **sizes, is_deterministic=is_deterministic)
 
 
 class Planner:
