@@ -153,6 +153,12 @@ IGNORED: Final = frozenset(
 )
 _MAX_NAMES_LOGGED: Final = 100
 
+_FIELDS: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
+# of fields whose entries take long, by far more than what is allowed of them takes
+_MAX_BYTES: Final = {"logit_bias": 2**17, "stop": 2**18, "stop_token_ids": 2**17}
+_MAX_FIELDS: Final = 1000
+_MAX_NOTHING_BYTES: Final = 256  # of a value that asks for nothing
+
 Body = TypeVar("Body", bound=msgspec.Struct)
 
 
@@ -161,12 +167,21 @@ class BodyParser:
 
     def __init__(self) -> None:
         self._unknown: set[str] = set()
+        self._decoders: dict[type[msgspec.Struct], msgspec.json.Decoder[Any]] = {}
 
     def parse(self, data: bytes, kind: type[Body]) -> Body:
-        """Raises RequestError: malformed, of a wrong type, or asking for what is not supported."""
+        """Raises RequestError: malformed, of a wrong type, or asking for what is not supported.
+
+        Nobody else is served meanwhile, so each value is made once, and none of those that nothing is done with.
+        """
         try:
-            fields = msgspec.json.decode(data)
-            body = msgspec.convert(fields, kind)
+            fields = _FIELDS.decode(data)
+            if len(fields) > _MAX_FIELDS:
+                raise RequestError(f"the body has {len(fields)} fields, allowed: up to {_MAX_FIELDS}")
+            for name, most in _MAX_BYTES.items():
+                if name in fields and len(memoryview(fields[name])) > most:
+                    raise RequestError(f"{name} takes more than {most} bytes, allowed: fewer entries", field=name)
+            body: Body = self._decoder(kind).decode(data)
         except msgspec.ValidationError as error:
             raise _explain(error) from None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -176,14 +191,23 @@ class BodyParser:
         for name in fields.keys() - set(kind.__struct_fields__) - IGNORED:
             if name not in REFUSED:
                 self._note_unknown(name)
-            elif fields[name] not in REFUSED[name]:
+            elif not _asks_for_nothing(fields[name], REFUSED[name]):
                 raise RequestError(f"{name} is not supported by this server, leave it out", field=name)
         return body
+
+    def _decoder(self, kind: type[Body]) -> msgspec.json.Decoder[Any]:
+        if kind not in self._decoders:
+            self._decoders[kind] = msgspec.json.Decoder(kind)
+        return self._decoders[kind]
 
     def _note_unknown(self, name: str) -> None:
         if name not in self._unknown and len(self._unknown) < _MAX_NAMES_LOGGED:
             self._unknown.add(name)
             _LOG.debug("ignoring the unknown field %.80r", name)
+
+
+def _asks_for_nothing(value: msgspec.Raw, nothing: tuple[object, ...]) -> bool:
+    return len(memoryview(value)) <= _MAX_NOTHING_BYTES and msgspec.json.decode(value) in nothing
 
 
 def _explain(error: msgspec.ValidationError) -> RequestError:

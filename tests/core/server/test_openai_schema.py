@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 import anyio
@@ -218,7 +219,7 @@ def test_cache_salt_narrows_what_the_key_shares() -> None:
         b'{"prompt": "\\ud800"}',
         b'{"prompt": NaN}',
         b'{"prompt": 1e999}',
-        b'{"prompt": "x", "x": ' + b"9" * 5000 + b"}",
+        b'{"prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}",
         b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
         b'{"x": ' * 50_000 + b"1" + b"}" * 50_000,
     ],
@@ -248,3 +249,24 @@ def test_nothing_a_client_sends_is_a_server_error(fields: dict[str, Any]) -> Non
         except RequestError:
             continue
         assert generation.requests
+
+
+MANY = 500_000
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        b'"logit_bias": {%s}' % b",".join(b'"%d": 1.0' % n for n in range(MANY)),
+        b'"stop": [%s]' % b",".join([b'"a"'] * MANY),
+        b'"stop_token_ids": [%s]' % b",".join([b"1"] * MANY),
+        b'"tools": [%s]' % b",".join([b"{}"] * MANY),
+        b",".join(b'"f%d": 1' % n for n in range(MANY)),
+    ],
+    ids=lambda fields: fields[:12].decode(),
+)
+def test_a_field_with_far_too_many_entries_is_refused_before_they_are_made(fields: bytes) -> None:
+    began = time.process_time()
+    with pytest.raises(RequestError):
+        completion(b'{"prompt": "x", ' + fields + b"}")
+    assert time.process_time() - began < 0.5, "every other client waits meanwhile"
