@@ -23,7 +23,8 @@ Door = Literal["engine", "worker", "template"]
 STATUS: Final = struct.Struct("<i")  # an exit code, or minus the signal, written once to a child's status pipe
 MAX_REQUEST_BYTES: Final = 4096
 MAX_FDS: Final = 3  # handed over with one request
-_ANSWER_SECONDS: Final = 120.0  # the first answer waits for the fork server's imports
+_FIRST_ANSWER_SECONDS: Final = 120.0  # waits for the fork server's imports
+_ANSWER_SECONDS: Final = 8.0  # every other; longer than it waits for processes to end
 
 
 class ForkChild(msgspec.Struct, frozen=True, tag="fork"):
@@ -108,10 +109,11 @@ class Child:
 class Spawner:
     """One link to the fork server. One request at a time; every call waits for its answer."""
 
-    def __init__(self, link: socket.socket) -> None:
+    def __init__(self, link: socket.socket, *, has_answered: bool = True) -> None:
+        """``has_answered``: the fork server has done its imports."""
         self._link = link
         self._lock = threading.Lock()  # links are asked from the threads that wait for their answers
-        link.settimeout(_ANSWER_SECONDS)
+        link.settimeout(_ANSWER_SECONDS if has_answered else _FIRST_ANSWER_SECONDS)
 
     def fork(self, door: Door, name: str, *handed: HasFileno) -> Child:
         """A new process that serves ``door`` with its ends of what is ``handed``. Raises EngineDeadError."""
@@ -141,9 +143,12 @@ class Spawner:
                 socket.send_fds(self._link, [encode(request)], list(fds))
                 data, received, _, _ = socket.recv_fds(self._link, MAX_REQUEST_BYTES, num_fds)
         except TimeoutError:
-            raise EngineDeadError(f"the fork server has not answered within {_ANSWER_SECONDS:g} s") from None
+            seconds = self._link.gettimeout() or 0.0
+            self.end()  # an answer that comes later would be taken for that of the next request
+            raise EngineDeadError(f"the fork server has not answered within {seconds:g} s") from None
         except OSError as error:
             raise EngineDeadError(f"the fork server is gone: {error}") from error
+        self._link.settimeout(_ANSWER_SECONDS)
         if not data:
             raise EngineDeadError("the fork server is gone", hint="its last words are above, on stderr")
         answer = _decode_answer(data)
@@ -169,13 +174,11 @@ class ForkServer:
             return self._open_link()
 
     def _open_link(self) -> Spawner:
-        if self._root is not None and self._process is None:
+        if self._root is not None:
             try:
                 return self._root.open_link()
-            except EngineDeadError:  # it was another's, and is gone: from now on we have our own
+            except EngineDeadError:  # it is gone or stopped; was it another's, then from now on we have our own
                 self.close()
-        elif self._process is not None and self._process.poll() is not None:
-            self.close()
         self.start()
         assert self._root is not None
         return self._root.open_link()
@@ -213,7 +216,7 @@ class ForkServer:
                 start_new_session=True,
                 pass_fds=handed,
             )
-        self._root, self._spare = Spawner(ours), Spawner(spare)
+        self._root, self._spare = Spawner(ours, has_answered=False), Spawner(spare, has_answered=False)
 
     @property
     def pid(self) -> int:

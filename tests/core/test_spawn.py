@@ -12,6 +12,7 @@ from pathlib import Path
 import anyio
 import pytest
 
+from aphro_core import spawn
 from aphro_core.channel import BlockingChannel
 from aphro_core.errors import EngineDeadError
 from aphro_core.messages import codec
@@ -127,3 +128,20 @@ async def test_a_fork_server_that_died_is_replaced_and_its_children_are_gone() -
         assert not other.poll()
         channel.close()
         its_channel.close()
+
+
+async def test_a_fork_server_that_is_stopped_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_fork_server(dict(os.environ)) as server:
+        server.open_link().close()
+        monkeypatch.setattr(spawn, "_ANSWER_SECONDS", 0.5)
+        link, pid = server.open_link(), server.pid
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(EngineDeadError, match="has not answered within"):
+            link.open_link()
+        with pytest.raises(EngineDeadError, match="the fork server is gone"):
+            link.open_link()  # a late answer is nobody's
+        child, channel = fork_worker(server.open_link())
+        assert server.pid != pid
+        assert not child.poll()
+        child.close()
+        channel.close()
