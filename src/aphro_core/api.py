@@ -18,6 +18,7 @@ from pathlib import Path
 import anyio
 from msgspec.structs import replace
 
+from aphro_core import stderr
 from aphro_core.config import ServerConfig
 from aphro_core.errors import first_cause
 from aphro_core.frontend.recovery_budget import RecoveryBudget
@@ -58,6 +59,7 @@ def serve(options: ServeOptions, reporter: Reporter) -> int:
 
     Raises AphroError: whatever forbids a start, or the first cause of the engine's death.
     """
+    stderr.never_block()
     server_config = ServerConfig(
         host=options.host,
         port=options.port,
@@ -148,7 +150,12 @@ async def _announce(
     ready = await session.wait_ready()
     url, model = url_of(server.sockets), prepared.config.model.served_name
     if config.json_ready:
-        _write_ready(Path(config.json_ready), url, ready, kept, prepared.config.cache.block_size)
+        try:
+            _write_ready(Path(config.json_ready), url, ready, kept, prepared.config.cache.block_size)
+        except OSError as error:
+            if not kept.is_replacement:
+                raise
+            reporter.line(f"{config.json_ready} cannot be written again: {error}; the one of before stays.")
     kept.mark_ready()
     gc.collect()
     gc.freeze()  # a fifth of a streamed token's time went into looking at what lives for ever

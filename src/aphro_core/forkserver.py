@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
+from aphro_core import stderr
 from aphro_core.engine import entry as engine_entry
 from aphro_core.lifeline import die_with_parent, name_process
 from aphro_core.spawn import (
@@ -188,6 +189,7 @@ def main() -> None:
     name_process("aphro-forks")
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the process that drains decides, for all
         signal.signal(number, signal.SIG_IGN)
+    stderr.make_lossy()
     _import_everything()
     gc.collect()
     gc.freeze()  # what is shared stays shared: collections in children touch none of it
