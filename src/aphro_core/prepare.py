@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from aphro_core import host
+from aphro_core.checkpoint.manifest import verify_manifest
 from aphro_core.checkpoint.open import open_checkpoint, read_hf_config, resolve_model
 from aphro_core.config import (
     Backend,
@@ -92,7 +93,7 @@ def prepare(options: EngineOptions, reporter: Reporter) -> Prepared:
     """
     _check_sizes(options)
     path = resolve_model(options.model, revision=options.revision)
-    spec = _read_spec(options, path)
+    spec = _read_spec(options, path, reporter)
     placement = choose_placement(_wanted(options), reporter)
     device = placement.device
     dtype = _choose_dtype(options, spec, device, reporter)
@@ -178,13 +179,16 @@ def _expect(
     return expected_balances(spec, plan, config, min(gpu.total_bytes for gpu in gpus), foreign)
 
 
-def _read_spec(options: EngineOptions, path: Path) -> DecoderSpec:
+def _read_spec(options: EngineOptions, path: Path, reporter: Reporter) -> DecoderSpec:
     """What the config says, and for real weights whether the checkpoint holds it."""
     if options.load_format == "dummy":
         return load_spec(read_hf_config(path), options.quantization)
     with open_checkpoint(path) as checkpoint:
         spec = load_spec(checkpoint.hf_config, options.quantization)
         checkpoint.verify(spec)
+    said = verify_manifest(path, lambda done, total: reporter.progress("digests", done, total, "model files: SHA-256"))
+    if said is not None:
+        reporter.line(said)
     return spec
 
 
