@@ -87,7 +87,8 @@ def test_every_option_reaches_the_core(served: list[api.ServeOptions], tmp_path:
     """Each flag is given a value that is not its default; no field of ServeOptions stays at its default."""
     template = tmp_path / "chat.jinja"
     template.write_text("{{ messages }}")
-    words = f"""--deterministic -tp 2 -pp 3 --pp-layers 4,3,3 --distributed-executor-backend mp --device cpu --dtype half
+    words = f"""--deterministic
+        -tp 2 -pp 3 --pp-layers 4,3,3 --distributed-executor-backend mp --device cpu --dtype half
         --max-model-len 99 --enable-expert-parallel --max-num-seqs 8 --max-num-batched-tokens 512 -gmu 0.8
         --max-num-prefill-tokens 600 --enforce-eager --cpu-memory-utilization 0.4 --block-size 32
         --num-gpu-blocks-override 77 --no-enable-prefix-caching --load-format dummy -q int4
