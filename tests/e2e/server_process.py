@@ -72,22 +72,17 @@ def running_server(
 
 
 def descendants_of(pid: int) -> list[int]:
-    found: list[int] = []
-    for child in _children_of(pid):
-        found += [child, *descendants_of(child)]
-    return found
-
-
-def _children_of(pid: int) -> list[int]:
-    children = []
+    children: dict[str, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            fields = stat.read_text().rsplit(")", 1)[1].split()
+            parent = stat.read_text().rsplit(")", 1)[1].split()[1]
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if fields[1] == str(pid):
-            children.append(int(stat.parent.name))
-    return children
+        children.setdefault(parent, []).append(int(stat.parent.name))
+    found = list(children.get(str(pid), ()))
+    for each in found:  # which grows meanwhile
+        found += children.get(str(each), ())
+    return found
 
 
 def is_running(pid: int) -> bool:
