@@ -6,7 +6,6 @@ import concurrent.futures
 import os
 import resource
 import socket
-import statistics
 import subprocess
 import sys
 import time
@@ -16,7 +15,8 @@ from typing import Any
 import httpx
 
 from tests.faults.case import Case, Outcome
-from tests.faults.lab import SLOW, FaultyServer, Lab, complete
+from tests.faults.cases_life import open_stream_without_reading
+from tests.faults.lab import FAULTS, RAISE, SLOW, FaultyServer, Lab, complete
 from tests.faults.load import Answer, Load, bodies, prompt_of, stream
 
 ROOT = Path(__file__).parent.parent.parent
@@ -60,7 +60,7 @@ def p23(lab: Lab) -> Outcome:
     outcome = Outcome()
     keys = ("--api-key", "flood", "--api-key", "other")
     with lab.server(*keys, "--max-num-seqs", "16", "--max-queued-requests", "64") as server:
-        calm = [_first_token(server, n) for n in range(10)]
+        calm = [_first_token(server, n) for n in range(20)]
         with httpx.Client(base_url=server.url, timeout=120) as client:
 
             def flood(index: int) -> int:
@@ -70,12 +70,15 @@ def p23(lab: Lab) -> Outcome:
             with concurrent.futures.ThreadPoolExecutor(60) as pool:
                 running = [pool.submit(flood, index) for index in range(400)]
                 time.sleep(1.0)
-                under = [_first_token(server, 50 + n) for n in range(10)]
+                under = [_first_token(server, 50 + n) for n in range(20)]
                 for future in running:
                     future.cancel()
         outcome.check("the other is never refused", all(status == 200 for status, _ in under))
-        before, after = (statistics.median(seconds for _, seconds in times) for times in (calm, under))
-        outcome.figures["first token, median"] = f"{before * 1000:.0f} ms alone, {after * 1000:.0f} ms beside the flood"
+        before, after = (sorted(seconds for _, seconds in times)[-2] for times in (calm, under))
+        outcome.figures["first token, p95"] = f"{before * 1000:.0f} ms alone, {after * 1000:.0f} ms beside the flood"
+        outcome.check(
+            "at most 3 times, or 0.1 s on two cores that the flood's clients share", after <= max(3 * before, 0.1)
+        )
     return outcome
 
 
@@ -85,6 +88,109 @@ def _first_token(server: FaultyServer, index: int) -> tuple[int, float]:
     headers = {"authorization": "Bearer other"}
     answer = httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=60)
     return answer.status_code, time.monotonic() - began
+
+
+def p12(lab: Lab) -> Outcome:
+    """Without max_tokens, without an end of its own: it ends at the context's length, or at the server's deadline."""
+    outcome = Outcome()
+    with lab.server("--request-timeout", "3", faults=FAULTS) as server:
+        body = {"prompt": prompt_of(0), "ignore_eos": True}
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+        if answer.status_code == 200:  # else this host is too slow for it in 3 s, which is an end, too
+            outcome.check("ended by its length", answer.json()["choices"][0]["finish_reason"] == "length")
+            outcome.figures["tokens"] = str(answer.json()["usage"]["total_tokens"])
+        began = time.monotonic()
+        late = complete(server.url, [*prompt_of(1), SLOW], 900)
+        outcome.at_most("ended at its deadline of 3 s after", time.monotonic() - began, 4.0)
+        outcome.check("504", late.status_code == 504)
+        while server.metric("num_requests_running"):
+            time.sleep(0.02)
+        outcome.check("then others are served", complete(server.url, prompt_of(2)).status_code == 200)
+    return outcome
+
+
+_GRAMMARS = [
+    "(" * 5000,
+    "a" * 10**6,
+    "((a+)+)+$",
+    "root ::= root root",
+    '{"$ref": "#"}',
+    "(?P<x>" * 500,
+    "\\d{1,1000000}",
+]
+
+
+def refused_fields(lab: Lab) -> Outcome:
+    """Grammars, media by address and tensors: none of it is looked into."""
+    outcome = Outcome()
+    with lab.server() as server, socket.create_server(("127.0.0.1", 0)) as trap:
+        trap.settimeout(0.5)
+        address = f"http://127.0.0.1:{trap.getsockname()[1]}/x"
+        before, bodies_ = server.rss_bytes(), list[dict[str, Any]]()
+        names = ("guided_regex", "guided_grammar", "guided_json", "structured_outputs", "response_format")
+        bodies_ += [{"prompt": [5], name: grammar} for name in names for grammar in _GRAMMARS]
+        bodies_ += [{"prompt": [5], "response_format": {"type": "json_schema", "n": n}} for n in range(1000)]
+        bodies_ += [{"prompt": [5], "prompt_embeds": "gASVCwAAAAAAAACMBXB3bmVklC4="}]
+        with httpx.Client(base_url=server.url, timeout=30) as client:
+            slowest, statuses = 0.0, set()
+            for body in bodies_:
+                began = time.monotonic()
+                statuses.add(client.post("/v1/completions", json=body).status_code)
+                slowest = max(slowest, time.monotonic() - began)
+            for part in ("image_url", "video_url", "input_audio", "file"):
+                content = [{"type": part, part: {"url": address, "data": address}}]
+                body = {"messages": [{"role": "user", "content": content}]}
+                statuses.add(client.post("/v1/chat/completions", json=body).status_code)
+        outcome.figures["bodies"] = str(len(bodies_) + 4)
+        outcome.at_most("slowest refusal", slowest, 2.0)
+        outcome.check("all 400", statuses == {400})
+        try:
+            trap.accept()
+            outcome.check("nobody was connected to", holds=False)
+        except TimeoutError:
+            outcome.check("nobody was connected to", holds=True)
+        outcome.check("at most +64 MiB", (server.rss_bytes() - before) / MIB <= 64)
+        outcome.check("no restart", server.metric("engine_recoveries_total") == 0)
+    return outcome
+
+
+def error_bodies(lab: Lab) -> Outcome:
+    """What a client is told of an error names nothing of this host; a name is never a path."""
+    outcome = Outcome()
+    names = ["../../../etc/passwd", "/etc/passwd", "..%2f..%2fetc%2fpasswd", "file:///etc/passwd", "a" * 5000, "\\x00"]
+    with lab.server(faults=FAULTS) as server, httpx.Client(base_url=server.url, timeout=30) as client:
+        answers = [client.post("/v1/completions", json={"prompt": [5], "model": name}) for name in names]
+        outcome.check("a model's name: 404 or 400", {answer.status_code for answer in answers} <= {400, 404})
+        for name in names[:4]:
+            answers.append(client.get(f"/v1/models/{name}"))
+            answers.append(client.post("/v1/completions", json={"prompt": [5], "chat_template": name}))
+        answers += [client.post("/v1/completions", content=b"{", headers={"content-type": "application/json"})]
+        answers += [client.get("/none"), client.delete("/v1/models"), client.post("/v1/completions", json={})]
+        answers.append(complete(server.url, [*prompt_of(1), RAISE]))  # an exception of the engine
+        texts = [answer.text for answer in answers if answer.status_code >= 400]
+        told = [str(lab.folder), str(ROOT), socket.gethostname(), "Traceback", ".py", "root:", str(server.process.pid)]
+        leaks = sorted({word for word in told for text in texts if word in text and len(word) > 2})
+        outcome.figures["error bodies"] = str(len(texts))
+        outcome.figures["words of the host in them"] = str(len(leaks))
+        outcome.check(f"nothing of the host, found {leaks}", not leaks)
+        outcome.check(
+            "each has a message",
+            all(answer.json()["error"]["message"] for answer in answers if answer.status_code >= 400),
+        )
+    return outcome
+
+
+def p60(lab: Lab) -> Outcome:
+    """A /dev/shm of one page: nothing of ours needs it."""
+    outcome = Outcome()
+    with lab.server("-tp", "2", prefix=("unshare", "-m", "sh", "-c", _TINY_SHM, "sh")) as server:
+        outcome.check("served", complete(server.url, prompt_of(1)).status_code == 200)
+        server.kill("aphro-rank-1")
+        outcome.check("served after a death", complete(server.url, prompt_of(1)).status_code == 200)
+    return outcome
+
+
+_TINY_SHM = 'mount -t tmpfs -o size=4k none /dev/shm && exec "$@"'
 
 
 def p24(lab: Lab) -> Outcome:
@@ -292,22 +398,23 @@ def p61(lab: Lab) -> Outcome:
 
 
 def p27(lab: Lab) -> Outcome:
-    """A client that does not read its stream: cut off after 60 s, and others never notice."""
+    """A client that does not read its stream of many megabytes: cut off after 60 s, and others never notice."""
     outcome = Outcome()
-    with lab.server() as server:
-        from tests.faults.cases_life import _open_stream_without_reading
-
-        sock = _open_stream_without_reading(server)
-        answers = [Answer() for _ in range(4)]
-        for index, answer in enumerate(answers):
+    with lab.server("--num-gpu-blocks-override", "4096") as server:
+        sock = open_stream_without_reading(server, num_choices=48)
+        calm = [Answer() for _ in range(4)]
+        for index, answer in enumerate(calm):
             stream(server.url, {"prompt": prompt_of(index), "max_tokens": 50}, answer)
-        outcome.check("others are served", all(answer.is_done for answer in answers))
-        began = time.monotonic()
-        while server.metric("num_requests_running") + server.metric("num_requests_waiting") and _is_open(server, sock):
-            if time.monotonic() - began > 70:
-                break
-            time.sleep(0.5)
-        outcome.at_most("its sequences are done or freed", time.monotonic() - began, 63.0)
+        outcome.check("others are served", all(answer.is_done for answer in calm))
+        before = server.rss_bytes()
+        while server.metric("num_requests_running"):
+            time.sleep(0.2)
+        began = time.monotonic()  # all is computed, and what fits has been sent: from now on nothing moves
+        while _is_open(server, sock) and time.monotonic() - began < 80:
+            time.sleep(0.2)
+        outcome.at_most("cut off after", time.monotonic() - began, 63.0)
+        outcome.figures["memory"] = f"+{max(server.rss_bytes() - before, 0) / MIB:.0f} MiB"
+        outcome.check("at most +128 MiB", server.rss_bytes() - before <= 128 * MIB)
         sock.close()
     return outcome
 
@@ -340,6 +447,7 @@ def by_tests(*paths: str) -> Any:
 
 _SERVER = "tests/core/server"
 CASES = [
+    Case("P-12", "a request that never stops", p12),
     Case("P-22", "500 requests at once, a queue of 32", p22),
     Case("P-23", "one key floods", p23),
     Case("P-24", "a queue deadline of 1 s", p24),
@@ -356,6 +464,10 @@ CASES = [
         by_tests(f"{_SERVER}/test_openai_schema.py", "tests/faults/test_fuzz.py"),
     ),
     Case("P-36", "template bombs, escapes and payloads", by_tests("tests/core/templates")),
+    Case("P-37/38/39", "hostile grammars, media by address, tensors", refused_fields),
+    Case("P-43/44", "error bodies; names as paths", error_bodies),
+    Case("P-49", "a flipped bit in a model file that has a digest", by_tests("tests/core/checkpoint/test_manifest.py")),
+    Case("P-60", "a /dev/shm of one page", p60),
     Case("P-41", "prefix cache across keys", by_tests("tests/core/scheduler/test_prefix_cache.py")),
     Case("P-42", "a canary in every input", p42),
     Case("P-46/51", "listening sockets, and hostile bytes on them", p51),

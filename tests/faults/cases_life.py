@@ -84,7 +84,7 @@ def p14(lab: Lab) -> Outcome:
     """The drain deadline is 1 s; one client never reads, the other sees its error."""
     outcome = Outcome()
     with lab.server("--drain-seconds", "1") as server:
-        silent = _open_stream_without_reading(server)
+        silent = open_stream_without_reading(server)
         with Load(server.url, bodies(1, 1000)) as load:
             load.wait_tokens(5)
             began = time.monotonic()
@@ -98,11 +98,11 @@ def p14(lab: Lab) -> Outcome:
     return outcome
 
 
-def _open_stream_without_reading(server: FaultyServer) -> socket.socket:
+def open_stream_without_reading(server: FaultyServer, num_choices: int = 16) -> socket.socket:
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     sock.connect(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
-    body = b'{"prompt":[5,6,7],"max_tokens":1000,"n":16,"stream":true,"ignore_eos":true,"logprobs":5}'
+    body = b'{"prompt":[5,6,7],"max_tokens":1000,"n":%d,"stream":true,"ignore_eos":true,"logprobs":5}' % num_choices
     head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
     sock.sendall(head % len(body) + body)
     return sock

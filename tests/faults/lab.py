@@ -84,11 +84,17 @@ class Lab:
 
     @contextmanager
     def server(
-        self, *arguments: str, faults: str = "", seconds: float = 60.0, small: bool = True
+        self,
+        *arguments: str,
+        faults: str = "",
+        seconds: float = 60.0,
+        small: bool = True,
+        prefix: tuple[str, ...] = (),
     ) -> Iterator[FaultyServer]:
+        """``prefix``: a command that executes the server's."""
         self.starts += 1
         ready, log = self.folder / f"ready{self.starts}.json", self.folder / f"server{self.starts}.log"
-        process = self.start([*(SMALL if small else ()), *arguments], log, ready, faults)
+        process = self.start([*(SMALL if small else ()), *arguments], log, ready, faults, prefix)
         deadline = time.monotonic() + seconds
         while not ready.exists():
             assert process.poll() is None, log.read_text()
@@ -100,14 +106,16 @@ class Lab:
         finally:
             end_all(server)
 
-    def start(self, arguments: list[str], log: Path, ready: Path, faults: str = "") -> subprocess.Popen[bytes]:
+    def start(
+        self, arguments: list[str], log: Path, ready: Path, faults: str = "", prefix: tuple[str, ...] = ()
+    ) -> subprocess.Popen[bytes]:
         """A server that may never be ready."""
         environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         if faults:
             environment |= {"FAULTS": faults, "PYTHONPATH": f"{HOOKS}:{os.environ.get('PYTHONPATH', '')}"}
         with log.open("wb") as out:
             line = command(self.model, ["--port", "0", "--json-ready", str(ready), *arguments], self.device)
-            return subprocess.Popen(line, stdout=out, stderr=out, env=environment)
+            return subprocess.Popen([*prefix, *line], stdout=out, stderr=out, env=environment)
 
 
 def end_all(server: ServerProcess) -> None:
