@@ -49,7 +49,8 @@ def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def node(number: int, **changes: Any) -> Node:
     values: dict[str, Any] = {
         "id": str(number), "name": f"node{number}", "role": "member" if number else "head",
-        "address": f"10.0.0.{number}", "interface": "eth0", "devices": 1, "resource": "aphro_slot", "device_names": [], "started_at": 0.0,
+        "address": f"10.0.0.{number}", "interface": "eth0", "devices": 1, "resource": "aphro_slot",
+        "device_names": [], "started_at": 0.0,
         "versions": {"aphro": "0.1.0", "driver": "580.1"},
     }  # fmt: skip
     return Node(**{**values, **changes})
