@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 from aphro_core.config import EngineConfig
@@ -73,7 +73,7 @@ class AphroEngine:
     def _balance(self, shard: RankShard, sizes: Sizes) -> RankBalance:
         spec, element = self.spec, DTYPE_BYTES[sizes.dtype]
         assert spec is not None
-        weights = _weights_bytes(spec, shard, element)
+        weights = memory.weights_bytes(spec, shard, element)
         if not self.is_gpu and sizes.dtype != "float16":  # float16 is not packed: layers/linear.py
             weights += memory.tied_head_bytes(spec, shard, element)
         activations = memory.working_bytes(
@@ -158,26 +158,7 @@ def expected_balances(
 
 def _kind(spec: DecoderSpec | None, shard: RankShard) -> tuple[object, ...]:
     """What a rank's balance depends on."""
-    is_uniform = spec is not None and (spec.moe is None or spec.moe.layers is None) and _quantized_alike(spec)
+    is_uniform = spec is not None and (spec.moe is None or spec.moe.layers is None) and memory.are_layers_alike(spec)
     cuts = (shard.heads, shard.kv_heads, shard.mlp, shard.experts, shard.expert_mlp, shard.shared_mlp, shard.vocab)
     ends = (shard.has_embedding, shard.has_head, shard.tp_rank == 0)
     return (len(shard.layers) if is_uniform else shard.layers, *map(len, cuts), *ends)
-
-
-def _quantized_alike(spec: DecoderSpec) -> bool:
-    """Whether every layer of a kind takes as much: not with formats or exceptions of single tensors."""
-    found = spec.quantization
-    return found is None or (found.layout != "gguf" and not found.ignored)
-
-
-def _weights_bytes(spec: DecoderSpec, shard: RankShard, element: int) -> int:
-    """memory.weights_bytes, with one layer of each kind in place of all: a table of plans asks hundreds of times."""
-    if not _quantized_alike(spec):
-        return memory.weights_bytes(spec, shard, element)
-    outside = memory.weights_bytes(spec, replace(shard, layers=range(0)), element)
-    kinds = {spec.has_experts(layer): layer for layer in shard.layers}
-    each = {
-        kind: memory.weights_bytes(spec, replace(shard, layers=range(layer, layer + 1)), element) - outside
-        for kind, layer in kinds.items()
-    }
-    return outside + sum(each[spec.has_experts(layer)] for layer in shard.layers)

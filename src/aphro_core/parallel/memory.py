@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from aphro_core.models.packed import parameter_bytes
@@ -16,9 +17,15 @@ from aphro_core.parallel.shard import RankShard
 LOGITS_COPIES: Final = 8
 SAMPLED_ROWS: Final = 256  # that the sampler looks at at once
 _GIB: Final = 2**30
-# What a process holds of a GPU outside torch before its cache is sized: bench/gpu_memory.py measures it.
-CONTEXT_BYTES: Final = _GIB // 2  # the driver's context with torch's kernels
-COMMUNICATOR_BYTES: Final = _GIB  # of all communicators of a rank, channels of NCCL and the peers' buffers
+# What bench/gpu_memory.py found of a GPU's memory (H100, driver 580, torch 2.11). Outside torch, before the cache is
+# sized: the driver's context with torch's own kernels 0.60 GiB; communicators of a rank with their channels and the
+# peers' buffers. Outside torch, later: our kernels' modules 0.07 GiB. In torch: a step of 8,192 tokens reserves 1.45
+# times what is in use at its peak, because blocks are rounded and fragments of the last step do not fit the next.
+CONTEXT_BYTES: Final = round(0.6 * _GIB)
+COMMUNICATOR_BYTES: Final = _GIB
+_MODULE_BYTES: Final = round(0.08 * _GIB)
+_ALLOCATOR_SHARE: Final = 1.4  # of the bound below, which is 1.07 times the peak
+_GRAPH_BYTES: Final = 2 * 2**20  # of the driver, a graph of 16 rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +53,27 @@ def limiting_rank(ranks: Iterable[RankMemory]) -> RankMemory:
 
 
 def weights_bytes(spec: DecoderSpec, shard: RankShard, dtype_bytes: int) -> int:
-    """Bytes of the parameters on a rank, vocabulary padding included: the sum over the loader's own shapes."""
-    return parameter_bytes(family_of(spec).tensors, spec, shard, dtype_bytes)
+    """Bytes of the parameters on a rank, vocabulary padding included: the sum over the loader's own shapes.
+
+    One layer of each kind stands for all that are alike: a table of plans asks hundreds of times.
+    """
+    tensors = family_of(spec).tensors
+    if not are_layers_alike(spec):
+        return parameter_bytes(tensors, spec, shard, dtype_bytes)
+    outside = parameter_bytes(tensors, spec, replace(shard, layers=range(0)), dtype_bytes)
+    num_layers = Counter(map(spec.has_experts, shard.layers))
+    example = {spec.has_experts(layer): range(layer, layer + 1) for layer in shard.layers}
+    each = {
+        kind: parameter_bytes(tensors, spec, replace(shard, layers=layers), dtype_bytes) - outside
+        for kind, layers in example.items()
+    }
+    return outside + sum(each[kind] * number for kind, number in num_layers.items())
+
+
+def are_layers_alike(spec: DecoderSpec) -> bool:
+    """Whether every layer of a kind takes as much: not with formats or exceptions of single tensors."""
+    found = spec.quantization
+    return found is None or (found.layout != "gguf" and not found.ignored)
 
 
 def tied_head_bytes(spec: DecoderSpec, shard: RankShard, dtype_bytes: int) -> int:
@@ -76,10 +102,13 @@ def working_bytes(
 ) -> int:
     """All that a rank keeps free beside weights and cache: what engine and estimate alike call its activations.
 
-    A step's activations, and on GPUs what captured decode graphs keep.
+    A step's activations; on GPUs with what the allocator holds unused, modules, and what captured decode graphs keep.
     """
     step = activation_bytes(spec, shard, max_num_batched_tokens, max_num_seqs, dtype_bytes)
-    return step + (graph_bytes(spec, shard, max_num_seqs, dtype_bytes) if is_gpu and not enforce_eager else 0)
+    if not is_gpu:
+        return step
+    graphs = 0 if enforce_eager else graph_bytes(spec, shard, max_num_seqs, dtype_bytes)
+    return round(step * _ALLOCATOR_SHARE) + _MODULE_BYTES + graphs
 
 
 def outside_bytes(num_ranks: int) -> int:
@@ -126,12 +155,11 @@ def graph_bytes(spec: DecoderSpec, shard: RankShard, max_num_seqs: int, dtype_by
     """Upper bound of what captured decode graphs keep besides: their own activations, and each graph's nodes.
 
     All graphs share one pool, as large as the largest needs: the step of ``max_num_seqs`` rows. Beside it stand the
-    rows' fixed logits, float32, and the driver's memory for the graphs themselves: about 1 MiB for each 16 rows.
+    rows' fixed logits, float32, and the driver's memory for the graphs themselves.
     """
-    vocab = len(shard.vocab) * shard.tp_size
-    fixed = max_num_seqs * vocab * 4 if shard.has_head else 0
-    pool = activation_bytes(spec, shard, max_num_seqs, 0, dtype_bytes) + fixed
-    return pool + fixed + (max_num_seqs // 16 + 16) * 8 * 2**20
+    fixed = max_num_seqs * len(shard.vocab) * shard.tp_size * 4 if shard.has_head else 0
+    pool = activation_bytes(spec, shard, max_num_seqs, 0, dtype_bytes)
+    return pool + fixed + (max_num_seqs // 16 + 16) * _GRAPH_BYTES
 
 
 def num_blocks(budget_bytes: int, block_bytes: int) -> int:

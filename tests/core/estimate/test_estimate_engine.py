@@ -18,6 +18,7 @@ from aphro_core.estimate.question import DeviceFacts, Question
 from aphro_core.estimate.source import build_source
 from aphro_core.estimate.weights import stored_weight_bytes
 from aphro_core.messages.steps import StartWorker, WorkerLoaded
+from aphro_core.models.packed import parameter_bytes
 from aphro_core.models.registry import FAMILIES, family_of, load_spec
 from aphro_core.models.tensors import source_shapes
 from aphro_core.parallel import memory
@@ -110,7 +111,7 @@ def test_weights_of_a_plan_are_the_memory_models(family: str, tp: int, pp: int, 
     device = DeviceFacts(kind="cuda", total_bytes=FREE)
     found = estimate(Question(source=source, device=device, dtype="float16"), tp, pp)
     for rank, shard in zip(found.ranks, build_plan(spec, tp, pp).ranks, strict=True):
-        assert rank.weights_bytes == memory.weights_bytes(spec, shard, 2)
+        assert rank.weights_bytes == parameter_bytes(family_of(spec).tensors, spec, shard, 2)
 
 
 @pytest.mark.parametrize("family", [name for name in TINY if "moe" in name or name == "mixtral"])

@@ -67,7 +67,7 @@ def test_the_head_dominates_many_sequences_and_the_mlp_many_tokens() -> None:
     assert memory.activation_bytes(LLAMA_8B, first, 2048, 1, 2) >= forward
 
 
-def test_graphs_count_on_gpus_that_capture_them_alone() -> None:
+def test_gpus_keep_room_for_allocator_and_modules_and_for_graphs_where_they_are_captured() -> None:
     (rank,) = build_plan(LLAMA_8B, 1, 1).ranks
     sizes = {"max_num_batched_tokens": 8192, "max_num_seqs": 512, "dtype_bytes": 2}
 
@@ -75,8 +75,10 @@ def test_graphs_count_on_gpus_that_capture_them_alone() -> None:
         return memory.working_bytes(LLAMA_8B, rank, is_gpu=is_gpu, enforce_eager=enforce_eager, **sizes)
 
     step = memory.activation_bytes(LLAMA_8B, rank, 8192, 512, 2)
-    assert working(False, False) == working(False, True) == working(True, True) == step
-    assert working(True, False) == step + memory.graph_bytes(LLAMA_8B, rank, 512, 2)
+    assert working(False, False) == working(False, True) == step
+    held = 1.67 * GIB  # by torch after steps of 8,192 tokens of this shape, on an H100
+    assert held < working(True, True) < 1.15 * held
+    assert working(True, False) == working(True, True) + memory.graph_bytes(LLAMA_8B, rank, 512, 2)
 
 
 @given(st.integers(-(2**40), 2**40), st.integers(1, 2**24))
