@@ -99,7 +99,7 @@ def test_rates_and_devices_of_a_server() -> None:
     assert result.exit_code == 0, result.stderr
     first, second = map(json.loads, result.stdout.splitlines())
     assert first["load"]["output_rate"] is None
-    assert 50 / 10 < second["load"]["output_rate"] <= 50 / 0.39  # a busy machine looks later
+    assert 50 / 10 < second["load"]["output_rate"] <= 50 / 0.2  # a busy machine looks later, and then sooner
     assert (second["phase"], second["model"]) == ("ready", "model")
     assert (second["load"]["running"], second["load"]["kv_share"]) == (1, 0.25)
     assert second["ranks"][1] == {
