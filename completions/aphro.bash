@@ -87,6 +87,7 @@ _aphro() {
         --dtype) _aphro_offer "" auto float32 bfloat16 float16 float half; return ;;
         --max-model-len) _aphro_offer "" auto; return ;;
         --block-size) _aphro_offer "" 8 16 32; return ;;
+        --kv-cache-dtype) _aphro_offer "" auto fp8 fp8_e4m3; return ;;
         --load-format) _aphro_offer "" auto dummy; return ;;
         --model-from) _aphro_offer "" nodes head; return ;;
         --verify) _aphro_offer "" headers full; return ;;
@@ -94,7 +95,7 @@ _aphro() {
         --log-level) _aphro_offer "" debug info warning error; return ;;
         esac
         if [[ "$current" == -* ]]; then
-            _aphro_offer "" --tensor-parallel-size -tp --pipeline-parallel-size -pp --pp-layers --enable-expert-parallel --distributed-executor-backend --hosts --wait-nodes --wait-timeout --env -e --device --dtype --max-model-len --max-num-seqs --max-num-batched-tokens --max-num-prefill-tokens --enforce-eager --deterministic --gpu-memory-utilization -gmu --cpu-memory-utilization --block-size --num-gpu-blocks-override --enable-prefix-caching --no-enable-prefix-caching --load-format --quantization -q --revision --model-from --verify --served-model-name --chat-template --skip-tokenizer-init --seed --host --port --api-key --api-keys --allow-anonymous --max-queued-requests --queue-timeout --request-timeout --drain-seconds --json-ready --start-timeout --distributed-timeout --distributed-timeout-seconds --step-timeout --max-recoveries --log-level --config --print-config --dry-run --json --help -h
+            _aphro_offer "" --tensor-parallel-size -tp --pipeline-parallel-size -pp --pp-layers --enable-expert-parallel --distributed-executor-backend --hosts --wait-nodes --wait-timeout --env -e --device --dtype --max-model-len --max-num-seqs --max-num-batched-tokens --max-num-prefill-tokens --enforce-eager --deterministic --gpu-memory-utilization -gmu --cpu-memory-utilization --block-size --num-gpu-blocks-override --enable-prefix-caching --no-enable-prefix-caching --kv-cache-dtype --load-format --quantization -q --revision --model-from --verify --served-model-name --chat-template --skip-tokenizer-init --seed --host --port --api-key --api-keys --allow-anonymous --max-queued-requests --queue-timeout --request-timeout --drain-seconds --json-ready --start-timeout --distributed-timeout --distributed-timeout-seconds --step-timeout --max-recoveries --log-level --config --print-config --dry-run --json --help -h
         else
             _aphro_models
         fi

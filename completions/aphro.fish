@@ -52,6 +52,7 @@ complete -c aphro -n '__fish_seen_subcommand_from run serve' -l cpu-memory-utili
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l block-size -x -a '8 16 32' -d 'Tokens in a KV block.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l num-gpu-blocks-override -x -d 'KV blocks, instead of sizing by memory.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l enable-prefix-caching -l no-enable-prefix-caching -d 'Requests that begin alike share KV blocks.'
+complete -c aphro -n '__fish_seen_subcommand_from run serve' -l kv-cache-dtype -x -a 'auto fp8 fp8_e4m3' -d 'Of the KV cache; auto - as --dtype; fp8 - half the bytes of 16 bits.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l load-format -x -a 'auto dummy' -d 'dummy - random weights, nothing is read but config.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l quantization -s q -x -d 'fp8, int8 or int4 - quantise while loading; or the checkpoint’s format; none expands GGUF.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l revision -x -d 'Branch, tag or commit of a Hugging Face id.'

@@ -1,212 +1,212 @@
 """Linear layers over quantised weights: few rows dequantise in registers, many take a dequantised copy to cuBLAS."""
-# ruff: noqa: N803, PLR0912, PLR0915  (the constants of a kernel are in capitals; it cannot be cut)
+# ruff: noqa: N803  (the constants of a kernel are in capitals)
 
 from __future__ import annotations
 
-from typing import Final
+from dataclasses import dataclass
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, silu
 
-from aphro_kernels.language import jit, next_power_of_2, runs_kernels, tl, triton
+from aphro_kernels.float8 import float8_as_bytes
+from aphro_kernels.language import chain_options, jit, runs_kernels, tl, triton
+from aphro_kernels.skinny_kernel import skinny_kernel
+from aphro_kernels.skinny_linear import SkinnyConfig, SkinnyWorkspace, rows_bucket
 
-MAX_ROWS: Final = 64  # of the kernel; above, dequantising is shared by enough rows
+Kind = Literal["int4", "int8", "fp8"]
+MAX_ROWS: Final = 32  # of the kernel; above, dequantising is shared by enough rows
+_LEAST_GROUP: Final = 32  # inputs that share a scale, for tiles to lie within one
+_WIDE: Final = 8192  # outputs: enough stripes of many columns for all multiprocessors
 
 
-def dequantise_reference(codes: Tensor, scales: Tensor, offsets: Tensor | None, dtype: torch.dtype) -> Tensor:
-    if offsets is not None:
-        codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
-    grouped = codes.float().view(len(codes), scales.shape[1], -1) * scales.float()[..., None]
-    if offsets is not None:
-        grouped = grouped + offsets.float()[..., None]
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """``[out, in]``: weight = code * scale (+ offset).
+
+    ``codes`` [out, in] int8 or float8_e4m3fn, or with ``offsets`` [out, in / 2] uint8: two 4-bit codes a byte, the low
+    one of the input as far into the first half of its group as the high one's is into the second. ``scales``,
+    ``offsets`` [out, groups].
+    """
+
+    codes: Tensor
+    scales: Tensor
+    offsets: Tensor | None = None
+
+    @property
+    def kind(self) -> Kind:
+        return "int4" if self.offsets is not None else "int8" if self.codes.dtype == torch.int8 else "fp8"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1] * (2 if self.offsets is not None else 1)
+
+    @property
+    def group(self) -> int:
+        return self.shape[1] // self.scales.shape[1]
+
+    @property
+    def tile_group(self) -> int:
+        """GROUP of packed_tiles.py: 0 where the scale of a row can wait until its sum is made."""
+        return 0 if self.scales.shape[1] == 1 and self.offsets is None else self.group
+
+    @property
+    def suits_kernel(self) -> bool:
+        """Other groups are dequantised for each product."""
+        whole = self.scales.shape[1] == 1
+        return self.shape[1] % _LEAST_GROUP == 0 and (whole or widest_tile(self.group, 2**20) == self.group)
+
+
+def halve_groups(codes: Tensor, group: int) -> Tensor:
+    """``[out, in / 2]`` uint8 with the even input low and the odd one high, in the order of :class:`PackedWeight`."""
+    nibbles = torch.stack((codes & 15, codes >> 4), dim=-1).view(len(codes), -1, 2, group // 2)
+    return (nibbles[:, :, 0] | nibbles[:, :, 1] << 4).flatten(1)
+
+
+def dequantise_reference(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    codes, (rows, _) = weight.codes, weight.shape
+    grouped = codes.float().view(rows, weight.scales.shape[1], -1)
+    if weight.offsets is not None:
+        halves = codes.view(rows, weight.scales.shape[1], 1, -1)
+        grouped = torch.cat((halves & 15, halves >> 4), dim=2).flatten(2).float()
+    grouped = grouped * weight.scales.float()[..., None]
+    if weight.offsets is not None:
+        grouped = grouped + weight.offsets.float()[..., None]
     return grouped.flatten(1).to(dtype)
 
 
-def packed_linear_reference(x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None) -> Tensor:
-    return linear(x.float(), dequantise_reference(codes, scales, offsets, torch.float32)).to(x.dtype)
+def packed_linear_reference(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, is_gated: bool = False
+) -> Tensor:
+    y = linear(x.float(), dequantise_reference(weight, torch.float32), None if bias is None else bias.float())
+    if is_gated:
+        gate, up = y.chunk(2, dim=-1)
+        y = silu(gate) * up
+    return y.to(x.dtype)
 
 
-def packed_linear(x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None = None) -> Tensor:
-    """``x`` [rows, in] times a quantised matrix: ``[rows, out]``, float32 inside.
+def packed_config(weight: PackedWeight, num_rows: int, *, is_gated: bool = False) -> SkinnyConfig | None:
+    """How the kernel runs this product; None: it is dequantised instead.
 
-    ``codes`` [out, in] int8 or float8_e4m3fn, or with ``offsets`` [out, in / 2] uint8, two 4-bit codes a byte, the even
-    input low. ``scales``, ``offsets`` [out, groups]; weight = code * scale + offset.
+    Rules that hold for every shape, from measurements of those of Llama-3-8B on a Hopper GPU (docs/kernels.md).
     """
-    if not _takes_kernel(x, codes):
-        return packed_linear_reference(x, codes, scales, offsets)
-    if x.shape[0] > MAX_ROWS:
-        return linear(x, dequantise(codes, scales, offsets, x.dtype))
-    return _launch(x, codes, scales, offsets, x.new_empty(x.shape[0], codes.shape[0]))
+    if not weight.suits_kernel or not 0 < num_rows <= MAX_ROWS:
+        return None
+    n = weight.shape[0] // 2 if is_gated else weight.shape[0]
+    group, is_early = weight.tile_group, num_rows == 1
+    if num_rows == 1 and not group:
+        inputs = widest_tile(weight.shape[1], 512)
+        columns, warps, stages = (8, 2, 4) if is_gated else (16, 4, 3)
+        return SkinnyConfig(1, columns, inputs, _programs(n, columns), warps, stages, 4, is_early)
+    rows, is_wide = max(rows_bucket(num_rows), 8), n >= _WIDE
+    columns, splits, stages = (64, 4, 3) if is_wide else (16, 8, 3)
+    if rows > 16:
+        columns, splits, stages = (32, 2, 4) if is_wide else (32, 4, 4)
+    inputs = widest_tile(group or weight.shape[1], 128) * splits
+    return SkinnyConfig(rows, columns, inputs, -(-n // columns), splits, stages, 2, is_early, splits)
 
 
-def dequantise(codes: Tensor, scales: Tensor, offsets: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``[out, in]`` of the same matrix in ``dtype``."""
-    if not _takes_kernel(codes, codes):
-        return dequantise_reference(codes, scales, offsets, dtype)
-    width, depth = _shape(codes, offsets)
-    return _launch_dequantise(codes, scales, offsets, torch.empty(width, depth, dtype=dtype, device=codes.device))
+def _programs(n: int, columns: int) -> int:
+    """As many programs as stripes, or a whole fraction of them: then no stripe is cut."""
+    stripes = -(-n // columns)
+    return -(-stripes // -(-stripes // 512))
 
 
-def _takes_kernel(x: Tensor, codes: Tensor) -> bool:
-    """Before compute capability 8.9 a GPU has no instruction for float8."""
-    if codes.dtype == torch.float8_e4m3fn and codes.is_cuda and torch.cuda.get_device_capability(codes.device) < (8, 9):
-        return False
-    return runs_kernels(x)
+def widest_tile(group: int, most: int) -> int:
+    """The largest power of two that divides a group."""
+    return min(group & -group, most)
 
 
-def _bytes(codes: Tensor) -> Tensor:
-    """A masked load has no default of type float8."""
-    return codes.view(torch.uint8) if codes.dtype == torch.float8_e4m3fn else codes
+def packed_linear(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    *,
+    config: SkinnyConfig,
+    workspace: SkinnyWorkspace,
+    is_gated: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``x W^T + bias`` of few rows, [rows, out], float32 inside. For 16-bit CUDA tensors.
 
-
-def _shape(codes: Tensor, offsets: Tensor | None) -> tuple[int, int]:
-    return codes.shape[0], codes.shape[1] * (2 if offsets is not None else 1)
-
-
-def _launch(x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, out: Tensor) -> Tensor:
-    width, depth = _shape(codes, offsets)
+    ``is_gated``: weight and bias hold gate, then up; SiLU(gate) * up, [rows, out / 2]. Calls that share a workspace
+    must follow each other on one stream.
+    """
+    num_rows, (n, k) = x.shape[0], weight.shape
+    n = n // 2 if is_gated else n
     assert x.stride(1) == 1
-    assert codes.is_contiguous()
-    assert scales.is_contiguous()
-    if x.shape[0]:
-        group = depth // scales.shape[1]
-        columns = 16 if width <= 4096 else 32
-        inputs = 64 if x.dtype == torch.float32 else 256
-        if scales.shape[1] > 1 and group >= 32 and group & (group - 1) == 0:
-            inputs = min(group, 256)  # one group a tile: its scale is taken once
-        _packed_linear_kernel[(triton.cdiv(width, columns),)](
-            x,
-            _bytes(codes),
-            scales,
-            scales if offsets is None else offsets,
-            out,
-            x.shape[0],
-            width,
-            depth,
-            x.stride(0),
-            IS_INT4=offsets is not None,
-            IS_FP8=codes.dtype == torch.float8_e4m3fn,
-            GROUP=group,
-            NUM_GROUPS=scales.shape[1],
-            IS_WHOLE=depth % inputs == 0,
-            ROWS=max(next_power_of_2(x.shape[0]), 16),
-            COLUMNS=columns,
-            INPUTS=inputs,
-            PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-            num_warps=4,
-            num_stages=4,
-        )
+    assert weight.codes.is_contiguous()
+    assert weight.scales.is_contiguous()
+    assert num_rows <= config.rows
+    out = x.new_empty(num_rows, n) if out is None else out
+    stripes = -(-n // config.columns)
+    programs = min(config.programs, stripes * -(-k // config.inputs))
+    if programs != stripes:  # some may be cut
+        assert stripes <= workspace.arrivals.numel()
+        assert 2 * (1 + is_gated) * programs * config.columns * config.rows <= workspace.parts.numel()
+    launch: Any = skinny_kernel[(programs,)]
+    launch(
+        x,
+        float8_as_bytes(weight.codes),
+        x if bias is None else bias,
+        out,
+        workspace.parts,
+        workspace.arrivals,
+        weight.scales,
+        weight.scales if weight.offsets is None else weight.offsets,
+        num_rows,
+        n,
+        k,
+        x.stride(0),
+        config.ahead,
+        ROWS=config.rows,
+        BN=config.columns,
+        BK=config.inputs,
+        IS_EVEN=n % config.columns == 0 and k % config.inputs == 0,
+        IS_EARLY=config.is_early,
+        STAGES=config.num_stages,
+        IS_GATED=is_gated,
+        HAS_BIAS=bias is not None,
+        KIND=weight.kind,
+        GROUP=weight.tile_group,
+        SPLIT=config.splits,
+        HAS_ASM=x.is_cuda,
+        num_warps=config.num_warps,
+        **chain_options(x),
+    )
     return out
 
 
-def _launch_dequantise(codes: Tensor, scales: Tensor, offsets: Tensor | None, out: Tensor) -> Tensor:
-    width, depth = out.shape
+def dequantise(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """``[out, in]`` of the same matrix in ``dtype``."""
+    if not runs_kernels(weight.codes) or not can_convert(weight.codes):
+        return dequantise_reference(weight, dtype)
+    return _launch_dequantise(weight, torch.empty(weight.shape, dtype=dtype, device=weight.codes.device))
+
+
+def can_convert(codes: Tensor) -> bool:
+    """Before compute capability 8.9 a GPU has no instruction for float8."""
+    is_float8 = codes.dtype == torch.float8_e4m3fn
+    return not is_float8 or not codes.is_cuda or torch.cuda.get_device_capability(codes.device) >= (8, 9)
+
+
+def _launch_dequantise(weight: PackedWeight, out: Tensor) -> Tensor:
+    codes, scales = weight.codes, weight.scales
     block = 1024
-    _dequantise_kernel[(width, triton.cdiv(codes.shape[1], block))](
-        _bytes(codes),
+    _dequantise_kernel[(len(codes), triton.cdiv(codes.shape[1], block))](
+        float8_as_bytes(codes),
         scales,
-        scales if offsets is None else offsets,
+        scales if weight.offsets is None else weight.offsets,
         out,
         codes.shape[1],
-        IS_INT4=offsets is not None,
-        IS_FP8=codes.dtype == torch.float8_e4m3fn,
-        GROUP=depth // scales.shape[1],
+        KIND=weight.kind,
+        GROUP=weight.group,
         NUM_GROUPS=scales.shape[1],
         BLOCK=block,
         num_warps=4,
     )
     return out
-
-
-@jit(do_not_specialize=["num_rows", "x_stride"])
-def _packed_linear_kernel(
-    x: tl.tensor,
-    codes: tl.tensor,
-    scales: tl.tensor,
-    offsets: tl.tensor,
-    out: tl.tensor,
-    num_rows: tl.tensor,
-    width: tl.tensor,
-    depth: tl.tensor,
-    x_stride: tl.tensor,
-    IS_INT4: tl.constexpr,
-    IS_FP8: tl.constexpr,
-    GROUP: tl.constexpr,
-    NUM_GROUPS: tl.constexpr,
-    IS_WHOLE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INPUTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> None:
-    """All rows of ``x`` times ``COLUMNS`` rows of the matrix, ``INPUTS`` inputs at a time.
-
-    Of int4 the even and the odd inputs of a byte are two products, so that nothing is interleaved in registers. Where a
-    tile is one group: sum(x (q s + o)) = s sum(x q) + o sum(x).
-    """
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    is_column = columns < width
-    rows = tl.arange(0, ROWS)
-    is_row = rows < num_rows
-    per: tl.constexpr = 2 if IS_INT4 else 1
-    step: tl.constexpr = INPUTS // per  # bytes of a tile's row
-    ks = tl.arange(0, step)
-    row_bytes = depth // per
-    codes_at = codes + columns.to(tl.int64)[:, None] * row_bytes + ks[None, :]
-    x_at = x + rows.to(tl.int64)[None, :] * x_stride + ks[:, None] * per
-    scale_at = columns.to(tl.int64) * NUM_GROUPS
-    total = tl.zeros([COLUMNS, ROWS], tl.float32)
-    for start in range(0, row_bytes, step):
-        if IS_WHOLE:
-            is_code = is_column[:, None]
-            is_x = is_row[None, :]
-        else:
-            is_k = start + ks < row_bytes
-            is_code = is_column[:, None] & is_k[None, :]
-            is_x = is_row[None, :] & is_k[:, None]
-        q = tl.load(codes_at + start, mask=is_code, other=0)
-        if IS_FP8:
-            q = q.to(tl.float8e4nv, bitcast=True)
-        a = tl.load(x_at + start * per, mask=is_x, other=0.0)
-        if IS_INT4:
-            b = tl.load(x_at + start * per + 1, mask=is_x, other=0.0)
-            low = (q & 15).to(tl.float32)
-            high = (q >> 4).to(tl.float32)
-        if NUM_GROUPS == 1:
-            if IS_INT4:
-                s = tl.load(scales + scale_at, mask=is_column, other=0.0).to(tl.float32)
-                o = tl.load(offsets + scale_at, mask=is_column, other=0.0).to(tl.float32)
-                part = tl.dot(low.to(a.dtype), a, input_precision=PRECISION)
-                part = tl.dot(high.to(a.dtype), b, part, input_precision=PRECISION)
-                sums = tl.sum(a.to(tl.float32), axis=0) + tl.sum(b.to(tl.float32), axis=0)
-                total += part * s[:, None] + sums[None, :] * o[:, None]
-            else:
-                total = tl.dot(q.to(a.dtype), a, total, input_precision=PRECISION)
-        elif GROUP == INPUTS:
-            group = start * per // GROUP
-            s = tl.load(scales + scale_at + group, mask=is_column, other=0.0).to(tl.float32)
-            if IS_INT4:
-                o = tl.load(offsets + scale_at + group, mask=is_column, other=0.0).to(tl.float32)
-                part = tl.dot(low.to(a.dtype), a, input_precision=PRECISION)
-                part = tl.dot(high.to(a.dtype), b, part, input_precision=PRECISION)
-                sums = tl.sum(a.to(tl.float32), axis=0) + tl.sum(b.to(tl.float32), axis=0)
-                total += part * s[:, None] + sums[None, :] * o[:, None]
-            else:
-                total += tl.dot(q.to(a.dtype), a, input_precision=PRECISION) * s[:, None]
-        else:
-            at = scale_at[:, None] + ((start + ks) * per // GROUP)[None, :]  # both inputs of a byte: groups are even
-            s = tl.load(scales + at, mask=is_code, other=0.0).to(tl.float32)
-            if IS_INT4:
-                o = tl.load(offsets + at, mask=is_code, other=0.0).to(tl.float32)
-                total = tl.dot((low * s + o).to(a.dtype), a, total, input_precision=PRECISION)
-                total = tl.dot((high * s + o).to(a.dtype), b, total, input_precision=PRECISION)
-            else:
-                total = tl.dot((q.to(tl.float32) * s).to(a.dtype), a, total, input_precision=PRECISION)
-    if NUM_GROUPS == 1 and not IS_INT4:
-        total *= tl.load(scales + scale_at, mask=is_column, other=0.0).to(tl.float32)[:, None]
-    out_at = out + rows.to(tl.int64)[None, :] * width + columns[:, None]
-    tl.store(out_at, total.to(out.dtype.element_ty), mask=is_column[:, None] & is_row[None, :])
 
 
 @jit()
@@ -216,25 +216,24 @@ def _dequantise_kernel(
     offsets: tl.tensor,
     out: tl.tensor,
     row_bytes: tl.tensor,
-    IS_INT4: tl.constexpr,
-    IS_FP8: tl.constexpr,
+    KIND: tl.constexpr,
     GROUP: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
-    per: tl.constexpr = 2 if IS_INT4 else 1
     ks = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = ks < row_bytes
     q = tl.load(codes + row * row_bytes + ks, mask=inside, other=0)
-    if IS_FP8:
-        q = q.to(tl.float8e4nv, bitcast=True)
-    at = row * NUM_GROUPS + ks * per // GROUP
-    s = tl.load(scales + at, mask=inside, other=0.0).to(tl.float32)
-    to = out + (row * row_bytes + ks) * per
-    if IS_INT4:
-        o = tl.load(offsets + at, mask=inside, other=0.0).to(tl.float32)
+    per: tl.constexpr = 2 if KIND == "int4" else 1
+    group = ks * per // GROUP
+    s = tl.load(scales + row * NUM_GROUPS + group, mask=inside, other=0.0).to(tl.float32)
+    if KIND == "int4":
+        o = tl.load(offsets + row * NUM_GROUPS + group, mask=inside, other=0.0).to(tl.float32)
+        to = out + row * row_bytes * 2 + group * (GROUP // 2) + ks
         tl.store(to, ((q & 15).to(tl.float32) * s + o).to(out.dtype.element_ty), mask=inside)
-        tl.store(to + 1, ((q >> 4).to(tl.float32) * s + o).to(out.dtype.element_ty), mask=inside)
+        tl.store(to + GROUP // 2, ((q >> 4).to(tl.float32) * s + o).to(out.dtype.element_ty), mask=inside)
     else:
-        tl.store(to, (q.to(tl.float32) * s).to(out.dtype.element_ty), mask=inside)
+        if KIND == "fp8":
+            q = q.to(tl.float8e4nv, bitcast=True)
+        tl.store(out + row * row_bytes + ks, (q.to(tl.float32) * s).to(out.dtype.element_ty), mask=inside)

@@ -215,13 +215,14 @@ def _rotary_and_cache_kernel(
     at = slot // BLOCK_SIZE * block_stride + (kv_head * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM + dims
     if slot >= 0:
         is_k = is_kv & (heads < NUM_HEADS + NUM_KV_HEADS)
-        if k_cache.dtype.element_ty == tl.uint8:
-            rotated = _float8_bytes(rotated * key_factor)
-            raw = _float8_bytes(raw * value_factor)
-        tl.store(k_cache + at, rotated.to(k_cache.dtype.element_ty), mask=inside & is_k)
-        tl.store(v_cache + at, raw.to(v_cache.dtype.element_ty), mask=inside & is_v)
+        tl.store(k_cache + at, _as_stored(rotated, key_factor, k_cache.dtype.element_ty), mask=inside & is_k)
+        tl.store(v_cache + at, _as_stored(raw, value_factor, v_cache.dtype.element_ty), mask=inside & is_v)
 
 
 @jit()
-def _float8_bytes(x: tl.tensor) -> tl.tensor:
-    return tl.minimum(tl.maximum(x, -448.0), 448.0).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+def _as_stored(x: tl.tensor, factor: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """A cache of bytes holds float8."""
+    if dtype == tl.uint8:
+        return tl.minimum(tl.maximum(x * factor, -448.0), 448.0).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        return x.to(dtype)

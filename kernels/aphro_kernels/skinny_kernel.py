@@ -10,6 +10,7 @@ product, the rows its short one.
 from __future__ import annotations
 
 from aphro_kernels.language import fetch, jit, tl
+from aphro_kernels.packed_tiles import multiply_packed
 
 
 @jit(do_not_specialize=["num_rows", "ahead"])
@@ -20,6 +21,8 @@ def skinny_kernel(
     out: tl.tensor,
     parts: tl.tensor,
     arrivals: tl.tensor,
+    scales: tl.tensor,
+    offsets: tl.tensor,
     num_rows: tl.tensor,
     n: tl.tensor,
     k: tl.tensor,
@@ -33,25 +36,32 @@ def skinny_kernel(
     STAGES: tl.constexpr,
     IS_GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    HAS_ASM: tl.constexpr,
     CHAINED: tl.constexpr,
 ) -> None:
     """``out`` [num_rows, n] = x W^T (+ bias), for W [n, k]; with IS_GATED W has 2 n rows, gate before up, and ``out`` =
-    SiLU(gate) * up. There are at most as many programs as tiles. IS_EVEN: tiles fill the weight."""
+    SiLU(gate) * up. There are at most as many programs as tiles. IS_EVEN: tiles fill the weight. KIND is how it is kept
+    (packed_tiles.py), "plain" in the dtype of ``x``."""
     chunks = tl.cdiv(k, BK)
     tiles = tl.cdiv(n, BN) * chunks
     program = tl.program_id(0)
     used = tl.num_programs(0)
     start = program * tiles // used
     stop = (program + 1) * tiles // used
-    up = n.to(tl.int64) * k  # where its rows begin, behind those of the gate
+    PER_BYTE: tl.constexpr = 2 if KIND == "int4" else 1
+    up = n.to(tl.int64) * (k // PER_BYTE)  # where its rows begin, behind those of the gate
     if CHAINED:
         if IS_EARLY:
             tl.extra.cuda.gdc_launch_dependents()
         for tile in range(start, tl.minimum(start + ahead, stop)):
             # weights never change: into the cache while the kernel before ends
-            _fetch(weight, tile // chunks * BN, tile % chunks * BK, n, k, BN, BK)
+            start_at = tile % chunks * (BK // PER_BYTE)
+            _fetch(weight, tile // chunks * BN, start_at, n, k // PER_BYTE, BN, BK // PER_BYTE)
             if IS_GATED:
-                _fetch(weight + up, tile // chunks * BN, tile % chunks * BK, n, k, BN, BK)
+                _fetch(weight + up, tile // chunks * BN, start_at, n, k // PER_BYTE, BN, BK // PER_BYTE)
         tl.extra.cuda.gdc_wait()
 
     rows = tl.arange(0, ROWS)
@@ -60,10 +70,24 @@ def skinny_kernel(
         low = tl.maximum(start - begin, 0)
         high = tl.minimum(stop - begin, chunks)
         columns = stripe * BN + tl.arange(0, BN)
-        total, gated = _multiply(
-            x, weight, columns, rows, num_rows, x_stride, low, high, n, k, up, ROWS, BN, BK, IS_EVEN, STAGES,
-            IS_GATED,
-        )  # fmt: skip
+        if KIND == "plain":
+            total, gated = _multiply(
+                x, weight, columns, rows, num_rows, x_stride, low, high, n, k, up, ROWS, BN, BK, IS_EVEN, STAGES,
+                IS_GATED,
+            )  # fmt: skip
+        else:
+            x_rows, is_row = rows.to(tl.int64) * x_stride, rows < num_rows
+            at_columns, is_column = columns.to(tl.int64), columns < n
+            total = multiply_packed(
+                x, x_rows, is_row, weight, scales, offsets, at_columns, is_column, low, high, k, KIND, GROUP, ROWS, BN,
+                BK, SPLIT, IS_EVEN, STAGES, HAS_ASM,
+            )  # fmt: skip
+            gated = total
+            if IS_GATED:
+                gated = multiply_packed(
+                    x, x_rows, is_row, weight, scales, offsets, at_columns + n, is_column, low, high, k, KIND, GROUP,
+                    ROWS, BN, BK, SPLIT, IS_EVEN, STAGES, HAS_ASM,
+                )  # fmt: skip
         if CHAINED and not IS_EARLY:
             tl.extra.cuda.gdc_launch_dependents()
         is_whole = (low == 0) & (high == chunks)
@@ -89,6 +113,10 @@ def skinny_kernel(
                 tl.store(arrivals + stripe, 0)
         if is_done:
             is_column = columns < n
+            if KIND != "plain" and GROUP == 0:
+                total *= tl.load(scales + columns, mask=is_column, other=0.0).to(tl.float32)[:, None]
+                if IS_GATED:
+                    gated *= tl.load(scales + n + columns, mask=is_column, other=0.0).to(tl.float32)[:, None]
             if HAS_BIAS:
                 total += tl.load(bias + columns, mask=is_column, other=0.0).to(tl.float32)[:, None]
             if IS_GATED:
@@ -179,9 +207,10 @@ def _fetch(
     BK: tl.constexpr,
 ) -> None:
     """Ask for one tile's 128-byte lines in the second-level cache."""
-    LINE: tl.constexpr = 64  # of 16-bit weights
+    LINE: tl.constexpr = 64 if weight.dtype.element_ty.primitive_bitwidth == 16 else 128
     columns = tl.minimum(column + tl.arange(0, BN), n - 1).to(tl.int64)[:, None]
-    inputs = tl.minimum(start + tl.arange(0, BK // LINE) * LINE, k - 1)[None, :]
+    NUM_LINES: tl.constexpr = BK // LINE if BK > LINE else 1
+    inputs = tl.minimum(start + tl.arange(0, NUM_LINES) * LINE, k - 1)[None, :]
     fetch(weight + columns * k + inputs)
 
 

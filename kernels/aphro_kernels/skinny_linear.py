@@ -33,6 +33,7 @@ class SkinnyConfig:
     num_stages: int
     ahead: int  # tiles asked for before the kernel before has ended
     is_early: bool  # the next kernel may come at once, not only when a program has read its first stripe
+    splits: int = 1  # quantised weights: stretches of a tile's inputs that warps share out
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,8 @@ def skinny_linear(
         out,
         workspace.parts,
         workspace.arrivals,
+        x,
+        x,
         num_rows,
         n,
         k,
@@ -116,6 +119,10 @@ def skinny_linear(
         STAGES=config.num_stages,
         IS_GATED=is_gated,
         HAS_BIAS=bias is not None,
+        KIND="plain",
+        GROUP=0,
+        SPLIT=1,
+        HAS_ASM=False,
         num_warps=config.num_warps,
         **chain_options(x),
     )

@@ -82,6 +82,14 @@ MaxModelLen = Annotated[
         help="Prompt and output together; default: the model's own length; auto: as much of it as the memory holds.",
     ),
 ]
+KvCacheDType = Annotated[
+    str,
+    typer.Option(
+        "--kv-cache-dtype",
+        metavar="auto|fp8|fp8_e4m3",
+        help="Of the KV cache; auto: as --dtype; fp8: half the bytes of 16 bits.",
+    ),
+]
 LoadFormat = Annotated[
     Literal["auto", "dummy"], typer.Option("--load-format", help="dummy: random weights, nothing is read but config.")
 ]

@@ -8,6 +8,7 @@ import msgspec
 
 Device = Literal["cpu", "cuda"]
 DType = Literal["float32", "bfloat16", "float16"]
+CacheDType = Literal["auto", "fp8"]  # auto: as the model's; fp8: float8_e4m3fn
 Backend = Literal["inprocess", "mp", "ssh", "ray"]
 
 
@@ -65,6 +66,7 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True):
     cpu_memory_utilization: float = 0.50  # of the host memory that is free at start, all local ranks together
     num_blocks: int | None = None  # set = no sizing by memory
     enable_prefix_caching: bool = True
+    dtype: CacheDType = "auto"
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):

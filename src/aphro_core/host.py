@@ -97,6 +97,18 @@ def gpu_memory() -> list[GpuMemory]:
     return [found[name] for name in visible if name in found]
 
 
+def least_compute_capability() -> tuple[int, int] | None:
+    """Of the GPUs here, asked of nvidia-smi; None where it does not say."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, check=False, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = [line.strip().split(".") for line in answer.stdout.splitlines()]
+    pairs = [(int(cell[0]), int(cell[1])) for cell in found if len(cell) == 2 and all(part.isdigit() for part in cell)]
+    return min(pairs, default=None)
+
+
 def torch_has_cuda() -> bool:
     """Whether the installed torch is a CUDA build (its version says ``+cpu`` where it is not)."""
     return not importlib.metadata.version("torch").endswith("+cpu")

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 from aphro_core import host
+from aphro_core.checkpoint.cache_scales import cache_scale_names
 from aphro_core.checkpoint.manifest import verify_manifest
 from aphro_core.checkpoint.open import open_checkpoint, read_hf_config, resolve_model
 from aphro_core.config import (
     Backend,
     CacheConfig,
+    CacheDType,
     Device,
     DType,
     EngineConfig,
@@ -21,7 +23,7 @@ from aphro_core.config import (
     ParallelConfig,
     SchedulerConfig,
 )
-from aphro_core.errors import UsageError
+from aphro_core.errors import PlacementError, UsageError
 from aphro_core.estimate.aphro_engine import expected_balances
 from aphro_core.estimate.balance import RankBalance
 from aphro_core.executor.choice import Wanted, choose_placement
@@ -61,6 +63,7 @@ class EngineOptions:
     deterministic: bool = False  # the same tokens whatever else is computed, and after a recovery
     num_blocks: int | None = None
     enable_prefix_caching: bool = True
+    kv_cache_dtype: str = "auto"  # or fp8 (fp8_e4m3 is the same)
     load_format: Literal["auto", "dummy"] = "auto"
     quantization: str | None = None
     served_model_name: str | None = None
@@ -139,6 +142,7 @@ def prepare(options: EngineOptions, reporter: Reporter) -> Prepared:
             cpu_memory_utilization=options.cpu_memory_utilization,
             num_blocks=options.num_blocks,
             enable_prefix_caching=options.enable_prefix_caching,
+            dtype=_choose_cache_dtype(options, spec, path, device, reporter),
         ),
         scheduler=_choose_steps(options, spec, plan, device, reporter),
         device=device,
@@ -284,6 +288,35 @@ def _choose_dtype(options: EngineOptions, spec: DecoderSpec, device: Device, rep
     if dtype == "bfloat16" and not host.has_product_kernels():
         reporter.line("Products are torch's: aphro's own are for CPUs with AVX512-BF16 and VNNI and without AMX.")
     return dtype
+
+
+def _choose_cache_dtype(
+    options: EngineOptions, spec: DecoderSpec, path: Path, device: Device, reporter: Reporter
+) -> CacheDType:
+    if options.kv_cache_dtype == "auto":
+        return "auto"
+    if options.kv_cache_dtype not in ("fp8", "fp8_e4m3"):
+        raise UsageError(
+            f"kv_cache_dtype is {options.kv_cache_dtype!r}, allowed: auto, fp8 (the same as fp8_e4m3)",
+            hint="--kv-cache-dtype fp8, or leave it out",
+        )
+    oldest = host.least_compute_capability() if device == "cuda" and not options.hosts else None
+    if oldest is not None and oldest < (8, 9):
+        raise PlacementError(
+            f"--kv-cache-dtype fp8 needs GPUs of compute capability 8.9, and this host has one of "
+            f"{oldest[0]}.{oldest[1]}, which has no instruction for it",
+            hint="--kv-cache-dtype auto",
+        )
+    num_scaled = 0
+    if options.load_format != "dummy":
+        with open_checkpoint(path) as checkpoint:
+            names = set(checkpoint.tensor_names)
+        num_scaled = sum(cache_scale_names(names, layer) is not None for layer in range(spec.num_layers))
+    scales = "scale 1: the checkpoint has none of its own"
+    if num_scaled:
+        scales = f"scales of the checkpoint in {num_scaled} of {spec.num_layers} layers"
+    reporter.line(f"KV cache: fp8 (e4m3), {scales}.")
+    return "fp8"
 
 
 def _choose_quantization(

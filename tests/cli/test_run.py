@@ -92,7 +92,7 @@ def test_every_option_reaches_the_core(served: list[api.ServeOptions], tmp_path:
         --max-model-len 99 --enable-expert-parallel --max-num-seqs 8 --max-num-batched-tokens 512 -gmu 0.8
         --max-num-prefill-tokens 600 --enforce-eager --cpu-memory-utilization 0.4 --block-size 32
         --num-gpu-blocks-override 77 --no-enable-prefix-caching --load-format dummy -q int4
-        --revision v1 --model-from head --verify full
+        --revision v1 --model-from head --verify full --kv-cache-dtype fp8
         --served-model-name name --chat-template {template} --skip-tokenizer-init --seed 5 --host 0.0.0.0 --port 8000
         --api-key one --api-keys two --max-queued-requests 9 --drain-seconds 3 --json-ready {tmp_path}/ready.json
         --start-timeout 60 --distributed-timeout 20 --step-timeout 9 --max-recoveries 2 --hosts a:2

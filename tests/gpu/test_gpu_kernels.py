@@ -9,6 +9,7 @@ from aphro_kernels.skinny_linear import SkinnyConfig, rows_bucket
 from tests.kernels.comparisons import (
     compare_attention,
     compare_grouped_linear,
+    compare_grouped_packed_linear,
     compare_packed_linear,
     compare_rms_norm,
     compare_rotary,
@@ -158,14 +159,30 @@ def test_grouped_linear(
     compare_grouped_linear(num_tokens, top, num_experts, here, shape, dtype, "cuda")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
 @pytest.mark.parametrize(
     ("num_rows", "shape", "num_groups"),
-    [(1, (4096, 4096), 32), (1, (6144, 4096), 1), (16, (1500, 960), 30), (64, (4100, 768), 6), (3, (72, 96), 1)],
+    [
+        (1, (4096, 4096), 32),
+        (1, (6144, 4096), 1),
+        (16, (1500, 960), 30),
+        (32, (4100, 768), 6),
+        (3, (72, 96), 1),
+        (1, (1504, 14336), 112),
+    ],
 )
 def test_packed_linear(num_rows: int, shape: tuple[int, int], num_groups: int, kind: str, dtype: torch.dtype) -> None:
     compare_packed_linear(num_rows, shape, kind, num_groups, dtype, "cuda")
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
+@pytest.mark.parametrize(
+    ("num_tokens", "here", "shape", "groups"),
+    [(1, range(8), (1024, 512), 4), (19, range(2, 5), (1500, 576), 1), (90, range(8), (72, 256), 8)],
+)
+def test_grouped_packed_linear(num_tokens: int, here: range, shape: tuple[int, int], groups: int, kind: str) -> None:
+    compare_grouped_packed_linear(num_tokens, 2, here, shape, kind, groups, torch.bfloat16, "cuda")
 
 
 @pytest.mark.parametrize("num_rows", [1, 63, 256])

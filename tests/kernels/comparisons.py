@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from aphro_kernels import (
     grouped_gemm,
+    grouped_packed,
     packed_linear,
     paged_attention,
     peer_all_reduce,
@@ -24,6 +25,7 @@ from aphro_kernels import (
 )
 from aphro_kernels.decode_work import DecodeWork, build_decode_work, plan_decode_
 from aphro_kernels.float8 import FLOAT8
+from aphro_kernels.skinny_linear import SkinnyConfig
 from torch import Tensor
 
 BLOCK_SIZE = 16
@@ -353,27 +355,80 @@ def compare_peer_all_reduce(num_rows: int, width: int, dtype: torch.dtype, *, is
             assert_close(copies[other], residual)
 
 
-def compare_packed_linear(
-    num_rows: int, shape: tuple[int, int], kind: str, num_groups: int, dtype: torch.dtype, device: str
-) -> None:
-    """Codes at their whole range, also in rows and columns that no tile ends with."""
-    width, depth = shape
-    generator = torch.Generator().manual_seed(width + num_rows)
-    integers = torch.randint(0, 256, (width, depth // 2 if kind == "int4" else depth), generator=generator)
+def packed_weight(
+    shape: tuple[int, ...], kind: str, num_groups: int, dtype: torch.dtype, device: str
+) -> packed_linear.PackedWeight:
+    """Codes at their whole range; products of numbers of size 1 are of size 1."""
+    *_, width, depth = shape
+    generator = torch.Generator().manual_seed(width + depth)
+    integers = torch.randint(0, 256, (*shape[:-1], depth // 2 if kind == "int4" else depth), generator=generator)
     codes = integers.to(torch.uint8).to(device)
     if kind == "int8":
         codes = codes.view(torch.int8)
     elif kind == "fp8":
-        codes = (codes & 0xBF).view(torch.float8_e4m3fn)  # no NaN, nothing above 2
+        codes = (codes & 0xBF).view(FLOAT8)  # no NaN, nothing above 2
     size = {"int4": 15, "int8": 128, "fp8": 2}[kind]
     scale_dtype = torch.float32 if num_groups == 1 else dtype
-    scales = (torch.rand(width, num_groups, generator=generator) / size / depth**0.5).to(device, scale_dtype)
-    offsets = -scales * 7 if kind == "int4" else None
-    x = random(num_rows, depth, dtype=dtype, device=device)
-    out = packed_linear._launch(x, codes, scales, offsets, nans(num_rows, width, dtype=dtype, device=device))
-    assert_close(out, packed_linear.packed_linear_reference(x, codes, scales, offsets))
-    whole = packed_linear._launch_dequantise(codes, scales, offsets, nans(width, depth, dtype=dtype, device=device))
-    assert_close(whole, packed_linear.dequantise_reference(codes, scales, offsets, dtype))
+    scales = (torch.rand(*shape[:-1], num_groups, generator=generator) / size / depth**0.5).to(device, scale_dtype)
+    return packed_linear.PackedWeight(codes, scales, -scales * 7 if kind == "int4" else None)
+
+
+def compare_packed_linear(
+    num_rows: int,
+    shape: tuple[int, int],
+    kind: str,
+    num_groups: int,
+    dtype: torch.dtype,
+    device: str,
+    config: SkinnyConfig | None = None,
+) -> None:
+    """Rows and columns that no tile ends with; plain, and as gate and up with a bias."""
+    weight = packed_weight(shape, kind, num_groups, dtype, device)
+    whole = packed_linear._launch_dequantise(weight, nans(*shape, dtype=dtype, device=device))
+    assert_close(whole, packed_linear.dequantise_reference(weight, dtype))
+    x = random(num_rows, shape[1] + 16, dtype=dtype, device=device)[:, : shape[1]]
+    workspace = skinny_linear.build_skinny_workspace(torch.device(device))
+    bias = random(shape[0], dtype=dtype, device=device, seed=3)
+    for is_gated, added in ((False, None), (True, bias)):
+        chosen = config or packed_linear.packed_config(weight, num_rows, is_gated=is_gated)
+        assert chosen is not None
+        for _ in range(2):
+            workspace.parts.fill_(math.nan)
+            out = nans(num_rows, shape[0] // (1 + is_gated), dtype=dtype, device=device)
+            options = {"config": chosen, "workspace": workspace, "is_gated": is_gated}
+            packed_linear.packed_linear(x, weight, added, **options, out=out)
+            assert_close(out, packed_linear.packed_linear_reference(x, weight, added, is_gated=is_gated))
+        assert not bool(workspace.arrivals.any())
+
+
+def compare_grouped_packed_linear(
+    num_tokens: int,
+    top: int,
+    here: range,
+    shape: tuple[int, int],
+    kind: str,
+    groups: int,
+    dtype: torch.dtype,
+    device: str,
+) -> None:
+    """As compare_grouped_linear, of ``here`` among 8 experts."""
+    width, depth = shape
+    generator = torch.Generator().manual_seed(num_tokens)
+    chosen = torch.rand(num_tokens, 8, generator=generator).topk(top, dim=-1).indices.to(device)
+    tiles = grouped_gemm.plan_tiles(chosen, here.start, len(here))
+    weight = packed_weight((len(here), width, depth), kind, groups, dtype, device)
+    whole = [None if x is None else x.flatten(0, 1) for x in (weight.codes, weight.scales, weight.offsets)]
+    assert whole[0] is not None
+    assert whole[1] is not None
+    weight = packed_linear.PackedWeight(whole[0], whole[1], whole[2])
+    for rows, slots_per_row in ((num_tokens, top), (num_tokens * top, 1)):
+        x = random(rows, depth, dtype=dtype, device=device)
+        expected = grouped_packed.grouped_packed_linear_reference(x, weight, len(here), tiles, slots_per_row)
+        out = nans(num_tokens * top, width, dtype=dtype, device=device)
+        grouped_packed._launch(x, weight, len(here), tiles, slots_per_row, out)
+        is_ours = torch.tensor([expert in here for expert in chosen.flatten().tolist()], device=device)
+        assert_close(out[is_ours], expected[is_ours])
+        assert bool(out[~is_ours].isnan().all()), "slots of other ranks are not written"
 
 
 def compare_step_rows(num_rows: int, device: str) -> None:

@@ -9,6 +9,7 @@ from aphro_kernels.skinny_linear import SkinnyConfig
 from tests.kernels.comparisons import (
     compare_attention,
     compare_grouped_linear,
+    compare_grouped_packed_linear,
     compare_packed_linear,
     compare_peer_all_reduce,
     compare_rms_norm,
@@ -142,8 +143,19 @@ def test_peer_all_reduce(num_rows: int, width: int, is_added: bool, is_normed: b
     compare_peer_all_reduce(num_rows, width, F32, is_added=is_added, is_normed=is_normed)
 
 
-@pytest.mark.parametrize("dtype", [F32, F16])
-@pytest.mark.parametrize("kind", ["int4", "int8"])
-@pytest.mark.parametrize(("num_rows", "shape", "num_groups"), [(1, (40, 96), 3), (5, (17, 64), 1), (17, (33, 320), 5)])
-def test_packed_linear(num_rows: int, shape: tuple[int, int], num_groups: int, kind: str, dtype: torch.dtype) -> None:
-    compare_packed_linear(num_rows, shape, kind, num_groups, dtype, "cpu")
+@pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
+@pytest.mark.parametrize(("num_rows", "shape", "num_groups"), [(1, (40, 96), 3), (5, (34, 64), 1), (17, (66, 256), 2)])
+def test_packed_linear(num_rows: int, shape: tuple[int, int], num_groups: int, kind: str) -> None:
+    compare_packed_linear(num_rows, shape, kind, num_groups, F16, "cpu")
+    rows = {1: 8 if kind == "int4" else 1, 5: 8, 17: 32}[num_rows]
+    cut = SkinnyConfig(rows, 16, 32, 5, 4, 2, 2, True)
+    compare_packed_linear(num_rows, shape, kind, num_groups, F16, "cpu", cut)
+    if rows > 1:
+        cut = SkinnyConfig(rows, 16, 128, 5, 4, 2, 2, True, splits=4)
+        compare_packed_linear(num_rows, shape, kind, num_groups, F16, "cpu", cut)
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
+@pytest.mark.parametrize(("num_tokens", "here", "groups"), [(1, range(8), 2), (19, range(2, 5), 1)])
+def test_grouped_packed_linear(num_tokens: int, here: range, groups: int, kind: str) -> None:
+    compare_grouped_packed_linear(num_tokens, 2, here, (40, 64), kind, groups, F16, "cpu")

@@ -27,23 +27,30 @@ def compile_for_hopper(kernel: Any, constants: dict[str, Any], **types: str) -> 
 
 
 @pytest.mark.parametrize(("kind", "codes"), [("int4", "*u8"), ("int8", "*i8"), ("fp8", "*u8")])
-@pytest.mark.parametrize(("group", "inputs", "dtype"), [(4096, 256, "bf16"), (30, 64, "fp32")])
-def test_packed_linear(kind: str, codes: str, group: int, inputs: int, dtype: str) -> None:
-    from aphro_kernels.packed_linear import _packed_linear_kernel
+@pytest.mark.parametrize(
+    ("rows", "columns", "group", "dtype"), [(1, 16, 0, "bf16"), (64, 64, 128, "bf16"), (8, 16, 32, "fp16")]
+)
+def test_packed_linear(kind: str, codes: str, rows: int, columns: int, group: int, dtype: str) -> None:
+    from aphro_kernels.skinny_kernel import skinny_kernel
 
     constants = {
-        "IS_INT4": kind == "int4",
-        "IS_FP8": kind == "fp8",
-        "GROUP": group,
-        "NUM_GROUPS": 1 if group == 4096 else 4,
-        "IS_WHOLE": group == 4096,
-        "ROWS": 64,
-        "COLUMNS": 32,
-        "INPUTS": inputs,
-        "PRECISION": "ieee",
+        "ROWS": 8 if kind == "int4" and rows == 1 else rows,
+        "BN": columns,
+        "BK": 4 * group or 256,
+        "SPLIT": 4 if group else 1,
+        "IS_EVEN": group == 0,
+        "IS_EARLY": True,
+        "STAGES": 4,
+        "IS_GATED": rows == 64,
+        "HAS_BIAS": True,
+        "KIND": kind,
+        "GROUP": 256 if kind == "int4" and not group else group,
+        "HAS_ASM": True,
+        "CHAINED": True,
     }
-    plain = dict.fromkeys(("x", "scales", "offsets", "out"), f"*{dtype}")
-    compile_for_hopper(_packed_linear_kernel, constants, codes=codes, **plain)
+    plain = dict.fromkeys(("x", "bias", "out"), f"*{dtype}")
+    others = {"parts": "*fp32", "arrivals": "*i32", **dict.fromkeys(("scales", "offsets"), "*fp32")}
+    compile_for_hopper(skinny_kernel, constants, weight=codes, **plain, **others)
 
 
 def test_grouped_linear() -> None:

@@ -89,6 +89,10 @@ KERNELS: dict[str, dict[str, Any]] = {  # "module.kernel": types of its argument
     },
 }
 
+KERNELS["rotary._rotary_and_cache_kernel float8"] = KERNELS["rotary._rotary_and_cache_kernel"] | {
+    "k_cache": "*u8",
+    "v_cache": "*u8",
+}
 
 DIALS = {
     **dict.fromkeys(["logits"], "*bf16"),
@@ -102,6 +106,7 @@ DIALS = {
 SKINNY = {
     **dict.fromkeys(["x", "weight", "bias", "out"], "*bf16"),
     **{"parts": "*fp32", "arrivals": "*i32", "num_rows": "i32", "x_stride": "i32"},
+    **{"scales": "*bf16", "offsets": "*bf16", "KIND": "plain", "GROUP": 0, "SPLIT": 1, "HAS_ASM": False},
     **{"n": "i32", "k": "i32", "ahead": "i32", "BN": 32, "BK": 256, "IS_EVEN": False, "IS_EARLY": True, "STAGES": 3},
     **{"HAS_BIAS": True},
 }
@@ -139,7 +144,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(name: str) -> None:
     module, kernel_name = name.split(maxsplit=1)[0].split(".")
     kernel = getattr(importlib.import_module(f"aphro_kernels.{module}"), kernel_name)
     given = {**KERNELS[name], "CHAINED": True}
-    is_type = {argument: isinstance(value, str) and value != "tf32" for argument, value in given.items()}
+    is_type = {argument: isinstance(value, str) and value not in ("tf32", "plain") for argument, value in given.items()}
     signature = {argument: given[argument] if is_type[argument] else "constexpr" for argument in kernel.arg_names}
     constants = {(i,): given[argument] for i, argument in enumerate(kernel.arg_names) if not is_type[argument]}
     compiled = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))

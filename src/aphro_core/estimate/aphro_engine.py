@@ -143,7 +143,7 @@ def expected_balances(
         pp=parallel.pipeline_parallel_size,
         pp_layers=parallel.pp_layers,
         dtype=config.model.dtype,
-        cache_bytes=DTYPE_BYTES[config.model.dtype],
+        cache_bytes=1 if cache.dtype == "fp8" else DTYPE_BYTES[config.model.dtype],
         block_size=cache.block_size,
         max_model_len=config.model.max_model_len,
         max_num_batched_tokens=config.scheduler.most_tokens,

@@ -138,6 +138,11 @@ def resolve(question: Question, tp: int, pp: int) -> Sizes:
     cache_bytes = CACHE_DTYPES.get(question.kv_cache_dtype, 0)
     if cache_bytes == 0:
         raise UsageError(f"--kv-cache-dtype is {question.kv_cache_dtype!r}, allowed: {', '.join(CACHE_DTYPES)}")
+    if question.version is None and question.kv_cache_dtype in ("fp8_e5m2", "int8"):
+        raise UsageError(
+            f"--kv-cache-dtype is {question.kv_cache_dtype}, which aphro does not have; allowed: auto, fp8, fp8_e4m3",
+            hint="--kv-cache-dtype fp8, or --engine vllm for another's figures",
+        )
     return Sizes(
         tp=tp,
         pp=pp,

@@ -78,7 +78,7 @@ def _fewer_tokens(found: Estimate) -> Iterator[_Candidate]:
 
 
 def _cache_dtype(found: Estimate) -> Iterator[_Candidate]:
-    if found.question.version is not None and found.sizes.cache_bytes > 1:
+    if found.sizes.cache_bytes > 1:
         yield _changed(found, "--kv-cache-dtype fp8", "a less precise cache", kv_cache_dtype="fp8")
 
 

@@ -272,7 +272,7 @@ class _Parts:
     def _linear_of(self, weight: Tensor | list[PackedMatrix], bias: Tensor | None) -> AnyLinear:
         bias = None if bias is None else self._keep(bias)
         if not isinstance(weight, Tensor):
-            packed = QuantizedLinear(weight, bias, self._dtype)
+            packed = QuantizedLinear(weight, bias, self._dtype, self._workspace)
             self._packed_bytes += packed.packed_bytes
             return packed
         linear = Linear(weight, bias, self._workspace, self._row_sizes)

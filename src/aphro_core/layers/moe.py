@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 from aphro_kernels.grouped_gemm import RowTiles, grouped_linear, plan_tiles
+from aphro_kernels.grouped_packed import grouped_packed_linear
 from torch import Tensor
 
 from aphro_core.layers.linear import AnyLinear
@@ -103,15 +104,14 @@ class DenseStack:
 
 
 class PackedStack:
-    """Quantised matrices below each other, dequantised for each step."""
+    """Quantised matrices below each other."""
 
     def __init__(self, matrix: PackedMatrix, num_experts: int) -> None:
         self.num_experts = num_experts
-        self._matrix = matrix
+        self._weight = matrix.for_kernels()
 
     def times(self, x: Tensor, tiles: RowTiles, slots_per_row: int, *, has_foreign: bool) -> Tensor:
-        weight = self._matrix.dequantise(x.dtype).view(self.num_experts, -1, self._matrix.shape[1])
-        return grouped_linear(x, weight, tiles, slots_per_row, has_foreign=has_foreign)
+        return grouped_packed_linear(x, self._weight, self.num_experts, tiles, slots_per_row, has_foreign=has_foreign)
 
 
 class GroupedExperts:

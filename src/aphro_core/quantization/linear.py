@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import Final, Protocol
 
 import torch
-from aphro_kernels.packed_linear import packed_linear
 from aphro_kernels.silu_and_mul import silu_and_mul
+from aphro_kernels.skinny_linear import SkinnyWorkspace
 from torch import Tensor
 from torch.nn.functional import linear
 
+from aphro_core.quantization.kernel_linear import KernelProduct
 from aphro_core.quantization.matrix import PackedMatrix
 from aphro_core.quantization.online import quantise
 from aphro_core.quantization.packing import unpack_nibbles
@@ -31,57 +32,65 @@ class Product(Protocol):
 class QuantizedLinear:
     """A shard of a linear layer, called as ``layers.linear.Linear``. ``matrices`` are below each other."""
 
-    def __init__(self, matrices: Sequence[PackedMatrix], bias: Tensor | None, dtype: torch.dtype) -> None:
-        self._products = [build_product(matrix, dtype) for matrix in matrices]
+    def __init__(
+        self,
+        matrices: Sequence[PackedMatrix],
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        workspace: SkinnyWorkspace | None = None,
+    ) -> None:
+        """``workspace``: on GPUs, of the stream that the calls follow each other on."""
+        self._kernel: KernelProduct | None = None
+        if len(matrices) == 1 and _takes_kernel(matrices[0]):
+            self._kernel, self._products, self._bias = KernelProduct(matrices[0], bias, workspace), [], None
+            return
+        self._products = [build_product(matrix, dtype, workspace) for matrix in matrices]
         self._bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[rows, in_features]`` to ``[rows, out_features]``, the dtype of ``x``."""
+        if self._kernel is not None:
+            return self._kernel(x)
         parts = [product(x) for product in self._products]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         return y if self._bias is None else y.add_(self._bias)
 
     def gated(self, x: Tensor) -> Tensor:
         """SiLU(gate) * up of weights that hold the rows of the gate, then those of up."""
-        return silu_and_mul(self(x))
+        return silu_and_mul(self(x)) if self._kernel is None else self._kernel.gated(x)
 
     @property
     def packed_bytes(self) -> int:
+        if self._kernel is not None:
+            return self._kernel.nbytes
         return sum(product.nbytes for product in self._products)
 
 
-def build_product(matrix: PackedMatrix, dtype: torch.dtype) -> Product:
+def _takes_kernel(matrix: PackedMatrix) -> bool:
+    return matrix.codes.is_cuda and matrix.group_index is None and matrix.order is None
+
+
+def build_product(matrix: PackedMatrix, dtype: torch.dtype, workspace: SkinnyWorkspace | None = None) -> Product:
     if matrix.order is not None:
-        return OrderedProduct(matrix, dtype)
+        return OrderedProduct(matrix, dtype, workspace)
     if matrix.codes.device.type == "cpu" and dtype == torch.bfloat16:
         return Int4Product(matrix) if _suits_int4(matrix) else Int8Product(in_rows(matrix))
-    if matrix.codes.is_cuda and matrix.group_index is None:
-        return KernelProduct(matrix)
+    if _takes_kernel(matrix):
+        return KernelProduct(matrix, None, workspace)
     return DequantisedProduct(matrix)
 
 
 class OrderedProduct:
     """Act-order: the inputs are put into the order of the columns first."""
 
-    def __init__(self, matrix: PackedMatrix, dtype: torch.dtype) -> None:
+    def __init__(self, matrix: PackedMatrix, dtype: torch.dtype, workspace: SkinnyWorkspace | None) -> None:
         assert matrix.order is not None
         self._order = matrix.order
-        self._product = build_product(replace(matrix, order=None), dtype)
+        self._product = build_product(replace(matrix, order=None), dtype, workspace)
         self.nbytes = self._product.nbytes + matrix.order.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._product(x.index_select(1, self._order))
-
-
-class KernelProduct:
-    """Dequantises in registers for few rows (GPU)."""
-
-    def __init__(self, matrix: PackedMatrix) -> None:
-        self._matrix = matrix
-        self.nbytes = matrix.nbytes
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return packed_linear(x, self._matrix.codes, self._matrix.scales, self._matrix.offsets)
 
 
 class DequantisedProduct:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from aphro_kernels.float8 import FLOAT8, widen_float8
-from aphro_kernels.packed_linear import dequantise
+from aphro_kernels.packed_linear import PackedWeight, dequantise, halve_groups
 from torch import Tensor
 
 from aphro_core.models.quantization import Kind
@@ -61,6 +61,12 @@ class PackedMatrix:
         )
         return PackedMatrix(self.kind, self.codes.to(device), self.scales.to(device), offsets, group_index, order)
 
+    def for_kernels(self) -> PackedWeight:
+        """As the kernels read it: int4 codes in another order, which is a copy."""
+        assert self.group_index is None, "of groups that follow each other"
+        codes = halve_groups(self.codes, self.group_size) if self.kind == "int4" else self.codes
+        return PackedWeight(codes.contiguous(), self.scales.contiguous(), self.offsets)
+
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """``[rows, inputs]`` in ``dtype``; products in the dtype of the scales or float32, whichever is finer."""
         values = self._values(dtype)
@@ -69,7 +75,7 @@ class PackedMatrix:
     def _values(self, dtype: torch.dtype) -> Tensor:
         num_rows, num_columns = self.shape
         if self.codes.is_cuda and self.group_index is None:
-            return dequantise(self.codes, self.scales, self.offsets, dtype)
+            return dequantise(self.for_kernels(), dtype)
         codes = unpack_nibbles(self.codes) if self.kind == "int4" else self.codes
         wide = _widened(codes, dtype if self.scales.dtype == dtype else torch.float32)
         if self.group_index is not None:

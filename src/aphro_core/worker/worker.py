@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from aphro_kernels.float8 import FLOAT8
 from torch.distributed import FileStore, Store  # type: ignore[attr-defined]
 
 from aphro_core import distributed
+from aphro_core.checkpoint.cache_scales import read_cache_scales
 from aphro_core.checkpoint.checkpoint import Checkpoint
 from aphro_core.checkpoint.open import open_checkpoint, read_hf_config
 from aphro_core.errors import EngineDeadError
+from aphro_core.layers.cache_format import CacheFormat
 from aphro_core.layers.decoder import Decoder
 from aphro_core.messages.steps import LinkCost, StartWorker, StepPlan, StepResult, WorkerLoaded, WorkerProgress
 from aphro_core.models.registry import load_spec
@@ -53,6 +56,7 @@ class Worker:
         self._config = start.config
         self._on_progress = on_progress
         self._dtype: torch.dtype = getattr(torch, start.config.model.dtype)
+        self._cache_dtype = FLOAT8 if start.config.cache.dtype == "fp8" else self._dtype
         self._device = torch.device("cpu" if start.config.device == "cpu" else f"cuda:{start.local_rank}")
         self._decoder: Decoder | None = None
         self._runner: ModelRunner | DeviceRunner | None = None
@@ -73,7 +77,7 @@ class Worker:
         self._links = distributed.join(plan, rank, self._open_store, self._device, timeout)
         self._progress("rendezvous", 1, 1)
         self._link = self._measure_link() if self._start.measures_links else None
-        bytes_read = 0
+        bytes_read, cache_scales = 0, dict[int, tuple[float, float]]()
         if model.load_format == "dummy":
             weights = dummy_weights(self._spec, self._shard, self._dtype, self._device, model.seed)
         else:
@@ -81,10 +85,14 @@ class Worker:
                 weights = load_weights(
                     checkpoint, self._spec, self._shard, self._dtype, self._device, self._weights_progress
                 )
+                if self._cache_dtype == FLOAT8:
+                    cache_scales = read_cache_scales(checkpoint, self._shard.layers)
                 bytes_read = checkpoint.bytes_read
         self._links.tensor.connect(self._spec.hidden_size, self._dtype, self._device)
         self._links.tensor.adds_in_order = is_deterministic = self._config.deterministic
-        self._decoder = Decoder(self._spec, self._shard, weights, self._links.tensor, is_deterministic=is_deterministic)
+        cache_format = CacheFormat(self._cache_dtype, cache_scales)
+        parts = (self._spec, self._shard, weights, self._links.tensor)
+        self._decoder = Decoder(*parts, cache_format, is_deterministic=is_deterministic)
         self._weights_bytes = self._decoder.weights_bytes
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # what loading took besides the weights
@@ -98,7 +106,7 @@ class Worker:
         """
         assert self._decoder is not None, "load() comes first"
         block_size = self._config.cache.block_size
-        caches = allocate_kv_cache(self._shard, self._spec, num_blocks, block_size, self._dtype, self._device)
+        caches = allocate_kv_cache(self._shard, self._spec, num_blocks, block_size, self._cache_dtype, self._device)
         parts = (self._spec, self._shard, self._decoder, caches, self._links)
         if self._device.type == "cpu":
             self._runner = ModelRunner(
@@ -163,7 +171,7 @@ class Worker:
     def _report_loaded(self, bytes_read: int) -> WorkerLoaded:
         cache, scheduler = self._config.cache, self._config.scheduler
         element = self._dtype.itemsize
-        block_bytes = memory.kv_block_bytes(self._spec, self._shard, cache.block_size, element)
+        block_bytes = memory.kv_block_bytes(self._spec, self._shard, cache.block_size, self._cache_dtype.itemsize)
         activation_bytes = memory.working_bytes(
             self._spec,
             self._shard,

@@ -1,0 +1,261 @@
+"""Tiles of quantised weights times tiles of rows, for the kernels of few rows and of experts: [columns, rows].
+
+A weight is code * scale (+ offset), with a scale for each ``GROUP`` inputs of a row (0: for the whole row; then the
+caller multiplies with it in the end). Two int4 codes stand in a byte, the low one for an input of the first half of its
+group, the high one for that of the second: rows are read in order for either.
+"""
+# ruff: noqa: N803, N806  (constants in capitals; a kernel is one piece)
+
+from __future__ import annotations
+
+from aphro_kernels.language import jit, tl
+
+
+@jit()
+def multiply_packed(
+    x: tl.tensor,
+    x_rows: tl.tensor,
+    is_row: tl.tensor,
+    codes: tl.tensor,
+    scales: tl.tensor,
+    offsets: tl.tensor,
+    columns: tl.tensor,
+    is_column: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    k: tl.tensor,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    IS_EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+    HAS_ASM: tl.constexpr,
+) -> tl.tensor:
+    """``[BN, ROWS]`` float32: inputs ``low * BK`` to ``high * BK`` of the matrix rows ``columns`` [BN] int64, with the
+    rows of ``x`` that begin at ``x_rows`` [ROWS]. IS_EVEN: no input and no column is beyond.
+
+    One row is multiplied and summed (not int4), more take the tensor cores: there a tile's inputs are SPLIT stretches,
+    each within a group, for as many warps, whose sums are added in the end.
+    """
+    if KIND == "int4":
+        return _multiply_int4(
+            x, x_rows, is_row, codes, scales, offsets, columns, is_column, low, high, k, GROUP, ROWS, BN, BK, SPLIT,
+            IS_EVEN, STAGES, HAS_ASM,
+        )  # fmt: skip
+    elif ROWS == 1:
+        return _multiply_row(
+            x, codes, scales, columns, is_column, low, high, k, KIND, GROUP, BN, BK, IS_EVEN, STAGES
+        )  # fmt: skip
+    else:
+        return _multiply_bytes(
+            x, x_rows, is_row, codes, scales, columns, is_column, low, high, k, KIND, GROUP, ROWS, BN, BK, SPLIT,
+            IS_EVEN, STAGES, HAS_ASM,
+        )  # fmt: skip
+
+
+@jit()
+def _multiply_row(
+    x: tl.tensor,
+    codes: tl.tensor,
+    scales: tl.tensor,
+    columns: tl.tensor,
+    is_column: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    k: tl.tensor,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    IS_EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+) -> tl.tensor:
+    total = tl.zeros([BN, BK], tl.float32)
+    at = codes + columns[:, None] * k
+    scale_at = scales
+    if GROUP > 0:
+        scale_at = scales + columns * (k // GROUP)
+    for chunk in tl.range(low, high, num_stages=STAGES):
+        inputs = chunk * BK + tl.arange(0, BK)
+        if IS_EVEN:
+            q = tl.load(at + inputs[None, :])
+            row = tl.load(x + inputs)
+        else:
+            q = tl.load(at + inputs[None, :], mask=is_column[:, None] & (inputs < k)[None, :], other=0)
+            row = tl.load(x + inputs, mask=inputs < k, other=0.0)
+        product = _as_float32(q, KIND) * row.to(tl.float32)[None, :]
+        if GROUP > 0:
+            s = tl.load(scale_at + chunk * BK // GROUP, mask=is_column, other=0.0).to(tl.float32)
+            product = product * s[:, None]
+        total += product
+    return tl.sum(total, axis=1, keep_dims=True)
+
+
+@jit()
+def _multiply_bytes(
+    x: tl.tensor,
+    x_rows: tl.tensor,
+    is_row: tl.tensor,
+    codes: tl.tensor,
+    scales: tl.tensor,
+    columns: tl.tensor,
+    is_column: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    k: tl.tensor,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    IS_EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+    HAS_ASM: tl.constexpr,
+) -> tl.tensor:
+    total = tl.zeros([SPLIT, BN, ROWS], tl.float32)
+    EACH: tl.constexpr = BK // SPLIT
+    starts = tl.arange(0, SPLIT) * EACH
+    inputs = starts[:, None] + tl.arange(0, EACH)[None, :]
+    at = codes + columns[None, :, None] * k + inputs[:, None, :]
+    x_at = x + x_rows[None, None, :] + inputs[:, :, None]
+    scale_at = scales + columns[None, :]
+    if GROUP > 0:
+        scale_at = scales + columns[None, :] * (k // GROUP)
+    for chunk in tl.range(low, high, num_stages=STAGES):
+        start = chunk * BK
+        is_input = start + inputs < k
+        if IS_EVEN:
+            q = tl.load(at + start)
+        else:
+            q = tl.load(at + start, mask=is_column[None, :, None] & is_input[:, None, :], other=0)
+        tile = tl.load(x_at + start, mask=is_row[None, None, :] & is_input[:, :, None], other=0.0)
+        w = _as_floats(q, x.dtype.element_ty, KIND, HAS_ASM)
+        if GROUP > 0:
+            is_scale = is_column[None, :] & (start + starts < k)[:, None]
+            s = tl.load(scale_at + ((start + starts) // GROUP)[:, None], mask=is_scale, other=0.0)
+            total += tl.dot(w, tile) * s.to(tl.float32)[:, :, None]
+        else:
+            total = tl.dot(w, tile, total)
+    return tl.sum(total, axis=0)
+
+
+@jit()
+def _multiply_int4(
+    x: tl.tensor,
+    x_rows: tl.tensor,
+    is_row: tl.tensor,
+    codes: tl.tensor,
+    scales: tl.tensor,
+    offsets: tl.tensor,
+    columns: tl.tensor,
+    is_column: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    k: tl.tensor,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    IS_EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+    HAS_ASM: tl.constexpr,
+) -> tl.tensor:
+    """sum(x (q s + o)) = s sum(x (q + b)) + (o - b s) sum(x): b makes codes of 16-bit floats by their bits alone."""
+    total = tl.zeros([SPLIT, BN, ROWS], tl.float32)
+    EACH: tl.constexpr = BK // SPLIT
+    HALF: tl.constexpr = EACH // 2
+    dtype: tl.constexpr = x.dtype.element_ty
+    BIAS: tl.constexpr = 128.0 if dtype == tl.bfloat16 else 1024.0
+    splits = tl.arange(0, SPLIT)
+    bytes_ = splits[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    at = codes + columns[None, :, None] * (k // 2) + bytes_[:, None, :]
+    scale_at = columns[None, :] * (k // GROUP)
+    ones = tl.full([SPLIT, BN, HALF], 1.0, dtype)
+    for chunk in tl.range(low, high, num_stages=STAGES):
+        start = chunk * BK
+        groups = (start + splits * EACH) // GROUP
+        inputs = groups[:, None] * (GROUP // 2) + start // 2 + bytes_
+        is_split = start + splits * EACH < k
+        if IS_EVEN:
+            q = tl.load(at + start // 2)
+        else:
+            q = tl.load(at + start // 2, mask=is_column[None, :, None] & is_split[:, None, None], other=0)
+        is_scale = is_column[None, :] & is_split[:, None]
+        s = tl.load(scales + scale_at + groups[:, None], mask=is_scale, other=0.0).to(tl.float32)[:, :, None]
+        o = tl.load(offsets + scale_at + groups[:, None], mask=is_scale, other=0.0).to(tl.float32)[:, :, None]
+        x_at = x + x_rows[None, None, :] + inputs[:, :, None]
+        is_inside = is_row[None, None, :] & is_split[:, None, None]
+        first = tl.load(x_at, mask=is_inside, other=0.0)
+        second = tl.load(x_at + GROUP // 2, mask=is_inside, other=0.0)
+        q_first, q_second = _nibbles(q, dtype, BIAS, HAS_ASM)
+        part = tl.dot(q_second, second, tl.dot(q_first, first))
+        sums = tl.dot(ones, second, tl.dot(ones, first))
+        total += part * s + sums * (o - BIAS * s)
+    return tl.sum(total, axis=0)
+
+
+@jit()
+def _nibbles(q: tl.tensor, dtype: tl.constexpr, BIAS: tl.constexpr, HAS_ASM: tl.constexpr) -> tl.tensor:
+    """The low and the high codes of bytes, plus BIAS: a code is the low byte of a float whose unit it is."""
+    if HAS_ASM:
+        if dtype == tl.bfloat16:
+            low, high = tl.inline_asm_elementwise(
+                "{ .reg .b32 a, b; and.b32 a, $4, 0x0F0F0F0F; shr.b32 b, $4, 4; and.b32 b, b, 0x0F0F0F0F;"
+                " prmt.b32 $0, a, 0x43434343, 0x4140; prmt.b32 $1, a, 0x43434343, 0x4342;"
+                " prmt.b32 $2, b, 0x43434343, 0x4140; prmt.b32 $3, b, 0x43434343, 0x4342; }",
+                "=r,=r,=r,=r,r",
+                [q],
+                dtype=(tl.bfloat16, tl.bfloat16),
+                is_pure=True,
+                pack=4,
+            )
+        else:
+            low, high = tl.inline_asm_elementwise(
+                "{ .reg .b32 a, b; and.b32 a, $4, 0x0F0F0F0F; shr.b32 b, $4, 4; and.b32 b, b, 0x0F0F0F0F;"
+                " prmt.b32 $0, a, 0x64646464, 0x4140; prmt.b32 $1, a, 0x64646464, 0x4342;"
+                " prmt.b32 $2, b, 0x64646464, 0x4140; prmt.b32 $3, b, 0x64646464, 0x4342; }",
+                "=r,=r,=r,=r,r",
+                [q],
+                dtype=(tl.float16, tl.float16),
+                is_pure=True,
+                pack=4,
+            )
+        return low, high
+    else:
+        return ((q & 15).to(tl.float32) + BIAS).to(dtype), ((q >> 4).to(tl.float32) + BIAS).to(dtype)
+
+
+@jit()
+def _as_floats(q: tl.tensor, dtype: tl.constexpr, KIND: tl.constexpr, HAS_ASM: tl.constexpr) -> tl.tensor:
+    """Codes of 8 bits as 16-bit floats."""
+    if KIND == "int8":
+        return q.to(dtype)
+    elif HAS_ASM and dtype == tl.bfloat16:
+        # its bits in a bfloat16, whose exponent counts from 127 instead of 7; the library's way is by float32
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 a, b, c, d, e, f; mov.b32 e, 0x7B807B80; mov.b32 f, 0x80008000;"
+            " prmt.b32 a, $2, 0, 0x1404; prmt.b32 b, $2, 0, 0x3424;"
+            " shr.b32 c, a, 4; shr.b32 d, b, 4; and.b32 c, c, 0x07F007F0; and.b32 d, d, 0x07F007F0;"
+            " lop3.b32 a, a, 0x80008000, c, 0xEA; lop3.b32 b, b, 0x80008000, d, 0xEA;"
+            " fma.rn.bf16x2 $0, a, e, f; fma.rn.bf16x2 $1, b, e, f; }",
+            "=r,=r,r",
+            [q],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        return q.to(tl.float8e4nv, bitcast=True).to(dtype)
+
+
+@jit()
+def _as_float32(q: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
+    if KIND == "int8":
+        return q.to(tl.float32)
+    else:
+        return q.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(tl.float32)
