@@ -13,6 +13,7 @@ from tests.kernels.comparisons import (
     compare_packed_linear,
     compare_rms_norm,
     compare_rotary,
+    compare_rotary_angles,
     compare_sample,
     compare_silu_and_mul,
     compare_skinny_linear,
@@ -54,6 +55,11 @@ def test_rotary(
     dtype: torch.dtype,
 ) -> None:
     compare_rotary(num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim, dtype, "cuda", has_norm)
+
+
+@pytest.mark.parametrize(("num_tokens", "half"), [(1, 64), (63, 40), (1500, 128)])
+def test_rotary_angles(num_tokens: int, half: int) -> None:
+    compare_rotary_angles(num_tokens, half, "cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

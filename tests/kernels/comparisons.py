@@ -18,6 +18,7 @@ from aphro_kernels import (
     peer_all_reduce,
     rms_norm,
     rotary,
+    rotary_angles,
     sample,
     silu_and_mul,
     skinny_linear,
@@ -77,6 +78,15 @@ def compare_silu_and_mul(num_tokens: int, width: int, dtype: torch.dtype, device
     x = random(num_tokens, 2 * width, dtype=dtype, device=device) * 3
     out = silu_and_mul._launch(x, nans(num_tokens, width, dtype=dtype, device=device))
     assert_close(out, silu_and_mul.silu_and_mul_reference(x))
+
+
+def compare_rotary_angles(num_tokens: int, half: int, device: str) -> None:
+    positions = torch.arange(num_tokens, device=device) * 87
+    frequencies = (10_000.0 ** -torch.linspace(0, 1, half)).to(device)
+    found = rotary_angles._launch(positions, frequencies, 1.3)
+    expected = rotary_angles.rotary_angles_reference(positions, frequencies, 1.3)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-6)
 
 
 def compare_rotary(

@@ -14,6 +14,7 @@ from tests.kernels.comparisons import (
     compare_peer_all_reduce,
     compare_rms_norm,
     compare_rotary,
+    compare_rotary_angles,
     compare_sample,
     compare_silu_and_mul,
     compare_skinny_linear,
@@ -62,6 +63,11 @@ def test_rotary(
 
 def test_rotary_into_float8() -> None:
     compare_rotary(21, 9, 3, 64, 64, F32, "cpu", is_float8=True)
+
+
+@pytest.mark.parametrize(("num_tokens", "half"), [(0, 4), (1, 32), (37, 40)])
+def test_rotary_angles(num_tokens: int, half: int) -> None:
+    compare_rotary_angles(num_tokens, half, "cpu")
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 9])

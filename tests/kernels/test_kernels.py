@@ -80,6 +80,10 @@ KERNELS: dict[str, dict[str, Any]] = {  # "module.kernel": types of its argument
     "silu_and_mul._silu_and_mul_kernel": {
         **{"x": "*bf16", "out": "*bf16", "width": "i32", "x_stride": "i32", "out_stride": "i32", "BLOCK": 1024}
     },
+    "rotary_angles._rotary_angles_kernel": {
+        **{"positions": "*i64", "frequencies": "*fp32", "cos": "*fp32", "sin": "*fp32", "num_tokens": "i32"},
+        **{"scale": "fp32", "HALF": 40, "DIMS": 64, "TOKENS": 16},
+    },
     "rotary._rotary_and_cache_kernel": {
         **dict.fromkeys(["qkv", "q_norm", "k_norm", "q_out", "k_cache", "v_cache"], "*bf16"),
         **{"cos": "*fp32", "sin": "*fp32", "slot_mapping": "*i64", "token_stride": "i32", "block_stride": "i32"},

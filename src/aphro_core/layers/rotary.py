@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from aphro_kernels.rotary_angles import rotary_angles
 from torch import Tensor
 
 from aphro_core.models.spec import RopeSpec
@@ -24,8 +25,7 @@ class RotaryEmbedding:
 
         ``halves``: in the form that the kernel takes; otherwise in that of :meth:`Rotation.apply_`.
         """
-        angles = torch.outer(positions.float(), self._frequencies)
-        cos, sin = angles.cos().mul_(self._scale), angles.sin().mul_(self._scale)
+        cos, sin = rotary_angles(positions, self._frequencies, self._scale)
         if halves:
             return Rotation(cos, sin)
         whole_cos, whole_sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
