@@ -22,51 +22,55 @@ from pathlib import Path
 import pytest
 
 from aphro_core.cluster.membership import Membership, with_process, write_membership
+from aphro_core.cluster.ports import Layout
+from aphro_core.cluster.raylet import ray_environment, start_command
 from tests.netns.hosts import DRIVER, NetnsHost
 
-_START_SECONDS = 60.0
-_RAY = (sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", "--num-cpus=1",
-        "--object-store-memory=80000000", "--log-style=record", "--log-color=false")  # fmt: skip
+_START_SECONDS = 120.0
 
 
 class RayNodes:
-    """The head, and the raylets of the hosts: what tests do to them."""
+    """The head, and the raylets of the hosts, started as `aphro cluster` starts them."""
 
     def __init__(self, stack: ExitStack, address: str) -> None:
         self._stack = stack
         self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)))
         self.address = address
-        token = self.folder / "token"
-        token.write_text(secrets.token_hex(32))
-        token.chmod(0o600)
-        self.token = token
-        self.environment = {
-            **os.environ,
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_enable_open_telemetry": "0",
-            "OMP_NUM_THREADS": "1",
-        }
+        self.layout = Layout(20000 + os.getpid() % 100 * 200)
+        self.head = f"{address}:{self.layout.head}"
+        self.token = self.folder / "token"
+        self.token.write_text(secrets.token_hex(32))
+        self.token.chmod(0o600)
+        self.environment = {**ray_environment(self._member("head", address, 0), os.environ), "OMP_NUM_THREADS": "1"}
 
-    def start_head(self, port: int = 6379) -> None:
+    def _member(self, name: str, address: str, num_slots: int) -> Membership:
+        return Membership(
+            id="0" * 16, role="head" if name == "head" else "member", head_address=self.head, node_address=address,
+            control_port=0, token_path=str(self.token), temp_dir=str(self.folder / name),
+            log_dir=str(self.folder / "logs"), devices=num_slots, resource="aphro_slot", environment={},
+            started_at=time.time(), pid=0, pid_started=0, boot_id="",
+        )  # fmt: skip
+
+    def start_head(self) -> None:
         """In process ids of its own, so that all of it ends with the first."""
-        self.head = f"{self.address}:{port}"
-        command = ["unshare", "--pid", "--mount-proc", "--kill-child", "--fork", *_RAY, "--head", f"--port={port}",
-                   f"--node-ip-address={self.address}", "--include-dashboard=false",
-                   f"--temp-dir={self.folder / 'head'}"]  # fmt: skip
+        own = ["unshare", "--pid", "--mount-proc", "--kill-child", "--fork"]
         log = self._stack.enter_context((self.folder / "head.log").open("wb"))
-        process = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            [*own, *self._command("head", self.address, 0)],
+            env=self.environment, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
         self._stack.callback(process.wait)
         self._stack.callback(os.killpg, process.pid, signal.SIGKILL)
 
-    def start(self, node: NetnsHost, num_slots: int) -> subprocess.Popen[str]:
-        state = self.folder / f"{node.name}-state"
-        state.mkdir(exist_ok=True)
-        command = [*_RAY, f"--address={self.head}", f"--node-ip-address={node.address}",
-                   f"--temp-dir={self.folder / node.name}", f'--resources={{"aphro_slot": {num_slots}}}']  # fmt: skip
+    def start(self, node: NetnsHost, num_slots: int) -> None:
+        """A member of an aphro cluster as far as Ray is concerned; nothing of it is written down on ``node``."""
         log = self._stack.enter_context((self.folder / f"{node.name}.log").open("ab"))
-        return node.popen(*command, env={**self.environment, "XDG_STATE_HOME": str(state)}, stdout=log, stderr=log)
+        env = {**self.environment, "XDG_STATE_HOME": str(self.folder / node.name)}
+        node.popen(*self._command(node.name, node.address, num_slots), env=env, stdout=log, stderr=log)
+
+    def _command(self, name: str, address: str, num_slots: int) -> list[str]:
+        member = self._member(name, address, num_slots)
+        return [*start_command(member, self.layout, name=name, dashboard=False), "--block", "--log-color=false"]
 
     def wait_for(self, number: int) -> None:
         """Until so many nodes are in it, the head among them."""
@@ -76,7 +80,7 @@ class RayNodes:
             "while sum(node['Alive'] for node in ray.nodes()) < int(sys.argv[3]): time.sleep(0.1)"
         )
         deadline = time.monotonic() + _START_SECONDS
-        while not (self.folder / "head" / "ray_current_cluster").exists():
+        while not (self.folder / "head" / "ray" / "ray_current_cluster").exists():
             assert time.monotonic() < deadline, self.logs()
             time.sleep(0.1)
         try:
@@ -91,12 +95,7 @@ class RayNodes:
         return "\n".join(f"== {file.name}\n{file.read_text()[-2000:]}" for file in self.folder.glob("*.log"))
 
     def write_membership(self) -> None:
-        member = Membership(
-            id="0" * 16, role="head", head_address=self.head, node_address=self.address, control_port=0,
-            token_path=str(self.token), temp_dir=str(self.folder / "head"), log_dir=str(self.folder / "logs"),
-            devices=0, resource="aphro_slot", environment={}, started_at=time.time(), pid=0, pid_started=0, boot_id="",
-        )  # fmt: skip
-        write_membership(with_process(member, os.getpid()))
+        write_membership(with_process(self._member("head", self.address, 0), os.getpid()))
 
 
 @contextmanager

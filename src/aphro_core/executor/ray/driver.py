@@ -44,6 +44,7 @@ from aphro_core.lifeline import exit_on_hangup, name_process
 
 _RESOURCES: Final[tuple[Resource, ...]] = ("GPU", "aphro_slot", "CPU")
 _UNEXPECTED: Final = 2  # Ray's DeathReason of a node that was not taken away by somebody
+_GCS_SECONDS: Final = 5.0
 _PROBE_SECONDS: Final = 1.0
 _GRACE_SECONDS: Final = 1.0  # to end the agents before this process ends and Ray does it
 _MAX_WORDS: Final = 600
@@ -76,6 +77,9 @@ class Driver:
             ray.kill(agent)
 
     def _connect(self, request: Connect) -> None:
+        host, colon, port = request.address.rpartition(":")
+        if colon and port.isdigit():  # Ray itself would try for half a minute
+            socket.create_connection((host.strip("[]"), int(port)), _GCS_SECONDS).close()
         ray.init(
             address=request.address,
             _node_ip_address=request.node_address or None,

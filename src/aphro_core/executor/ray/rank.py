@@ -37,7 +37,8 @@ class RayRank:
 
     @property
     def is_lost(self) -> bool:
-        return self._ended is not None and self._ended.exit_code is None
+        """Also where its channel is closed and nobody has said why: whoever could say it is as far away as it is."""
+        return self._ended is None or self._ended.exit_code is None
 
     @property
     def was_short(self) -> bool:
@@ -56,7 +57,7 @@ class RayRank:
     def describe_end(self) -> str:
         ended = self._ended
         if ended is None:
-            return "closed its channel but has not ended"
+            return "was lost: its connection broke, and nothing is heard of its end"
         if ended.exit_code is None:
             return f"was lost with its node: {ended.words}"
         if ended.exit_code < 0:

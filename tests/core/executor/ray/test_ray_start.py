@@ -67,6 +67,10 @@ class Link:
 def test_how_it_ended(ended: RankEnded, words: str, is_lost: bool) -> None:
     rank = RayRank(0, Link())  # type: ignore[arg-type]
     assert not rank.poll()
+    assert (rank.is_lost, rank.describe_end()) == (
+        True,
+        "was lost: its connection broke, and nothing is heard of its end",
+    )
     rank.end(ended)
     rank.end(RankEnded(0, 0, "said later"))
     assert rank.poll()
