@@ -33,7 +33,7 @@ from typing import IO, Any
 import pytest
 
 DRIVER = 254  # the last number of this process's own address
-COMMANDS = ("unshare", "nsenter", "ip", "tc", "nft", "ssh", "ssh-keygen", "sshd")
+COMMANDS = ("unshare", "setpriv", "nsenter", "ip", "tc", "nft", "ssh", "ssh-keygen", "sshd")
 _START_SECONDS = 10.0
 _networks = itertools.count(os.getpid())
 
@@ -211,7 +211,8 @@ def _boot(
 
 def _start(stack: ExitStack, log: IO[bytes], *argv: str) -> int:
     """Run ``argv`` in a new network, and whatever other namespaces it names; the id of the process inside."""
-    argv = (_which("unshare"), "--net", "--kill-child", *argv)
+    # both die with their parent: the process that asked may be killed, too
+    argv = (_which("setpriv"), "--pdeathsig", "KILL", _which("unshare"), "--net", "--kill-child", *argv)
     process = subprocess.Popen(argv, env=_environment(), start_new_session=True, stderr=log)
     stack.callback(_end, process)
     deadline = time.monotonic() + _START_SECONDS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shutil
 import signal
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from aphro import LLM, SamplingParams
+from aphro_core.checkpoint.digests import cache_folder
 from aphro_core.errors import PlacementError
 from aphro_core.reporter import SilentReporter
 from tests.e2e.server_process import running_server
@@ -144,6 +146,23 @@ def test_a_killed_driver_leaves_nothing(cluster: RayNodes, nodes: list[NetnsHost
 def test_refusals_say_what_is_there(cluster: RayNodes, model: Path, options: dict[str, Any], words: str) -> None:
     with pytest.raises(PlacementError, match=words):
         LLM(str(model), **options, **SMALL)
+
+
+def test_a_node_without_the_model_reads_ours(
+    cluster: RayNodes, nodes: list[NetnsHost], model: Path, expected: list[list[int]]
+) -> None:
+    nodes[0].run("mount", "--bind", "/mnt", str(model))
+    try:
+        with LLM(str(model), tensor_parallel_size=2, model_from="head", **SMALL) as llm:
+            assert hosts_of(llm) == ["node0", "node0"]
+            assert tokens_of(llm) == expected
+            ready = llm._session.ready
+            assert ready is not None
+            assert all(rank.bytes_fetched for rank in ready.ranks)
+    finally:
+        nodes[0].run("umount", str(model))
+        for kept in (cache_folder() / "from-head").glob(f"{model.name}-*"):
+            shutil.rmtree(kept)
 
 
 def test_a_dead_node_is_replaced_by_a_spare(cluster: RayNodes, nodes: list[NetnsHost], smollm2_gguf: Path) -> None:

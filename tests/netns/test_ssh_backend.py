@@ -119,6 +119,11 @@ def test_hosts_that_do_not_answer(nodes: list[NetnsHost], model: Path) -> None:
         nodes[1].link_up()
 
 
+def test_a_name_that_is_another_host_elsewhere(model: Path) -> None:
+    with pytest.raises(AphroError, match="--hosts names localhost beside other hosts"):
+        start(model, HostSlots("localhost", 1), HostSlots("node1", 1))
+
+
 def test_too_few_devices(model: Path) -> None:
     with pytest.raises(PlacementError, match=r"World size \(4\) is larger than .* of the hosts \(3\)"):
         start(model, HostSlots("node0", 2), HostSlots("node1", 1), tp=4)

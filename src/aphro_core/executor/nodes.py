@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Final
@@ -51,6 +53,7 @@ async def open_nodes(stack: AsyncExitStack, config: EngineConfig) -> Nodes:
     Raises HostUnreachableError where no other host has room for the ranks of one that does not answer, and
     PlacementError or ModelError for a host that answers and cannot take part.
     """
+    _check_names(config.parallel.hosts)
     hosts, opened = config.parallel.hosts, dict[int, Node]()
     lost: dict[int, HostUnreachableError] = {}
     ours = report_host(config.model.path)
@@ -70,6 +73,15 @@ async def open_nodes(stack: AsyncExitStack, config: EngineConfig) -> Nodes:
                 tasks.start_soon(open_one, index, num_ranks[index])
         if len(lost) == num_lost:
             return Nodes({index: opened[index] for index in sorted(num_ranks)}, places)
+
+
+def _check_names(hosts: Sequence[HostSlots]) -> None:
+    for name in (each.name for each in hosts if len(hosts) > 1):
+        if name == "localhost" or name.startswith("127.") or name == "::1":
+            raise PlacementError(
+                f"--hosts names {name} beside other hosts, which cannot reach it by that",
+                hint=f"--hosts {socket.gethostname()},..., or the address that the others know this host by",
+            )
 
 
 def _place(config: EngineConfig, lost: dict[int, HostUnreachableError]) -> list[Place]:
