@@ -11,7 +11,7 @@ import torch
 from numba import carray, cfunc, njit, types
 from torch import Tensor
 
-from aphro_kernels import openmp, vector_math
+from aphro_kernels import openmp
 from aphro_kernels.vector_blocks import (
     BFLOAT16,
     FLOAT8,
@@ -127,12 +127,12 @@ def _compile(kind: int, cache_kind: int, group: int, head_dim: int) -> Any:
 
     Kept on disk between starts, beside this file or in Numba's cache folder.
     """
-    row_bytes, versions = head_dim * element_bytes(kind), (SOURCE_DIGEST, vector_math.SOURCE_DIGEST)
+    row_bytes, version = head_dim * element_bytes(kind), SOURCE_DIGEST
     key_bytes = head_dim * element_bytes(cache_kind)
 
     @cfunc(types.void(types.voidptr), cache=True)
     def thread(pointer):  # type: ignore[no-untyped-def]
-        assert versions[0]  # a closure's values are part of the key, the source of other files is not
+        assert version  # a closure's values are part of the cache's key
         a = carray(pointer, (_NUM_ARGUMENTS,), np.int64)
         num_rows, max_blocks, num_kv_heads, block_size, window = a[7], a[8], a[9], a[10], a[11]
         tables = carray(pointer_to(a[4]), (num_rows, max_blocks), np.int64)

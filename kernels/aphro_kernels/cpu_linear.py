@@ -11,9 +11,9 @@ from numba import carray, cfunc, njit, types
 from torch import Tensor
 from torch.nn.functional import pad
 
-from aphro_kernels import openmp, vector_math, vector_products
+from aphro_kernels import openmp
 from aphro_kernels.silu_and_mul import silu_and_mul_reference
-from aphro_kernels.vector_blocks import BFLOAT16, narrow, pointer_to, take_number
+from aphro_kernels.vector_blocks import BFLOAT16, SOURCE_DIGEST, narrow, pointer_to, take_number
 from aphro_kernels.vector_math import silu
 from aphro_kernels.vector_products import TILE_ROWS, UNIT, bfloat16_tile
 
@@ -94,11 +94,11 @@ def _compile() -> Any:
 
     Kept on disk between starts, beside this file or in Numba's cache folder.
     """
-    versions = vector_products.SOURCE_DIGEST, vector_math.SOURCE_DIGEST
+    version = SOURCE_DIGEST
 
     @cfunc(types.void(types.voidptr), cache=True)
     def thread(pointer):  # type: ignore[no-untyped-def]
-        assert versions[0]  # a closure's values are part of the key, the source of other files is not
+        assert version  # a closure's values are part of the cache's key
         a = carray(pointer, (_NUM_ARGUMENTS,), np.int64)
         units, num_rows, pairs, num_tasks, num_steps, is_gated = a[3], a[6], a[7], a[8], a[9], a[10] != 0
         unit_bytes = pairs * UNIT * 4
@@ -117,14 +117,14 @@ def _compile() -> Any:
                 fetched = ahead if row + TILE_ROWS >= stop else here
                 x = a[1] + row * a[2]
                 bfloat16_tile(count, x, a[2], here, here + second, pairs, sums.ctypes.data, fetched, fetched + second)
-                _finish(sums, count, a[4], number, num_tasks, is_gated, a[5] + row * width * 2, width)
+                finish_tile(sums, count, a[4], number, num_tasks, is_gated, a[5] + row * width * 2, width)
             task = after
 
     return thread
 
 
 @njit(error_model="numpy", fastmath={"contract"})
-def _finish(sums, count, bias, number, num_tasks, is_gated, out, width):  # type: ignore[no-untyped-def]
+def finish_tile(sums, count, bias, number, num_tasks, is_gated, out, width):  # type: ignore[no-untyped-def]
     """A tile's sums, their bias and activation into ``out``, where its first row of ``width`` elements begins."""
     second = number + num_tasks if is_gated else 2 * number + 1
     first = number if is_gated else 2 * number

@@ -10,8 +10,8 @@ import torch
 from numba import carray, cfunc, types
 from torch import Tensor
 
-from aphro_kernels import openmp, vector_math
-from aphro_kernels.vector_blocks import float_of, pointer_to, take_number
+from aphro_kernels import openmp
+from aphro_kernels.vector_blocks import SOURCE_DIGEST, float_of, pointer_to, take_number
 from aphro_kernels.vector_math import rounded, widened
 
 _TASK_ROWS: Final = 16  # that a thread takes at once: fewer are done sooner than a second thread begins
@@ -58,11 +58,11 @@ class CpuRMSNorm:
 @cache
 def _compile() -> Any:
     """The C function that each thread runs, kept on disk between starts."""
-    version = vector_math.SOURCE_DIGEST
+    version = SOURCE_DIGEST
 
     @cfunc(types.void(types.voidptr), cache=True, error_model="numpy", fastmath={"contract", "reassoc"})
     def thread(pointer):  # type: ignore[no-untyped-def]
-        assert version  # a closure's values are part of the key, the source of other files is not
+        assert version  # a closure's values are part of the cache's key
         a = carray(pointer, (_NUM_ARGUMENTS,), np.int64)
         num_rows, width, eps = a[7], a[8], float_of(np.int32(a[9]))
         gain = carray(pointer_to(a[6]), (width,), np.float32)

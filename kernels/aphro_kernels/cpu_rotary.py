@@ -10,8 +10,8 @@ import torch
 from numba import carray, cfunc, njit, types
 from torch import Tensor
 
-from aphro_kernels import openmp, vector_math
-from aphro_kernels.vector_blocks import float_of, pointer_to, take_number
+from aphro_kernels import openmp
+from aphro_kernels.vector_blocks import SOURCE_DIGEST, float_of, pointer_to, take_number
 from aphro_kernels.vector_math import rounded, widened
 
 _TASK_TOKENS: Final = 8  # that a thread takes at once
@@ -69,11 +69,11 @@ class CpuRotaryAndCache:
 @cache
 def _compile() -> Any:
     """The C function that each thread runs, kept on disk between starts."""
-    version = vector_math.SOURCE_DIGEST
+    version = SOURCE_DIGEST
 
     @cfunc(types.void(types.voidptr), cache=True)
     def thread(pointer):  # type: ignore[no-untyped-def]
-        assert version  # a closure's values are part of the key, the source of other files is not
+        assert version  # a closure's values are part of the cache's key
         a = carray(pointer, (_NUM_ARGUMENTS,), np.int64)
         num_tokens, num_heads, num_kv_heads, head_dim, half = a[7], a[8], a[9], a[10], a[11]
         eps = float_of(np.int32(a[14]))

@@ -23,7 +23,9 @@ _ADDRESS = types.intp
 _LINE_BYTES = 64
 
 FLOAT32, BFLOAT16, FLOAT16, FLOAT8 = 0, 1, 2, 3  # kinds: how an element of the cache is read
-SOURCE_DIGEST = zlib.crc32(Path(__file__).read_bytes()) | 1  # for the keys of caches of compiled code
+_SOURCES = [file for name in ("cpu_*.py", "vector_*.py") for file in sorted(Path(__file__).parent.glob(name))]
+# for the keys of caches of compiled code, which Numba makes of one function's own source alone
+SOURCE_DIGEST = zlib.crc32(b"".join(file.read_bytes() for file in _SOURCES)) | 1
 
 
 @intrinsic(prefer_literal=True)
@@ -38,10 +40,10 @@ def block_scores(typingctx, kind, group, width, queries, keys, scores, stride, c
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         queries, keys, scores, stride, count, ahead = args[3:]
-        rows = [_load(builder, queries, FLOAT32, width_, head * width_) for head in range(group_)]
+        rows = [load_floats(builder, queries, FLOAT32, width_, head * width_) for head in range(group_)]
         with cgutils.for_range(builder, count) as loop:
             _prefetch(builder, ahead, loop.index, width_ * element_bytes(kind_))
-            key = _load(builder, keys, kind_, width_, builder.mul(loop.index, _int64(width_)))
+            key = load_floats(builder, keys, kind_, width_, builder.mul(loop.index, _int64(width_)))
             for head, row in enumerate(rows):
                 total = _sum(builder, builder.fmul(row, key, flags=("fast",)), width_)
                 at = builder.add(builder.mul(stride, _int64(head)), loop.index)
@@ -64,10 +66,10 @@ def block_values(typingctx, kind, group, width, weights, values, sums, stride, c
         weights, values, sums, stride, count, ahead = args[3:]
         held = [cgutils.alloca_once(builder, vector) for _ in range(group_)]  # LLVM keeps them in registers
         for head, place in enumerate(held):
-            builder.store(_load(builder, sums, FLOAT32, width_, head * width_), place)
+            builder.store(load_floats(builder, sums, FLOAT32, width_, head * width_), place)
         with cgutils.for_range(builder, count) as loop:
             _prefetch(builder, ahead, loop.index, width_ * element_bytes(kind_))
-            value = _load(builder, values, kind_, width_, builder.mul(loop.index, _int64(width_)))
+            value = load_floats(builder, values, kind_, width_, builder.mul(loop.index, _int64(width_)))
             for head, place in enumerate(held):
                 at = builder.add(builder.mul(stride, _int64(head)), loop.index)
                 weight = builder.load(_pointer(builder, weights, _FLOAT, 4, at))
@@ -87,7 +89,7 @@ def widen(typingctx, kind, width, source, target, scale):  # type: ignore[no-unt
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         source, target, scale = args[2:]
-        scaled = builder.fmul(_load(builder, source, kind_, width_, 0), _spread(builder, scale, width_))
+        scaled = builder.fmul(load_floats(builder, source, kind_, width_, 0), _spread(builder, scale, width_))
         builder.store(scaled, _pointer(builder, target, scaled.type, 4, 0), align=4)
         return context.get_dummy_value()
 
@@ -101,7 +103,7 @@ def narrow(typingctx, kind, width, source, target):  # type: ignore[no-untyped-d
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         source, target = args[2:]
-        rounded = _rounded(builder, _load(builder, source, FLOAT32, width_, 0), kind_, width_)
+        rounded = _rounded(builder, load_floats(builder, source, FLOAT32, width_, 0), kind_, width_)
         builder.store(rounded, _pointer(builder, target, rounded.type, 1, 0), align=2)
         return context.get_dummy_value()
 
@@ -124,6 +126,28 @@ def take_number(typingctx, counter):  # type: ignore[no-untyped-def]
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.atomic_rmw("add", _pointer(builder, args[0], _INT64, 8, 0), _int64(1), "monotonic")
+
+    return types.int64(_ADDRESS), generate
+
+
+@intrinsic
+def add_to(typingctx, counter, number):  # type: ignore[no-untyped-def]
+    """Add to the int64 at ``counter``: whoever reads that by ``read_counter`` sees what was written before, too."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.atomic_rmw("add", _pointer(builder, args[0], _INT64, 8, 0), args[1], "release")
+        return context.get_dummy_value()
+
+    return types.void(_ADDRESS, types.int64), generate
+
+
+@intrinsic
+def read_counter(typingctx, counter):  # type: ignore[no-untyped-def]
+    """The int64 at ``counter``, which other threads add to; a moment later than the processor would by itself."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.asm(ir.FunctionType(ir.VoidType(), []), "pause", "", [], side_effect=True)
+        return builder.load_atomic(_pointer(builder, args[0], _INT64, 8, 0), "acquire", 8)
 
     return types.int64(_ADDRESS), generate
 
@@ -162,7 +186,7 @@ def _pointer(builder: Any, address: Any, element: Any, size: int, offset: Any) -
     return builder.inttoptr(builder.add(address, builder.mul(offset, _int64(size))), element.as_pointer())
 
 
-def _load(builder: Any, address: Any, kind: int, width: int, offset: Any) -> Any:
+def load_floats(builder: Any, address: Any, kind: int, width: int, offset: Any) -> Any:
     """``width`` consecutive elements as float32."""
     wide = ir.VectorType(_FLOAT, width)
     if kind == FLOAT32:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-import zlib
-from pathlib import Path
 
 import numpy as np
 from numba import njit
 
 from aphro_kernels.vector_blocks import bits_of, float_of
-
-SOURCE_DIGEST = zlib.crc32(Path(__file__).read_bytes()) | 1  # for the keys of caches of compiled code
 
 
 @njit(fastmath=True, inline="always")

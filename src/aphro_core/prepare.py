@@ -332,7 +332,11 @@ def _choose_quantization(
         return "none"
     how = f"quantised to {found.kind} while loading" if found.layout == "online" else f"{found.layout}, kept packed"
     reporter.line(f"Weights: {how}.")
-    if device == "cpu" and dtype == "bfloat16" and not is_int4(found):
+    if device == "cpu" and dtype == "bfloat16" and host.has_product_kernels():
+        reporter.line(
+            "Activations are quantised to 8 bits in blocks of 32 for each product (--dtype float32 does not)."
+        )
+    elif device == "cpu" and dtype == "bfloat16" and not is_int4(found):
         reporter.line("Weights that are not 4 bits in groups are kept in 8 bits a row, which this CPU multiplies.")
     return options.quantization
 

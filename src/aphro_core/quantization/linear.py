@@ -7,11 +7,13 @@ from dataclasses import replace
 from typing import Final, Protocol
 
 import torch
+from aphro_kernels.cpu_packed_linear import CpuPackedLinear, block_of
 from aphro_kernels.silu_and_mul import silu_and_mul
 from aphro_kernels.skinny_linear import SkinnyWorkspace
 from torch import Tensor
 from torch.nn.functional import linear
 
+from aphro_core import host
 from aphro_core.quantization.kernel_linear import KernelProduct
 from aphro_core.quantization.matrix import PackedMatrix
 from aphro_core.quantization.online import quantise
@@ -57,7 +59,12 @@ class QuantizedLinear:
 
     def gated(self, x: Tensor) -> Tensor:
         """SiLU(gate) * up of weights that hold the rows of the gate, then those of up."""
-        return silu_and_mul(self(x)) if self._kernel is None else self._kernel.gated(x)
+        if self._kernel is not None:
+            return self._kernel.gated(x)
+        only = self._products[0]
+        if isinstance(only, CpuPackedLinear) and len(self._products) == 1 and self._bias is None and only.can_gate:
+            return only.gated(x)
+        return silu_and_mul(self(x))
 
     @property
     def packed_bytes(self) -> int:
@@ -74,10 +81,34 @@ def build_product(matrix: PackedMatrix, dtype: torch.dtype, workspace: SkinnyWor
     if matrix.order is not None:
         return OrderedProduct(matrix, dtype, workspace)
     if matrix.codes.device.type == "cpu" and dtype == torch.bfloat16:
+        if host.has_product_kernels() and (product := build_cpu_product(matrix)) is not None:
+            return product
         return Int4Product(matrix) if _suits_int4(matrix) else Int8Product(in_rows(matrix))
     if _takes_kernel(matrix):
         return KernelProduct(matrix, None, workspace)
     return DequantisedProduct(matrix)
+
+
+def scale_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What scales of groups are kept in, in a run of ``dtype``: 16 bits where that has as many."""
+    is_ours = device.type == "cpu" and dtype == torch.bfloat16 and host.has_product_kernels()
+    return torch.float16 if is_ours else dtype  # most files have them in it; bfloat16 would cut off three bits
+
+
+def build_cpu_product(matrix: PackedMatrix) -> CpuPackedLinear | None:
+    """Our own product for bfloat16 activations, which it quantises; what it cannot take is put into 8 bits a row
+    first. None where not even that has blocks of a size it takes."""
+    if matrix.kind == "fp8" or matrix.group_index is not None or block_of(*_sizes(matrix)) is None:
+        matrix = in_rows(matrix)
+    if block_of(*_sizes(matrix)) is None:
+        return None
+    codes = unpack_nibbles(matrix.codes) if matrix.kind == "int4" else matrix.codes
+    return CpuPackedLinear(codes, matrix.scales, matrix.offsets)
+
+
+def _sizes(matrix: PackedMatrix) -> tuple[int, int]:
+    """(columns, groups of them)."""
+    return matrix.shape[1], matrix.scales.shape[1]
 
 
 class OrderedProduct:

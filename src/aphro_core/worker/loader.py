@@ -18,6 +18,7 @@ from aphro_core.models.registry import family_of
 from aphro_core.models.spec import DecoderSpec
 from aphro_core.models.tensors import Axis, TensorPiece, parameter_shapes, rank_pieces, rules_of_rank, tied_parameters
 from aphro_core.parallel.shard import RankShard
+from aphro_core.quantization.linear import scale_dtype
 from aphro_core.quantization.matrix import PackedMatrix, Weights, below_each_other
 from aphro_core.quantization.online import quantise
 from aphro_core.quantization.registry import READERS
@@ -59,7 +60,7 @@ def load_weights(
             rows=rows,
             columns=columns,
             group=group,
-            scale_dtype=dtype,
+            scale_dtype=scale_dtype(dtype, device),
             device=device,
         )
         return READERS[spec.quantization.layout](source)
@@ -89,7 +90,7 @@ def dummy_weights(spec: DecoderSpec, shard: RankShard, dtype: torch.dtype, devic
         assert spec.quantization is not None
         dense = torch.empty(piece.shape, dtype=dtype, device=device)
         draw(dense, piece)
-        return quantise(dense, spec.quantization.kind_of(module_of(piece.source)), group, dtype)
+        return quantise(dense, spec.quantization.kind_of(module_of(piece.source)), group, scale_dtype(dtype, device))
 
     return _fill(spec, shard, dtype, device, Filling(draw, draw_packed), None)
 

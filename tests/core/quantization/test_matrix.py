@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from aphro_kernels.cpu_packed_linear import CpuPackedLinear
 from torch import Tensor
 from torch.nn.functional import linear
 
+from aphro_core import host
 from aphro_core.models.quantization import Kind
 from aphro_core.quantization.linear import Int4Product, Int8Product, QuantizedLinear, build_product
 from aphro_core.quantization.matrix import FP8, PackedMatrix, below_each_other
@@ -60,9 +62,12 @@ def test_nibbles_and_words_come_back() -> None:
 @pytest.mark.parametrize(("kind", "group"), KINDS)
 @pytest.mark.parametrize("num_rows", [1, 3, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_kernels", [False, True])
 def test_a_product_is_that_of_the_dequantised_matrix(
-    kind: Kind, group: int | None, num_rows: int, dtype: torch.dtype
+    kind: Kind, group: int | None, num_rows: int, dtype: torch.dtype, has_kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    has_kernels = has_kernels and host.has_product_kernels()
+    monkeypatch.setattr(host, "has_product_kernels", lambda: has_kernels)
     matrices = [quantise(weights(seed=seed), kind, group, dtype) for seed in range(2)]
     matrices.append(quantise(weights(40, seed=3), "int8", 16, dtype))
     bias = torch.randn(136).to(dtype)
@@ -74,7 +79,8 @@ def test_a_product_is_that_of_the_dequantised_matrix(
     assert error < (1e-5 if dtype == torch.float32 else 0.015)  # bfloat16 may be kept in 8 bits a row
 
 
-def test_the_operation_goes_by_kind_and_dtype() -> None:
+def test_the_operation_goes_by_kind_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "has_product_kernels", lambda: False)
     int4, int8 = quantise(weights(), "int4", 32, torch.bfloat16), quantise(weights(), "int8", None, torch.bfloat16)
     assert isinstance(build_product(int4, torch.bfloat16), Int4Product)
     assert isinstance(build_product(int8, torch.bfloat16), Int8Product)
@@ -84,6 +90,20 @@ def test_the_operation_goes_by_kind_and_dtype() -> None:
     grouped = build_product(quantise(weights(), "int8", 32, torch.bfloat16), torch.bfloat16)
     assert isinstance(grouped, Int8Product)
     assert grouped.nbytes < 1.03 * 48 * 192
+
+
+@pytest.mark.skipif(not host.has_product_kernels(), reason="this CPU has no AVX512-VNNI")
+def test_what_our_own_product_takes() -> None:
+    """int4 and int8 in groups of 16 and more as they are, the rest in 8 bits a row."""
+    for kind, group, bits in (("int4", 32, 4), ("int8", 16, 8), ("int8", None, 8), ("int4", 6, 8), ("fp8", None, 8)):
+        product = build_product(quantise(weights(), kind, group, torch.float16), torch.bfloat16)
+        assert isinstance(product, CpuPackedLinear)
+        scales = {32: 2 * 2 * 48 * 6, 16: 2 * 48 * 12}.get(group or 0, 4 * 48)
+        assert product.nbytes * 48 // 64 == 48 * 192 * bits // 8 + scales  # rows are padded to 64
+    assert isinstance(
+        build_product(quantise(weights(columns=24), "int8", None, torch.float32), torch.bfloat16), Int8Product
+    )
+    assert not isinstance(build_product(quantise(weights(), "int4", 32, torch.float32), torch.float32), CpuPackedLinear)
 
 
 def test_neighbours_of_one_kind_become_one_matrix() -> None:
