@@ -139,26 +139,7 @@ def _compile(kind: int, scale_kind: int, block: int) -> Any:
     code_bytes = block // 2 if kind == INT4 else block  # of a block, a row of the weight
     scale_bytes = element_bytes(scale_kind) * (2 if kind == INT4 else 1)  # of a group
 
-    @njit(error_model="numpy", fastmath={"contract"})
-    def quantise(source, target, scales, num_blocks):  # type: ignore[no-untyped-def]
-        x = carray(pointer_to(source), (num_blocks, block), np.uint16)
-        codes = carray(pointer_to(target), (num_blocks, block), np.int8)
-        found = carray(pointer_to(scales), (num_blocks, 2), np.float32)
-        for at in range(num_blocks):
-            largest = np.uint16(0)  # by its bits: NaN is the largest of all, and stays NaN in the scale
-            for i in range(block):
-                largest = max(largest, x[at, i] & np.uint16(0x7FFF))
-            peak, count = widened(largest), np.int32(0)
-            inverse = np.float32(127) / peak if peak > 0 else np.float32(0)
-            for i in range(block):
-                # 1.5 * 2 ** 23 more, a float32 has no room for fractions: its last bits are the nearest integer
-                code = bits_of(widened(x[at, i]) * inverse + np.float32(12582912)) - np.int32(0x4B400000)
-                count += code
-                codes[at, i] = np.int8(code)
-            found[at, 0] = peak / np.float32(127)
-            found[at, 1] = found[at, 0] * np.float32(count)
-
-    @cfunc(types.void(types.voidptr), cache=True)
+    @cfunc(types.void(types.voidptr), cache=True, error_model="numpy", fastmath={"contract"})
     def thread(pointer):  # type: ignore[no-untyped-def]
         assert version  # a closure's values are part of the cache's key
         a = carray(pointer, (_NUM_ARGUMENTS,), np.int64)
@@ -169,7 +150,7 @@ def _compile(kind: int, scale_kind: int, block: int) -> Any:
         task = take_number(a.ctypes.data)
         while task < quantising:
             for row in range(task * _QUANTISED_ROWS, min((task + 1) * _QUANTISED_ROWS, num_rows)):
-                quantise(a[2] + row * a[3], a[4] + row * columns, a[5] + row * num_blocks * 8, num_blocks)
+                _quantise(a[2] + row * a[3], a[4] + row * columns, a[5] + row * num_blocks * 8, num_blocks, block)
             add_to(a.ctypes.data + 8, 1)
             task = take_number(a.ctypes.data)
         while read_counter(a.ctypes.data + 8) < quantising:
@@ -208,3 +189,24 @@ def _compile(kind: int, scale_kind: int, block: int) -> Any:
             task = after
 
     return thread
+
+
+@njit(inline="always")
+def _quantise(source, target, scales, num_blocks, block):  # type: ignore[no-untyped-def]
+    """A row of bfloat16 to codes [blocks, block], and each block's scale, and that times its sum of codes."""
+    x = carray(pointer_to(source), (num_blocks, block), np.uint16)
+    codes = carray(pointer_to(target), (num_blocks, block), np.int8)
+    found = carray(pointer_to(scales), (num_blocks, 2), np.float32)
+    for at in range(num_blocks):
+        largest = np.uint16(0)  # by its bits: NaN is the largest of all, and stays NaN in the scale
+        for i in range(block):
+            largest = max(largest, x[at, i] & np.uint16(0x7FFF))
+        peak, count = widened(largest), np.int32(0)
+        inverse = np.float32(127) / peak if peak > 0 else np.float32(0)
+        for i in range(block):
+            # 1.5 * 2 ** 23 more, a float32 has no room for fractions: its last bits are the nearest integer
+            code = bits_of(widened(x[at, i]) * inverse + np.float32(12582912)) - np.int32(0x4B400000)
+            count += code
+            codes[at, i] = np.int8(code)
+        found[at, 0] = peak / np.float32(127)
+        found[at, 1] = found[at, 0] * np.float32(count)
