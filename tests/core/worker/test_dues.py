@@ -12,12 +12,15 @@ import pytest
 from aphro_core.distributed import Links
 from aphro_core.messages.steps import StepPlan
 from aphro_core.request import SamplingParams
+from aphro_core.worker.device_runner import DeviceRunner
 from aphro_core.worker.step import SamplingError
 from tests.core.ranks import run_ranks
 from tests.core.worker.one_rank import Planner, build_runner, sharding_plan
+from tests.core.worker.test_device_runner import device_runner
+from tests.core.worker.test_model_runner import Model
 from tests.tiny import write_tiny_checkpoint
 
-_CALLS = ("all_reduce_", "gather_columns", "receive", "send")
+_CALLS = ("all_reduce_", "gather_columns", "broadcast_", "receive", "send")
 
 
 @contextmanager
@@ -35,7 +38,7 @@ def failing(links: Links, at: int | None) -> Iterator[None]:
 
         return call
 
-    places = [(links.tensor, name) for name in _CALLS[:2]] + [(links.stage, name) for name in _CALLS[2:]]
+    places = [(links.tensor, name) for name in _CALLS[:3]] + [(links.stage, name) for name in _CALLS[3:]]
     for place, name in places:
         setattr(place, name, wrap(getattr(place, name)))
     try:
@@ -55,14 +58,7 @@ def step_of_three(planner: Planner, first_id: int) -> StepPlan:
 
 @pytest.mark.parametrize(
     ("family", "tp", "pp", "broken"),
-    [
-        ("llama", 2, 1, 0),
-        ("llama", 2, 1, 1),
-        ("mixtral", 2, 1, 1),
-        ("llama", 1, 2, 0),
-        ("llama", 2, 2, 1),
-        ("llama", 2, 2, 3),
-    ],
+    [("mixtral", 2, 1, 1), ("llama", 2, 2, 1), ("llama", 2, 2, 2)],
 )
 def test_a_step_that_fails_on_one_rank_ends_on_all(tmp_path: Path, family: str, tp: int, pp: int, broken: int) -> None:
     write_tiny_checkpoint(tmp_path, family)
@@ -98,3 +94,48 @@ def test_a_step_that_fails_on_one_rank_ends_on_all(tmp_path: Path, family: str, 
     assert num_failed >= 3
     for spoken, own in zip(speaks[0::2], answers[broken][0::2], strict=True):
         assert spoken == (sound[0] if own != "failed" else "failed" if broken == tp * (pp - 1) else "no token")
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_step_that_fails_on_one_gpu_rank_ends_on_all(tmp_path: Path, broken: int) -> None:
+    """The GPU's way, on CPU tensors: prompts, then decode steps of padded rows; tokens are told by tp rank 0."""
+    model = Model("llama", tmp_path)
+
+    def rank_of_group(links: Links, rank: int) -> Any:
+        runner, planner = device_runner(model, links, tp=2, rank=rank), Planner()
+        found: list[tuple[Any, Any]] = []
+        for at in range(16):
+            for fault in (at if rank == broken else None, None):
+                ids = [10 * len(found), 10 * len(found) + 1]
+                for seq_id in ids:
+                    planner.add(seq_id, [3, 5, 8, 13, 21, 34], SamplingParams(temperature=0.0))
+                steps = [planner.plan({ids[0]: 5, ids[1]: 6}), planner.plan({ids[0]: 1})]
+                with failing(links, fault):
+                    found.append(tuple(launched(runner, links, plan) for plan in steps))
+                for seq_id in ids:
+                    planner.release(seq_id)
+        return found
+
+    answers = run_ranks(tmp_path, sharding_plan(tmp_path, 2, 1), rank_of_group)
+    sound = answers[0][1::2]
+    assert all(steps == sound[0] and None not in steps for steps in sound)
+    failed = [steps for steps in answers[broken][0::2] if "failed" in steps]
+    assert len(failed) >= 12
+    for told, own in zip(answers[0][0::2], answers[broken][0::2], strict=True):
+        assert told == sound[0] or "failed" in own
+        assert all(
+            tokens == right or tokens in ("failed", "no token") for tokens, right in zip(told, sound[0], strict=True)
+        )
+
+
+def launched(runner: DeviceRunner, links: Links, plan: StepPlan) -> Any:
+    links.begin_step()
+    try:
+        step = runner.launch(plan)
+    except RuntimeError as error:
+        assert runner.settle(plan)
+        return "failed" if str(error) == "a fault" else str(error)
+    if step is None:
+        return "not told"
+    result = step.result()
+    return "no token" if result.failure else [token.token_id for token in result.sampled]
