@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 from uuid import uuid4
 
+import anyio.lowlevel
+
 from aphro_core.errors import RequestError
 from aphro_core.request import MAX_LOGPROBS, Request, SamplingParams
+from aphro_core.server.answer_size import check_answer_size
 from aphro_core.server.contract import Frontend
 from aphro_core.server.prompts import PromptEncoder
 from aphro_core.server.refusals import HttpError
@@ -104,6 +107,8 @@ async def completion_of(body: CompletionBody, frontend: Frontend, encoder: Promp
         text = prompt if isinstance(prompt, str) else encoder.decode(prompt) if body.echo else None
         name = generation_id if len(prompts) == 1 else f"{generation_id}-{index}"
         requests.append(Request(name, ids, sampling, text, _salt(salt, body.cache_salt)))
+        await anyio.lowlevel.checkpoint()  # a thousand prompts are encoded between what others ask
+    check_answer_size(requests, frontend.max_model_len)
     return Generation(
         id=generation_id,
         requests=requests,
@@ -132,9 +137,11 @@ async def chat_of(body: ChatBody, frontend: Frontend, encoder: PromptEncoder, sa
         template_messages(body.messages), body.add_generation_prompt is not False, template_kwargs(body)
     )
     generation_id = f"chatcmpl-{uuid4().hex}"
+    requests = [Request(generation_id, ids, sampling, None, _salt(salt, body.cache_salt))]
+    check_answer_size(requests, frontend.max_model_len)
     return Generation(
         id=generation_id,
-        requests=[Request(generation_id, ids, sampling, None, _salt(salt, body.cache_salt))],
+        requests=requests,
         stream=bool(body.stream),
         include_usage=_include_usage(body),
         num_logprobs=num_logprobs,
