@@ -94,7 +94,7 @@ class RayLink:
     def _explain(self, words: str) -> AphroError:
         return AphroError(
             f"the Ray cluster at {self._where.address}: {self._last_words(words)}",
-            hint="`aphro cluster status`, or `ray status`: this host must be a node of it, with its token if it has one",
+            hint="`aphro cluster status`, or `ray status`: this host must be a node of it, with its token if any",
             exit_code=ExitCode.PLACEMENT,
         )
 
