@@ -122,10 +122,13 @@ def _multiply_bytes(
     inputs = starts[:, None] + tl.arange(0, EACH)[None, :]
     at = codes + columns[None, :, None] * k + inputs[:, None, :]
     x_at = x + x_rows[None, None, :] + inputs[:, :, None]
-    scale_at = scales + columns[None, :]
     if GROUP > 0:
         scale_at = scales + columns[None, :] * (k // GROUP)
+        next_scale = _scales_of(scale_at, low, high, is_column, k, GROUP, BK, SPLIT)
     for chunk in tl.range(low, high, num_stages=STAGES):
+        if GROUP > 0:
+            s = next_scale
+            next_scale = _scales_of(scale_at, chunk + 1, high, is_column, k, GROUP, BK, SPLIT)
         start = chunk * BK
         is_input = start + inputs < k
         if IS_EVEN:
@@ -135,9 +138,7 @@ def _multiply_bytes(
         tile = tl.load(x_at + start, mask=is_row[None, None, :] & is_input[:, :, None], other=0.0)
         w = _as_floats(q, x.dtype.element_ty, KIND, HAS_ASM)
         if GROUP > 0:
-            is_scale = is_column[None, :] & (start + starts < k)[:, None]
-            s = tl.load(scale_at + ((start + starts) // GROUP)[:, None], mask=is_scale, other=0.0)
-            total += tl.dot(w, tile) * s.to(tl.float32)[:, :, None]
+            total += tl.dot(w, tile) * s
         else:
             total = tl.dot(w, tile, total)
     return tl.sum(total, axis=0)
@@ -175,8 +176,12 @@ def _multiply_int4(
     bytes_ = splits[:, None] * HALF + tl.arange(0, HALF)[None, :]
     at = codes + columns[None, :, None] * (k // 2) + bytes_[:, None, :]
     scale_at = columns[None, :] * (k // GROUP)
-    ones = tl.full([SPLIT, BN, HALF], 1.0, dtype)
+    next_scale = _scales_of(scales + scale_at, low, high, is_column, k, GROUP, BK, SPLIT)
+    next_offset = _scales_of(offsets + scale_at, low, high, is_column, k, GROUP, BK, SPLIT)
     for chunk in tl.range(low, high, num_stages=STAGES):
+        s, o = next_scale, next_offset
+        next_scale = _scales_of(scales + scale_at, chunk + 1, high, is_column, k, GROUP, BK, SPLIT)
+        next_offset = _scales_of(offsets + scale_at, chunk + 1, high, is_column, k, GROUP, BK, SPLIT)
         start = chunk * BK
         groups = (start + splits * EACH) // GROUP
         inputs = groups[:, None] * (GROUP // 2) + start // 2 + bytes_
@@ -185,14 +190,11 @@ def _multiply_int4(
             q = tl.load(at + start // 2)
         else:
             q = tl.load(at + start // 2, mask=is_column[None, :, None] & is_split[:, None, None], other=0)
-        is_scale = is_column[None, :] & is_split[:, None]
-        s = tl.load(scales + scale_at + groups[:, None], mask=is_scale, other=0.0).to(tl.float32)[:, :, None]
-        o = tl.load(offsets + scale_at + groups[:, None], mask=is_scale, other=0.0).to(tl.float32)[:, :, None]
         x_at = x + x_rows[None, None, :] + inputs[:, :, None]
         is_inside = is_row[None, None, :] & is_split[:, None, None]
         first = tl.load(x_at, mask=is_inside, other=0.0)
         second = tl.load(x_at + GROUP // 2, mask=is_inside, other=0.0)
-        q_first, q_second = _nibbles(q, dtype, BIAS, HAS_ASM)
+        q_first, q_second, ones = _nibbles(q, dtype, BIAS, HAS_ASM)
         part = tl.dot(q_second, second, tl.dot(q_first, first))
         sums = tl.dot(ones, second, tl.dot(ones, first))
         total += part * s + sums * (o - BIAS * s)
@@ -200,34 +202,54 @@ def _multiply_int4(
 
 
 @jit()
+def _scales_of(
+    at: tl.tensor,
+    chunk: tl.tensor,
+    high: tl.tensor,
+    is_column: tl.tensor,
+    k: tl.tensor,
+    GROUP: tl.constexpr,
+    BK: tl.constexpr,
+    SPLIT: tl.constexpr,
+) -> tl.tensor:
+    """``[SPLIT, BN, 1]`` of a tile's stretches. Asked for one tile ahead: only loads of products are pipelined."""
+    starts = chunk * BK + tl.arange(0, SPLIT) * (BK // SPLIT)
+    mask = is_column[None, :] & (starts < tl.minimum(k, high * BK))[:, None]
+    return tl.load(at + (starts // GROUP)[:, None], mask=mask, other=0.0).to(tl.float32)[:, :, None]
+
+
+@jit()
 def _nibbles(q: tl.tensor, dtype: tl.constexpr, BIAS: tl.constexpr, HAS_ASM: tl.constexpr) -> tl.tensor:
     """The low and the high codes of bytes, plus BIAS: a code is the low byte of a float whose unit it is."""
     if HAS_ASM:
         if dtype == tl.bfloat16:
-            low, high = tl.inline_asm_elementwise(
-                "{ .reg .b32 a, b; and.b32 a, $4, 0x0F0F0F0F; shr.b32 b, $4, 4; and.b32 b, b, 0x0F0F0F0F;"
+            low, high, ones = tl.inline_asm_elementwise(
+                "{ .reg .b32 a, b; and.b32 a, $6, 0x0F0F0F0F; shr.b32 b, $6, 4; and.b32 b, b, 0x0F0F0F0F;"
                 " prmt.b32 $0, a, 0x43434343, 0x4140; prmt.b32 $1, a, 0x43434343, 0x4342;"
-                " prmt.b32 $2, b, 0x43434343, 0x4140; prmt.b32 $3, b, 0x43434343, 0x4342; }",
-                "=r,=r,=r,=r,r",
+                " prmt.b32 $2, b, 0x43434343, 0x4140; prmt.b32 $3, b, 0x43434343, 0x4342;"
+                " mov.b32 $4, 0x3F803F80; mov.b32 $5, 0x3F803F80; }",
+                "=r,=r,=r,=r,=r,=r,r",
                 [q],
-                dtype=(tl.bfloat16, tl.bfloat16),
+                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16),
                 is_pure=True,
                 pack=4,
             )
         else:
-            low, high = tl.inline_asm_elementwise(
-                "{ .reg .b32 a, b; and.b32 a, $4, 0x0F0F0F0F; shr.b32 b, $4, 4; and.b32 b, b, 0x0F0F0F0F;"
+            low, high, ones = tl.inline_asm_elementwise(
+                "{ .reg .b32 a, b; and.b32 a, $6, 0x0F0F0F0F; shr.b32 b, $6, 4; and.b32 b, b, 0x0F0F0F0F;"
                 " prmt.b32 $0, a, 0x64646464, 0x4140; prmt.b32 $1, a, 0x64646464, 0x4342;"
-                " prmt.b32 $2, b, 0x64646464, 0x4140; prmt.b32 $3, b, 0x64646464, 0x4342; }",
-                "=r,=r,=r,=r,r",
+                " prmt.b32 $2, b, 0x64646464, 0x4140; prmt.b32 $3, b, 0x64646464, 0x4342;"
+                " mov.b32 $4, 0x3C003C00; mov.b32 $5, 0x3C003C00; }",
+                "=r,=r,=r,=r,=r,=r,r",
                 [q],
-                dtype=(tl.float16, tl.float16),
+                dtype=(tl.float16, tl.float16, tl.float16),
                 is_pure=True,
                 pack=4,
             )
-        return low, high
+        return low, high, ones
     else:
-        return ((q & 15).to(tl.float32) + BIAS).to(dtype), ((q >> 4).to(tl.float32) + BIAS).to(dtype)
+        low, high = (q & 15).to(tl.float32) + BIAS, (q >> 4).to(tl.float32) + BIAS
+        return low.to(dtype), high.to(dtype), tl.full(q.shape, 1.0, dtype)
 
 
 @jit()
