@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from aphro_core.checkpoint.gguf_families import FAMILIES as GGUF_FAMILIES
 from aphro_core.models.catalogue import format_rows, model_rows
 from aphro_core.models.quant_config import ONLINE, RECOGNISED
 from aphro_core.models.quantization import GGUF_KINDS
@@ -30,9 +31,12 @@ for every tensor parallel size (tp) and pipeline parallel size (pp) named, uneve
 _FORMATS: Final = """
 ## Weight formats
 
-How weights are stored does not depend on the family, but GGUF files are read for Llama, Qwen2 and Qwen3 alone. Each row
-below was checked on a tiny Llama, whose checkpoint is written bit by bit in the published layout: what a rank holds
-against its part of the dequantised weights (tp 1, 2, 3 and 5), tokens against transformers on the dequantised weights.
+How weights are stored does not depend on the family. GGUF files are read of the architectures
+{gguf};
+each has a tiny file written by the `gguf` package, whose tokens equal those of transformers on the dequantised weights.
+Each row below was checked on a tiny Llama, whose checkpoint is written bit by bit in the published layout: what a rank
+holds against its part of the dequantised weights (tp 1, 2, 3 and 5), tokens against transformers on the dequantised
+weights.
 Columns are cut between groups of inputs that share a scale: a tp that would cut a group is refused, with the tensor,
 the group and the nearest size that works. The kernels for GPUs, of these layouts and of mixtures of experts, run in
 Triton's interpreter and are compiled for Hopper; `tests/gpu` runs families and layouts on a host that has a GPU.
@@ -55,7 +59,7 @@ def render() -> str:
     ]
     lines += _table(["family", "architecture", "devices", "tp", "pp"], rows)
     lines.append(f"\nRecognised and refused by name: {', '.join(RECOGNISED_ARCHITECTURES)}.")
-    lines.append(_FORMATS)
+    lines.append(_FORMATS.replace("{gguf}", ", ".join(f"`{name}`" for name in GGUF_FAMILIES)))
     formats = {row.name: row for row in format_rows()}
     stored = [
         [name, str(each.config["quant_method"]), _listed(formats[str(each.config["quant_method"])].devices)]

@@ -78,7 +78,7 @@ def write_tiny_checkpoint(
     return model
 
 
-_GGUF_NAMES: Final = {
+GGUF_NAMES: Final = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
     "lm_head": "output",
@@ -124,7 +124,7 @@ def write_tiny_gguf(
     model = tiny_model(family, seed=seed, **(GGUF_SIZES | overrides))
     config, arch = model.config, family
     writer = gguf.GGUFWriter(path, arch)
-    _write_metadata(writer, config, family)
+    write_metadata(writer, config, family)
     for key, value in (metadata or {}).items():
         writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
     qtype = GGMLQuantizationType[quant]
@@ -137,14 +137,14 @@ def write_tiny_gguf(
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         num_heads = heads.get(name.split(".")[-2]) if family == "llama" else None
         if num_heads:
-            data = _interleave(data, num_heads)
+            data = interleave(data, num_heads)
         of_type = qtype if data.ndim == 2 else GGMLQuantizationType.F32
         blocks = quantise(data, of_type, rng)
         writer.add_tensor(
             gguf_name(name), blocks, raw_shape=None if of_type.name[0] == "F" else blocks.shape, raw_dtype=of_type
         )
         values = torch.from_numpy(np.array(quants.dequantize(blocks, of_type), dtype=np.float32))
-        dequantised[name] = _deinterleave(values, num_heads) if num_heads else values
+        dequantised[name] = deinterleave(values, num_heads) if num_heads else values
     if config.rope_parameters["rope_type"] == "llama3":
         writer.add_tensor("rope_freqs.weight", _rope_factors(config))
     if config.tie_word_embeddings:
@@ -161,9 +161,9 @@ def gguf_name(name: str) -> str:
     """llama.cpp's name of a Hugging Face tensor: model.layers.0.self_attn.q_proj.weight -> blk.0.attn_q.weight."""
     stem, kind = name.rsplit(".", 1)
     if not stem.startswith("model.layers."):
-        return f"{_GGUF_NAMES[stem]}.{kind}"
+        return f"{GGUF_NAMES[stem]}.{kind}"
     _, _, layer, rest = stem.split(".", 3)
-    return f"blk.{layer}.{_GGUF_NAMES[rest]}.{kind}"
+    return f"blk.{layer}.{GGUF_NAMES[rest]}.{kind}"
 
 
 def quantise(data: np.ndarray, qtype: GGMLQuantizationType, rng: np.random.Generator) -> np.ndarray:
@@ -178,7 +178,7 @@ def quantise(data: np.ndarray, qtype: GGMLQuantizationType, rng: np.random.Gener
     return blocks.reshape(data.shape[0], -1)
 
 
-def _write_metadata(writer: gguf.GGUFWriter, config: Any, family: str) -> None:
+def write_metadata(writer: gguf.GGUFWriter, config: Any, family: str) -> None:
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -189,7 +189,8 @@ def _write_metadata(writer: gguf.GGUFWriter, config: Any, family: str) -> None:
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
+    writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
@@ -209,10 +210,10 @@ def _rope_factors(config: Any) -> np.ndarray:
     return (config.rope_parameters["rope_theta"] ** -pairs / scaled).numpy()
 
 
-def _interleave(data: np.ndarray, num_heads: int) -> np.ndarray:
+def interleave(data: np.ndarray, num_heads: int) -> np.ndarray:
     """llama.cpp's ``permute``: rows of a head go from halves (x0 x1 ... y0 y1 ...) to pairs (x0 y0 x1 y1 ...)."""
     return data.reshape(num_heads, 2, -1, *data.shape[1:]).swapaxes(1, 2).reshape(data.shape)
 
 
-def _deinterleave(data: torch.Tensor, num_heads: int) -> torch.Tensor:
+def deinterleave(data: torch.Tensor, num_heads: int) -> torch.Tensor:
     return data.reshape(num_heads, -1, 2, *data.shape[1:]).transpose(1, 2).reshape(data.shape)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -12,30 +13,16 @@ import numpy as np
 from aphro_core.checkpoint.checkpoint import FETCH_AGAIN, Checkpoint
 from aphro_core.checkpoint.file import ModelFile
 from aphro_core.checkpoint.gguf_config import hf_config, llama3_rope
+from aphro_core.checkpoint.gguf_families import GGUFFamily, family_of
 from aphro_core.checkpoint.gguf_header import FORMATS, GGUFHeader, TensorInfo
 from aphro_core.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
 
-_STEMS: Final[dict[str, str]] = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 _PLAIN: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # formats that torch reads as they are
 _ROPE_FREQS: Final = "rope_freqs.weight"
+_ROPE_FACTORS: Final = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
 
 
 class GGUFCheckpoint(Checkpoint):
@@ -54,10 +41,16 @@ class GGUFCheckpoint(Checkpoint):
             raise
         try:
             self.hf_config = config = hf_config(self._header, path)
-            self._tensors = {hf_name(info.name): info for info in self._header.tensors.values()}
+            family = family_of(self._header)
+            assert family is not None, "hf_config refuses others"
+            self._family = family
+            infos = [each for info in self._header.tensors.values() for each in _matrices(info, family)]
+            self._tensors: dict[str, TensorInfo] = dict(infos)
             config["quantization_config"] = self._block_formats()
             if _ROPE_FREQS in self._tensors:
                 config["rope_parameters"] = self._llama3_rope(self._tensors.pop(_ROPE_FREQS))
+            if all(name in self._tensors for name in _ROPE_FACTORS.values()):
+                config["rope_parameters"] = self._longrope(config["rope_parameters"])
         except BaseException:
             self.close()
             raise
@@ -118,6 +111,8 @@ class GGUFCheckpoint(Checkpoint):
         if unit > 1:  # pairs (x0 y0 x1 y1 ...) back to halves (x0 x1 ... y0 y1 ...)
             values = values.view(-1, unit // 2, 2, values.shape[-1]).transpose(1, 2).reshape(values.shape)
         out.copy_(values[rows.start - wide.start : rows.stop - wide.start].view(out.shape))
+        if self._family.has_gains_plus_one and name.endswith("norm.weight"):
+            out.sub_(1.0)
 
     def read_blocks(self, name: str, rows: range, columns: range) -> tuple[torch.Tensor, int]:
         """Whole blocks as they are stored: ([rows, blocks, bytes] uint8, the first one's column)."""
@@ -169,12 +164,12 @@ class GGUFCheckpoint(Checkpoint):
         return {"quant_method": "gguf", "block_formats": packed} if packed else None
 
     def _interleaved_heads(self) -> dict[str, int]:
-        """Tensors whose rows llama.cpp's converter interleaves within each head -> number of heads (q and k of
-        ``llama``: ``permute`` in convert_hf_to_gguf.py)."""
-        if self._header.value("general.architecture") != "llama":
+        """Tensors whose rows llama.cpp's converter interleaves within each head -> number of heads: q and k."""
+        if not self._family.is_interleaved:
             return {}
-        num_heads = self._header.value("llama.attention.head_count")
-        num_kv_heads = self._header.value("llama.attention.head_count_kv", num_heads)
+        arch = self._header.value("general.architecture")
+        num_heads = self._header.value(f"{arch}.attention.head_count")
+        num_kv_heads = self._header.value(f"{arch}.attention.head_count_kv", num_heads)
         counts = {"q_proj": num_heads, "k_proj": num_kv_heads}
         found = {name: counts.get(name.split(".")[-2]) for name in self._tensors if name.count(".") > 1}
         return {
@@ -185,10 +180,25 @@ class GGUFCheckpoint(Checkpoint):
 
     def _llama3_rope(self, info: TensorInfo) -> dict[str, Any]:
         theta = self._header.value("llama.rope.freq_base", 10_000.0)
+        return llama3_rope(self._vector(info), theta, self.path)
+
+    def _longrope(self, rope: Mapping[str, Any]) -> dict[str, Any]:
+        """Of Phi-3: the factors of either length stand in tensors."""
+        arch = self._header.value("general.architecture")
+        factors = {key: self._vector(self._tensors.pop(name)) for key, name in _ROPE_FACTORS.items()}
+        found = {
+            "original_max_position_embeddings": f"{arch}.rope.scaling.original_context_length",
+            "attention_factor": f"{arch}.rope.scaling.attn_factor",
+        }
+        values = {key: self._header.value(name) for key, name in found.items()}
+        present = {key: value for key, value in values.items() if value is not None}
+        return {"rope_type": "longrope", "rope_theta": rope["rope_theta"]} | factors | present
+
+    def _vector(self, info: TensorInfo) -> list[float]:
         if info.format is None or info.format.name != "F32" or len(info.shape) != 1 or not info.shape[0]:
             raise self._header.damaged(f"{info.name} is no vector of F32")
-        raw = self._file.read(info.offset, info.shape[0] * 4)
-        return llama3_rope(np.frombuffer(raw, dtype="<f4").tolist(), theta, self.path)
+        found: list[float] = np.frombuffer(self._file.read(info.offset, info.shape[0] * 4), dtype="<f4").tolist()
+        return found
 
     def _info(self, name: str) -> TensorInfo:
         info = self._tensors.get(name)
@@ -197,14 +207,28 @@ class GGUFCheckpoint(Checkpoint):
         return info
 
 
-def hf_name(name: str) -> str:
+def hf_name(name: str, family: GGUFFamily) -> str:
     """blk.0.attn_q.weight -> model.layers.0.self_attn.q_proj.weight; an unknown part stays as it is."""
     found = re.fullmatch(r"(?:blk\.(\d+)\.)?(.+)\.(\w+)", name)
     if found is None:
         return name
     layer, stem, kind = str(found[1] or ""), str(found[2]), str(found[3])
-    renamed = _STEMS.get(stem, stem)
+    renamed = family.stem(stem)
     return f"{renamed}.{kind}" if not layer else f"model.layers.{layer}.{renamed}.{kind}"
+
+
+def _matrices(info: TensorInfo, family: GGUFFamily) -> Iterator[tuple[str, TensorInfo]]:
+    """A tensor under its Hugging Face name; one of experts [experts, out, in] as a matrix each."""
+    name = hf_name(info.name, family)
+    if "{e}" in name and len(info.shape) == 3 and info.format is not None:
+        experts, *shape = info.shape
+        each = shape[0] * info.row_bytes
+        for expert in range(experts):
+            yield name.format(e=expert), replace(info, shape=tuple(shape), offset=info.offset + expert * each)
+    elif name.endswith("shared_expert_gate.weight") and len(info.shape) == 1:
+        yield name, replace(info, shape=(1, *info.shape))
+    else:
+        yield name, info
 
 
 def _type_name(type_id: int) -> str:

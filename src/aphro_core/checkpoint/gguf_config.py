@@ -6,14 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, Final
 
+from aphro_core.checkpoint.gguf_families import FAMILIES, family_of
 from aphro_core.checkpoint.gguf_header import GGUFHeader
 from aphro_core.errors import ModelError
-
-ARCHITECTURES: Final[dict[str, str]] = {
-    "llama": "LlamaForCausalLM",  # llama.cpp's converter writes Mistral under this name too
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 
 # Hugging Face key -> key behind "<architecture>."
 _SIZES: Final[dict[str, str]] = {
@@ -38,18 +33,13 @@ def hf_config(header: GGUFHeader, path: object) -> dict[str, Any]:
     """The config in Hugging Face's keys; values as the file has them, for ``load_spec`` to check.
 
     Scaling by a ``rope_freqs`` tensor is the caller's to add (``llama3_rope``). Raises ModelError for what has no
-    counterpart: another architecture, experts, a split file.
+    counterpart: another architecture, a split file.
     """
-    arch = header.value("general.architecture")
-    if not isinstance(arch, str) or arch not in ARCHITECTURES:
+    arch, family = str(header.value("general.architecture")), family_of(header)
+    if family is None:
         raise ModelError(
-            f"{path} is of GGUF architecture {str(arch)[:80]!r}, supported: {', '.join(ARCHITECTURES)}",
+            f"{path} is of GGUF architecture {arch[:80]!r}, supported: {', '.join(FAMILIES)}",
             hint="use a model of a supported architecture",
-        )
-    if header.value(f"{arch}.expert_count", 0):
-        raise ModelError(
-            f"{path} is a mixture of experts ({arch}.expert_count), which is not supported",
-            hint="use a dense model of the same family",
         )
     if header.value("split.count", 1) not in (0, 1):
         raise ModelError(
@@ -61,19 +51,24 @@ def hf_config(header: GGUFHeader, path: object) -> dict[str, Any]:
     if embedding is not None:
         config["vocab_size"] = embedding.shape[0]
     partial_rotary_factor = _partial_rotary_factor(header, arch)
-    if partial_rotary_factor != 1.0:
+    if partial_rotary_factor != 1.0 or family.is_partly_rotary:
         config["partial_rotary_factor"] = partial_rotary_factor
+    rope = _rope(header, arch)
+    if family.sliding_theta is not None:
+        sliding = {"rope_type": "default", "rope_theta": family.sliding_theta}
+        rope = {"full_attention": rope, "sliding_attention": sliding}
     config |= {
-        "architectures": [ARCHITECTURES[arch]],
+        "architectures": [family.architecture],
         "model_type": arch,
         "attention_bias": "blk.0.attn_q.bias" in header.tensors,
-        "mlp_bias": "blk.0.ffn_gate.bias" in header.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in header.tensors,
         "tie_word_embeddings": "output.weight" not in header.tensors,
-        "rope_parameters": _rope(header, arch),
+        "rope_parameters": rope,
         "dtype": _dtype(header),
         "bos_token_id": header.value("tokenizer.ggml.bos_token_id"),
         "eos_token_id": [x for key in _EOS_KEYS if (x := header.value(f"tokenizer.ggml.{key}")) is not None],
     }
+    config |= family.keys(header)
     return {key: value for key, value in config.items() if value is not None}
 
 

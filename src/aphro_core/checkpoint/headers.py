@@ -101,7 +101,7 @@ def _of_folder(folder: Path) -> ModelHeaders:
 
 def _of_gguf(path: Path) -> ModelHeaders:
     from aphro_core.checkpoint.file import ModelFile
-    from aphro_core.checkpoint.gguf_config import ARCHITECTURES
+    from aphro_core.checkpoint.gguf_families import FAMILIES
     from aphro_core.checkpoint.gguf_header import GGUFHeader
     from aphro_core.checkpoint.open import open_checkpoint
 
@@ -121,7 +121,7 @@ def _of_gguf(path: Path) -> ModelHeaders:
             config: Mapping[str, Any] = _general_config(header, arch)
         finally:
             header.close()
-    if arch in ARCHITECTURES:
+    if arch in FAMILIES:
         with open_checkpoint(path) as checkpoint:
             config = checkpoint.hf_config
     return ModelHeaders(config, tensors, path.stat().st_size)

@@ -61,7 +61,7 @@ def test_gguf_of_a_supported_family(tmp_path: Path) -> None:
 
 def test_gguf_of_another_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes are read under whatever architecture the file names."""
-    monkeypatch.setattr("aphro_core.checkpoint.gguf_config.ARCHITECTURES", {})
+    monkeypatch.setattr("aphro_core.checkpoint.gguf_families.FAMILIES", {})
     write_tiny_gguf(tmp_path / "x.gguf", "llama")
     config = read_headers(str(tmp_path / "x.gguf")).hf_config
     assert (config["model_type"], config["hidden_size"], config["num_hidden_layers"]) == ("llama", 256, 2)
