@@ -103,13 +103,13 @@ _aphro() {
     doctor)
         case "$previous" in
         --nccl-log|--bundle) compopt -o default; return ;;
-        --only|--skip|--tensor-parallel-size|-tp) return ;;
+        --only|--skip|--tensor-parallel-size|-tp|--pipeline-parallel-size|-pp) return ;;
         --hosts) _aphro_hosts "$list"; return ;;
         --model) _aphro_models; return ;;
         --device) _aphro_offer "" auto cuda cpu; return ;;
         esac
         if [[ "$current" == -* ]]; then
-            _aphro_offer "" --nccl-log --json --only --skip --ib --hosts --model --tensor-parallel-size -tp --device --bundle --help -h
+            _aphro_offer "" --nccl-log --json --only --skip --ib --hosts --model --tensor-parallel-size -tp --pipeline-parallel-size -pp --device --bundle --help -h
         else
             _aphro_offer "" explain; compopt -o default
         fi

@@ -90,6 +90,7 @@ complete -c aphro -n '__fish_seen_subcommand_from doctor' -l ib -d 'Check Infini
 complete -c aphro -n '__fish_seen_subcommand_from doctor' -l hosts -x -a '(__fish_complete_list , __fish_print_hostnames)' -d 'Check these hosts by ssh - (user@)host( -port).'
 complete -c aphro -n '__fish_seen_subcommand_from doctor' -l model -r -F -a '(__aphro_models)' -d 'Its sizes are what the live check measures.'
 complete -c aphro -n '__fish_seen_subcommand_from doctor' -l tensor-parallel-size -o tp -x -d 'Ranks of a group in the live check; default - all.'
+complete -c aphro -n '__fish_seen_subcommand_from doctor' -l pipeline-parallel-size -o pp -x -d 'Stages - -tp x -pp GPUs must be there.'
 complete -c aphro -n '__fish_seen_subcommand_from doctor' -l device -x -a 'auto cuda cpu' -d 'Where the live check’s data is.'
 complete -c aphro -n '__fish_seen_subcommand_from doctor' -l bundle -r -F -d 'Write findings, versions and logs into one .tgz file.'
 complete -c aphro -n '__fish_seen_subcommand_from doctor' -l help -s h -d 'Show help and exit.'

@@ -50,6 +50,10 @@ TensorParallelSize = Annotated[
     int | None,
     typer.Option("--tensor-parallel-size", "-tp", min=1, help="Ranks of a group in the live check; default: all."),
 ]
+PipelineParallelSize = Annotated[
+    int | None,
+    typer.Option("--pipeline-parallel-size", "-pp", min=1, help="Stages: -tp x -pp GPUs must be there."),
+]
 Device = Annotated[Literal["auto", "cuda", "cpu"], typer.Option("--device", help="Where the live check's data is.")]
 Bundle = Annotated[
     str | None, typer.Option("--bundle", metavar="FILE", help="Write findings, versions and logs into one .tgz file.")
@@ -66,6 +70,7 @@ def doctor(
     hosts: Hosts = None,
     model: Model = None,
     tensor_parallel_size: TensorParallelSize = None,
+    pipeline_parallel_size: PipelineParallelSize = None,
     device: Device = "auto",
     bundle: Bundle = None,
 ) -> None:
@@ -88,6 +93,7 @@ def doctor(
             ib=ib,
             model=model,
             tp=tensor_parallel_size,
+            pp=pipeline_parallel_size,
             device=device,
             bundle=bundle,
         )

@@ -157,7 +157,8 @@ def test_doctor_page_has_every_option_and_finding() -> None:
     documented = {
         name for row in rows for name in re.findall(r"`(-[a-z-]+)|, `(-[a-z-]+)", row) for name in name if name
     }
-    assert documented | {"--tensor-parallel-size"} == set(options_of("doctor"))
+    long_names = {"--tensor-parallel-size", "--pipeline-parallel-size"}
+    assert documented | long_names == set(options_of("doctor"))
     assert {id for row in rows for id in re.findall(r"`(log\.[a-z0-9-]+)`", row)} == set(TOPICS)
 
 

@@ -27,12 +27,14 @@ class LiveOptions:
     """What the live check shall assume.
 
     ``model``: whose sizes to measure; None takes ``hidden_size`` and ``num_layers``. ``tp``: ranks of a tensor-parallel
-    group; None takes all. ``device``: auto, cpu or cuda. ``env``: variables for every rank, without secrets.
-    ``limit_seconds``: how long a collective may take before its ranks count as hanging.
+    group; None takes all. ``pp``: stages that a start shall have, for counting devices. ``device``: auto, cpu or cuda.
+    ``env``: variables for every rank, without secrets. ``limit_seconds``: how long a collective may take before its
+    ranks count as hanging.
     """
 
     model: str | None = None
     tp: int | None = None
+    pp: int | None = None
     device: str = "auto"
     env: Mapping[str, str] = field(default_factory=dict)
     limit_seconds: float = 10.0

@@ -31,6 +31,7 @@ class Questions:
     ib: bool = False
     model: str | None = None
     tp: int | None = None
+    pp: int | None = None
     device: str = "auto"
     bundle: str | None = None
 
@@ -66,7 +67,7 @@ def diagnose(asked: Questions, progress: Progress = lambda what, done, size: Non
 
 
 async def _run_checks(asked: Questions, progress: Progress) -> list[Finding]:
-    live = LiveOptions(model=asked.model, tp=asked.tp, device=asked.device)
+    live = LiveOptions(model=asked.model, tp=asked.tp, pp=asked.pp, device=asked.device)
     return await run_checks(
         only=asked.only,
         skip=asked.skip,

@@ -21,6 +21,7 @@ from aphro_core.doctor.checks import (
     gpu_busy,
     gpu_count,
     gpu_driver,
+    gpu_enough,
     gpu_fabric,
     gpu_health,
     gpu_p2p,
@@ -112,6 +113,7 @@ HOST_CHECKS: Final[tuple[HostCheck, ...]] = (
     efa,
 )
 CLUSTER_CHECKS: Final[tuple[ClusterCheck, ...]] = (
+    gpu_enough,
     nodes_versions,
     nodes_clock,
     nccl_env,

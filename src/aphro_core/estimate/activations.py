@@ -14,6 +14,7 @@ GIB: Final = 2**30
 _LORA_HIDDEN: Final = 1.1  # [T, H] more with adapters: the wrapped layers keep what they were given
 _EXPERT_CHUNK: Final = 32_768  # tokens that fused experts take at once
 _TOWER_HIDDEN: Final = 7  # an encoder block's q, k, v, their rotated q and k, residual and norm
+_SUMMANDS: Final = 8  # of the first AWQ kernel: as many as values in a packed word
 _PATCHES_PER_TOKEN: Final = 4
 
 
@@ -48,9 +49,10 @@ class Run:
     has_lora: bool = False
     expert_parallel: bool = False
     unpacks_weights: bool = False  # a 4-bit matrix is written out in 16 bit before it is multiplied
+    splits_k: bool = False  # a product is computed as eight summands over parts of K, kept until they are added
 
     @classmethod
-    def of(cls, sizes: Sizes, scheme: str | None, *, unpacks_weights: bool = False) -> Run:
+    def of(cls, sizes: Sizes, scheme: str | None, *, unpacks_weights: bool = False, splits_k: bool = False) -> Run:
         return cls(
             sizes.max_num_batched_tokens,
             sizes.max_num_seqs,
@@ -62,6 +64,7 @@ class Run:
             has_lora=sizes.max_loras > 0,
             expert_parallel=sizes.expert_parallel,
             unpacks_weights=unpacks_weights,
+            splits_k=splits_k,
         )
 
 
@@ -110,7 +113,8 @@ def _forward(mlp: MlpFacts, hidden: int, run: Run, law: Law, element: int) -> fl
     copies = law.hidden_copies + (_LORA_HIDDEN if run.has_lora else 0.0)
     if not mlp.num_experts:
         unpacked = hidden * columns * element if run.unpacks_weights else 0
-        return tokens * (element * (width + copies * hidden) + quantised) + unpacked
+        summands = _SUMMANDS * tokens * (mlp.num_matrices - 1) * columns * element if run.splits_k else 0
+        return tokens * (element * (width + copies * hidden) + quantised) + unpacked + summands
     shared = 3 * ceil(mlp.shared_size / run.tp)
     if law.keeps_expert_space and run.scheme != "mxfp4":
         return tokens * element * (shared + law.hidden_copies * hidden)

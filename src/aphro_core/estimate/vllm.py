@@ -78,7 +78,8 @@ class VllmServer:
     def _balance(self, part: RankSlice, stage: int) -> RankBalance:
         facts, sizes, generation = self.facts, self.sizes, self.generation
         samples = part.has_head and (generation.is_v1 or part.tp_rank == 0)
-        run = Run.of(sizes, self._scheme, unpacks_weights=self._unpacks_weights)
+        splits_k = generation.splits_awq and (self._scheme or "").startswith("awq")
+        run = Run.of(sizes, self._scheme, unpacks_weights=self._unpacks_weights, splits_k=splits_k)
         peak = activation_peak(facts, run, generation.law, samples=samples)
         heads, kv_heads = rank_heads(facts.num_heads, facts.num_kv_heads, sizes.tp, part.tp_rank)
         graphs = graph_bytes(generation, facts, sizes, len(part.layers), self._scheme)

@@ -45,12 +45,17 @@ class Generation:
     has_kv_groups: bool = False
     prints_by_concurrency: bool = False
     mxfp4_padding: float = 1.0627
+    splits_awq: bool = False  # AWQ products of every size in eight parts of K, summed afterwards
     utilization: float = 0.90
 
 
+_OLD: Final = Generation(
+    (0, 4, 0), False, _OLDEST, slack=1.2, counts_context=True, group_non_torch=0, graph_gib_per_layer=0.006
+)
 GENERATIONS: Final[tuple[Generation, ...]] = (
-    Generation((0, 0, 0), False, _OLDEST, counts_non_torch=False, has_graphs=False),
-    Generation((0, 2, 5), False, _OLDEST, slack=1.2, counts_context=True, group_non_torch=0, graph_gib_per_layer=0.006),
+    Generation((0, 0, 0), False, _OLDEST, counts_non_torch=False, has_graphs=False, splits_awq=True),
+    replace(_OLD, since=(0, 2, 5), splits_awq=True),
+    _OLD,
     Generation((0, 6, 4), False, _SORTING_V0, graph_gib_per_layer=0.006),
     Generation((0, 8, 0), True, _SORTING_V1, group_non_torch=round(0.545 * GIB)),
     Generation((0, 9, 1), True, _SORTING_V1, group_non_torch=round(0.545 * GIB), has_kv_groups=True),

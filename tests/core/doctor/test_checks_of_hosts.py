@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from aphro_core.doctor.checks import (
     gpu_busy,
     gpu_count,
     gpu_driver,
+    gpu_enough,
     gpu_fabric,
     gpu_health,
     gpu_throttle,
@@ -21,6 +23,7 @@ from aphro_core.doctor.checks import (
     host_acs,
     host_iommu,
     host_numa,
+    imex,
     limit_cgroup,
     limit_nofile,
     limit_stack,
@@ -32,6 +35,7 @@ from aphro_core.doctor.checks import (
     shm_stale,
 )
 from aphro_core.doctor.finding import Finding, Status
+from aphro_core.doctor.probes.gpus import FabricInfo
 from aphro_core.doctor.probes.network import interfaces, route
 from aphro_core.doctor.socket_filter import default_choice, selects
 from aphro_core.remote.remote import Output
@@ -233,3 +237,39 @@ def test_the_network_probe_knows_this_host() -> None:
         "peer": "127.0.0.1", "peer_address": "127.0.0.1", "address": "127.0.0.1", "interface": loopback["name"]
     }  # fmt: skip
     assert "error" in route("name.invalid")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("sizes", "counts", "status", "words", "remedy"),
+    [
+        ({}, (2, 2), SKIP, "neither", ""),
+        ({"tp": 2, "pp": 2}, (2, 2), PASS, "4 GPUs, 4 of them needed", ""),
+        ({"tp": 4}, (2, 2), WARN, "only 0 groups of 4", "-tp 2 -pp 2"),
+        ({"tp": 2, "pp": 4}, (2, 3), FAIL, "needs 8 GPUs, and there are 5", "-tp 2 -pp 2"),
+        ({"tp": 2}, (0, 0), SKIP, "no NVIDIA GPU", ""),
+    ],
+)
+async def test_gpus_are_counted_over_all_hosts(
+    tmp_path: Path, sizes: dict[str, int], counts: tuple[int, ...], status: Status, words: str, remedy: str
+) -> None:
+    hosts = [
+        recorded(tmp_path, {f"/dev/nvidia{gpu}": "" for gpu in range(count)} or {"/etc/hosts": ""}, name=f"n{number}")
+        for number, count in enumerate(counts)
+    ]
+    found = await gpu_enough.check(Cluster(hosts, LiveOptions(**sizes)))
+    assert (found.status, remedy in found.remedy) == (status, True)
+    assert words in found.title
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("num_hosts", "status"), [(1, SKIP), (2, FAIL)])
+async def test_one_host_needs_no_channel_for_nvlink(tmp_path: Path, num_hosts: int, status: Status) -> None:
+    rack = {"fabric": {"state": 3, "status": 0, "clique": 1, "uuid": "ab" * 16}}
+    hosts = [recorded(tmp_path, GPU_FILES, nvml(gpu(0, **rack)), name=f"n{number}") for number in range(num_hosts)]
+    assert (await imex.check(Cluster(hosts, LiveOptions()))).status is status
+
+
+def test_the_fabrics_record_is_laid_out_as_in_nvml_h() -> None:
+    assert ctypes.sizeof(FabricInfo) == 28
+    assert (FabricInfo.status.offset, FabricInfo.cliqueId.offset, FabricInfo.state.offset) == (16, 20, 24)

@@ -194,3 +194,12 @@ def test_exclusion_is_the_rest_and_exact_is_narrower(device: str, number: int, w
     assert selects(f"={device}:{number}", device, number)
     assert not selects(f"={device}:{number + 1}", device, number)
     assert surprises(f"={text}", [device]) == []
+
+
+def test_counters_that_grow_during_traffic_are_a_failure() -> None:
+    path = "/sys/class/infiniband/mlx5_0/ports/1/hw_counters/local_ack_timeout_err"
+    assert ib_errors.judge_growth({path: 5}, {path: 5}) is None
+    found = ib_errors.judge_growth({path: 5}, {path: 9}, " during the traffic between hosts", "n2")
+    assert found is not None
+    assert (found.id, found.status, found.host, found.root_cause) == ("ib.errors", FAIL, "n2", True)
+    assert found.title == "errors are being counted during the traffic between hosts: mlx5_0 local_ack_timeout_err 9"

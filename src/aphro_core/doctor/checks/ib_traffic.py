@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Final
 
 from aphro_core.doctor.check import Cluster
+from aphro_core.doctor.checks.ib_errors import judge_growth, read_counters
 from aphro_core.doctor.finding import Finding, Status
 from aphro_core.doctor.gpus import NO_GPU, visible_devices
 from aphro_core.doctor.live.check import check_live
+from aphro_core.doctor.live.live import LiveReport
 from aphro_core.doctor.live.nccl import read_live_logs, transports, troubles
 
 ID: Final = "ib.traffic"
@@ -15,7 +17,8 @@ TITLE: Final = "RDMA traffic between hosts"
 EXPLAIN: Final = """
 Lets a GPU of each host all-reduce with those of the others over NCCL, and reads in NCCL's own log which transport every
 channel took. It ends in one sentence: GPUDirect RDMA (PASS), RDMA without GPUDirect (WARN), TCP sockets (FAIL), or not
-shown (SKIP). SKIP on one host or without GPUs. Deeper: ib_write_bw -d HCA --use_cuda=G on both ends (perftest).
+shown (SKIP). Error counters of RDMA ports that grow meanwhile are a failure of ib.errors. SKIP on one host or without
+GPUs. Deeper: ib_write_bw -d HCA --use_cuda=G on both ends (perftest).
 """
 
 
@@ -25,7 +28,17 @@ async def check(cluster: Cluster) -> list[Finding]:
     devices = [(await visible_devices(host))[:1] for host in cluster.hosts]
     if not all(devices) or cluster.live.device == "cpu":
         return [Finding(ID, Status.SKIP, NO_GPU)]
+    before = [await read_counters(host) for host in cluster.hosts]
     findings, report = await check_live(ID, "NCCL", cluster, devices)
+    errors = [
+        judge_growth(counts, await read_counters(host), " during the traffic between hosts", host.name)
+        for host, counts in zip(cluster.hosts, before, strict=True)
+    ]
+    return [*_judge(findings, report), *(error for error in errors if error is not None)]
+
+
+def _judge(findings: list[Finding], report: LiveReport) -> list[Finding]:
+    """The sentence, and what NCCL's log finds fault with."""
     log = read_live_logs(report, ib=True)
     if log is None or not log.paths:
         failed = [finding for finding in findings if finding.status is Status.FAIL]

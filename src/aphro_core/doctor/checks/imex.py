@@ -13,12 +13,15 @@ TITLE: Final = "NVLink across hosts (IMEX)"
 EXPLAIN: Final = """
 For racks of the GB200 class: compares the fabric's UUID and clique of all GPUs on all hosts, and looks for
 /dev/nvidia-caps-imex-channels. PASS when they are equal and the channels are there; WARN when hosts are of different
-fabrics or cliques; FAIL when a GPU has a fabric but no channel is there to use it; SKIP without such GPUs.
+fabrics or cliques; FAIL when a GPU has a fabric but no channel is there to use it; SKIP without such GPUs, and on one
+host, whose GPUs need no channel among themselves.
 """
 _REMEDY: Final = "nvidia-imex-ctl -N on every host; permissions of /dev/nvidia-caps-imex-channels; NCCL_MNNVL_ENABLE=0"
 
 
 async def check(cluster: Cluster) -> Finding:
+    if len(cluster.hosts) == 1:
+        return Finding(ID, Status.SKIP, "one host: no NVLink between hosts to look at")
     evidence, cliques, without = [], set(), []
     for host in cluster.hosts:
         gpus = await read_gpus(host)

@@ -63,7 +63,8 @@ def group_works(model: ModelSizes, *, is_cuda: bool) -> list[Work]:
         Work("all_reduce", model.hidden_bytes(DECODE_ROWS), max_repeats=100),
         Work("all_reduce", model.hidden_bytes(PREFILL_TOKENS), max_repeats=10),
     ]
-    return [*works, Work("graph_all_reduce", model.hidden_bytes(1), max_repeats=200)] if is_cuda else works
+    graphs = [Work("graph_all_reduce", model.hidden_bytes(rows), max_repeats=200) for rows in (1, DECODE_ROWS)]
+    return [*works, *graphs] if is_cuda else works
 
 
 def ms_per_token(model: ModelSizes, decode: Timing) -> float:

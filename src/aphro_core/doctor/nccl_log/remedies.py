@@ -14,6 +14,15 @@ _VERSION_WITH_GDR_CHECK: Final = (2, 23, 4)
 _VERSION_WITH_AUTO_GID: Final = (2, 21, 0)
 
 
+_ON_AMD: Final = {  # instead of NVIDIA's tools
+    "log.cuda": "amd-smi list; rocminfo   # driver and ROCm of one release, equal on all nodes\n"
+    "# AMD_LOG_LEVEL=3 and HIP_LAUNCH_BLOCKING=1 find the program's own error",
+    "log.cuda-memory": "amd-smi process   # who holds the memory; lower --gpu-memory-utilization, or NCCL_BUFFSIZE",
+    "log.p2p-denied": "rocm-smi --showtopoaccess; grep -o iommu=pt /proc/cmdline\n"
+    "export NCCL_P2P_DISABLE=1   # goes on through host memory; then look at containers (--ipc=host), ACS and IOMMU",
+}
+
+
 def remedy_for(id: str, facts: LogFacts) -> str:
     """Lines to paste; those that begin with # say when or why."""
     special = _SPECIAL.get(id)
@@ -22,6 +31,8 @@ def remedy_for(id: str, facts: LogFacts) -> str:
     if ports and id.startswith("log.ib-"):
         named = next(iter(ports.values()))
         topic = topic.replace("mlx5_0,mlx5_1", ",".join(named[:8])).replace("mlx5_0", named[0])
+    if id in _ON_AMD and is_rccl(facts):
+        topic = _ON_AMD[id]
     lines = [*(special(facts) if special else ()), *topic.splitlines()]
     return "\n".join(dict.fromkeys(lines))
 
@@ -54,8 +65,11 @@ def _sockets(facts: LogFacts) -> list[str]:
 
 
 def is_rccl(facts: LogFacts) -> bool:
-    """RCCL says so, or puts the communicator behind its Channel lines."""
-    return bool(facts.first("rccl")) or any(" nRanks " in pair.first.raw for pair in facts.pairs.values())
+    """RCCL says so, is built as it is, or puts the communicator behind its Channel lines."""
+    causes = [note for id in _ON_AMD for note in facts.all_notes(id)]
+    if facts.first("rccl") or any("HIP failure" in note.first.raw or "/hipify/" in note.first.raw for note in causes):
+        return True
+    return any(" nRanks " in pair.first.raw for pair in facts.pairs.values())
 
 
 def _no_gdr(facts: LogFacts) -> list[str]:

@@ -127,8 +127,9 @@ Nodes see different numbers of NICs, which can hang without a message.
 
 log.no-plugin-start
 The network plug-in is there but could not start: mostly its devices are not in the container or on this host.
-> fi_info -p efa   # inside the container
+> fi_info -p efa   # EFA: inside the container
 > docker run --device /dev/infiniband/uverbs0 ...   # one --device for each EFA device
+> # GPUDirect-TCPX(O): its daemon beside the job, and the NCCL_* variables of its guide, on every host
 
 log.no-network
 None of the networks that NCCL knows could be started: NCCL_NET or NCCL_NET_PLUGIN asks for one that is not there, or

@@ -49,10 +49,21 @@ def ecc(gpu: Any) -> dict[str, int | None]:
     }
 
 
+class FabricInfo(ctypes.Structure):
+    """nvmlGpuFabricInfo_t as nvml.h has it: some releases of the binding give the UUID another size."""
+
+    _fields_ = (
+        ("clusterUuid", ctypes.c_ubyte * 16),
+        ("status", ctypes.c_int),
+        ("cliqueId", ctypes.c_uint),
+        ("state", ctypes.c_ubyte),
+    )
+
+
 def fabric(gpu: Any) -> dict[str, Any] | None:
     """State 3 is completed, status 0 success; state 0 means that this GPU has no fabric."""
-    info = pynvml.c_nvmlGpuFabricInfo_t()
-    if ask(pynvml.nvmlDeviceGetGpuFabricInfo, gpu, pynvml.byref(info)) is None:
+    info = FabricInfo()
+    if ask(pynvml.nvmlDeviceGetGpuFabricInfo, gpu, ctypes.byref(info)) is None:
         return None
     return {"state": info.state, "status": info.status, "clique": info.cliqueId, "uuid": bytes(info.clusterUuid).hex()}
 
