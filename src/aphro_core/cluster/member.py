@@ -85,6 +85,7 @@ class Member:
         self._headquarters: Headquarters | None = None
         self._environment = dict(os.environ)
         self._leaving = ""  # why, once that is decided
+        self._unheard = ""  # since when, and why the head does not hear us
         self._decided = threading.Event()
         self._left = threading.Event()
         self._problems: dict[str, str] = {}
@@ -150,7 +151,7 @@ class Member:
         while not self._leaving:
             for name, how in _reap():
                 if name in _VITAL:
-                    self._decide(f"{name} ended: {how}")
+                    self._decide(self._unheard or f"{name} ended: {how}")
             self._decided.wait(_TICK_SECONDS)
         self.leave()
 
@@ -216,18 +217,17 @@ class Member:
         return None
 
     def _beat(self) -> None:
-        """The head's silence is not our end: Ray ends a node that its head has given up."""
-        is_heard = True
+        """The head's silence is not our end: Ray ends a node that has lost its head, a minute later."""
         while not self._leaving:
             try:
                 self._tell_head(Beat(self._node))
-                if not is_heard:
+                if self._unheard:
                     self._log("the head answers again")
-                is_heard = True
+                self._unheard = ""
             except ClusterError as error:
-                if is_heard:
+                if not self._unheard:
                     self._log(f"the head does not hear us: {error.message}")
-                is_heard = False
+                    self._unheard = f"the head was lost at {time.strftime('%H:%M:%S')}: {error.message}"
             time.sleep(BEAT_SECONDS)
 
     def _tell_head(self, message: Beat | Leaving) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
@@ -14,6 +15,7 @@ from aphro_core.cluster.wire import Serving, accept
 from aphro_core.errors import AphroError
 
 _MAX_CONNECTIONS: Final = 64  # at once; more than that are strangers, and wait in the kernel's queue
+_PAUSE_SECONDS: Final = 0.2
 Respond = Callable[[Request, Serving], Answer | None]
 
 
@@ -34,7 +36,10 @@ class Service:
             try:
                 connection, _ = self._door.accept()
             except OSError:
-                return  # the node leaves
+                if self._door.fileno() < 0:
+                    return  # closed
+                time.sleep(_PAUSE_SECONDS)  # no file descriptors for now, say: the door must not stay shut for that
+                continue
             self._places.acquire()
             threading.Thread(target=self._serve, args=(connection,), name="caller", daemon=True).start()
 
