@@ -52,10 +52,16 @@ class Headquarters:
 
     def greet(self, hello: Hello) -> Answer:
         with self._lock:
-            conflict = self._registry.conflict(hello.node, time.monotonic())
-        if conflict:
-            return Refused(conflict, "end that one first, or give this host an address of its own: --advertise ADDRESS")
-        return Greeting(self._head, self._environment)
+            other = self._registry.same_address(hello.node, time.monotonic())
+        if other is None:
+            return Greeting(self._head, self._environment)
+        if other.id != self._head.id and self._id_at(other.address) == hello.node.id:
+            self.hear(Leaving(other.id, "its member was killed"))  # the same host, anew
+            return Greeting(self._head, self._environment)
+        return Refused(
+            f"{other.name} ({other.role}) is in the cluster with the address {other.address} already",
+            "end that one first, or give this host an address of its own: --advertise ADDRESS",
+        )
 
     def hear(self, message: Beat | Leaving) -> Answer:
         with self._lock:
@@ -95,9 +101,18 @@ class Headquarters:
         return {names.get(id, id): problem for id, problem in answers.items() if problem}
 
     def _memory_of(self, node: Node) -> Memory | None:
+        answer = self._ask_memory(node.address)
+        return answer.memory if answer is not None and answer.id == node.id else None
+
+    def _id_at(self, address: str) -> str:
+        """Whoever has the door there now; "" where nobody answers."""
+        answer = self._ask_memory(address)
+        return "" if answer is None else answer.id
+
+    def _ask_memory(self, address: str) -> MemoryNow | None:
         with suppress(ClusterError):
-            answer = ask(node.address, self._port, self._token, AskMemory(), timeout=_ASK_SECONDS)
-            return answer.memory if isinstance(answer, MemoryNow) else None
+            answer = ask(address, self._port, self._token, AskMemory(), timeout=_ASK_SECONDS)
+            return answer if isinstance(answer, MemoryNow) else None
         return None
 
     def _end(self, node: Node, reason: str) -> str:

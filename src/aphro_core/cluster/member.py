@@ -178,7 +178,7 @@ class Member:
     def respond(self, request: Request, channel: Serving) -> Answer | None:
         match request:
             case AskMemory():
-                return MemoryNow(memory_now())
+                return MemoryNow(self._node.id, memory_now())
             case AskEnvironment():
                 return environment_of(self._environment, self._membership.environment, self._plan.token)
             case AskPorts():

@@ -141,6 +141,9 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
 
 
 class MemoryNow(msgspec.Struct, frozen=True, tag="memory"):
+    """``id``: of the node that answers, whatever was there before at its address."""
+
+    id: str
     memory: Memory
 
 

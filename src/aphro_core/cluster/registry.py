@@ -38,12 +38,12 @@ class Registry:
         if known := self._nodes.pop(id, None):
             self._left = [*self._left, _Left(known[0], reason, now)][-_MAX_DEPARTED:]
 
-    def conflict(self, node: Node, now: float) -> str:
-        """Why a host may not join as what it says it is, "" if it may. A lost node's place is free."""
+    def same_address(self, node: Node, now: float) -> Node | None:
+        """Another node that is in with this one's address. A lost node's place is free."""
         for other in [self._head, *(known for known, at in self._nodes.values() if now - at < LOST_SECONDS)]:
             if other.id != node.id and other.address == node.address:
-                return f"{other.name} ({other.role}) is in the cluster with the address {node.address} already"
-        return ""
+                return other
+        return None
 
     def members(self) -> list[Node]:
         """All nodes but the head, heard or not, in the order in which they joined."""

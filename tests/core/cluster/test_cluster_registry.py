@@ -46,10 +46,10 @@ def test_who_left_is_remembered_until_it_is_back() -> None:
 def test_one_address_is_one_node() -> None:
     registry = Registry(node(0, "10.0.0.9"))
     registry.beat(node(1), 0.0)
-    assert registry.conflict(node(1), 1.0) == ""
-    assert "node1 (member) is in the cluster with the address 10.0.0.1" in registry.conflict(node(5, "10.0.0.1"), 1.0)
-    assert "node0 (head)" in registry.conflict(node(5, "10.0.0.9"), 1.0)
-    assert registry.conflict(node(5, "10.0.0.1"), LOST_SECONDS) == ""  # it died and comes back
+    assert registry.same_address(node(1), 1.0) is None
+    assert registry.same_address(node(5, "10.0.0.1"), 1.0) == node(1)
+    assert registry.same_address(node(5, "10.0.0.9"), 1.0) == node(0, "10.0.0.9")
+    assert registry.same_address(node(5, "10.0.0.1"), LOST_SECONDS) is None  # it died and comes back
 
 
 @given(st.lists(st.tuples(st.sampled_from(["beat", "leave"]), st.integers(1, 4)), max_size=40))

@@ -42,10 +42,10 @@ def test_a_request_and_its_answer(serve: Serve) -> None:
 
     def answer(request: Request) -> Answer:
         seen.append(request)
-        return MemoryNow(Memory(2**40, [1], [2]))
+        return MemoryNow("a", Memory(2**40, [1], [2]))
 
     port = serve(answer)
-    assert ask("127.0.0.1", port, TOKEN, Reach("10.0.0.1", 5)) == MemoryNow(Memory(2**40, [1], [2]))
+    assert ask("127.0.0.1", port, TOKEN, Reach("10.0.0.1", 5)) == MemoryNow("a", Memory(2**40, [1], [2]))
     assert seen == [Reach("10.0.0.1", 5)]
 
 
