@@ -3,7 +3,8 @@
     python bench/hosts.py MODEL --hosts a:1,b:1        # yours, over ssh; one host is this one
     python bench/hosts.py MODEL [--ray]                # hosts made of network namespaces here (root): the same cores,
                                                        # so that what differs is the way between the ranks
-    options: [--requests 8] [--tokens 64] [--rounds 2] [--device cpu] [--link 1gbit] [-- further options of `run`]
+    options: [--requests 8] [--tokens 64] [--rounds 2] [--device cpu] [--link 1gbit] [--splits="-tp 2,-pp 2"]
+             [-- further options of `run`]
 
 The server is started by the command line, as an operator does, and asked over HTTP. The best of the rounds counts.
 """
@@ -107,13 +108,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--link", default="")
+    parser.add_argument("--splits", default="-tp 2,-pp 2")
     parser.add_argument("rest", nargs="*")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     print(f"| split | ranks | ready after | tokens/s, 1 stream | tokens/s, {options.requests} streams |")
     print("| --- | --- | ---: | ---: | ---: |")
     with made_hosts(options) as ways:
-        for split in ("-tp 2", "-pp 2"):
+        for split in options.splits.split(","):
             best: dict[str, Measured] = {}
             for _ in range(options.rounds):  # side by side: a busy moment meets every way
                 for way, words in {"one host (mp)": ["--distributed-executor-backend", "mp"], **ways}.items():

@@ -6,7 +6,7 @@ import math
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -34,6 +34,7 @@ from aphro_core.messages.steps import (
     StopWorker,
     StoreCall,
     ToWorker,
+    WorkerAlive,
     WorkerFailed,
     WorkerLoaded,
     WorkerLog,
@@ -43,8 +44,8 @@ from aphro_core.messages.steps import (
 
 _BEAT_SECONDS: Final = 2.0
 _STOP_SECONDS: Final = 2.0  # for a rank to end by itself before it is killed
-_COME_SECONDS: Final = 30.0  # from the first rank that has come to the last one, or a multiple of what the first took
-_COME_FACTOR: Final = 4.0
+_SILENT_SECONDS: Final = 30.0  # a rank that starts, while others have come to meet: more than one import holds it up
+_LOOK_SECONDS: Final = 1.0
 _LINES_SECONDS: Final = 0.5  # for the last lines of other hosts to be written
 _BLAME_SECONDS: Final = 0.5  # after a first death: time for the others to report, so that the first cause is found
 
@@ -103,6 +104,7 @@ class WorkerHandle:
         self.is_remote = bool(launched.host)
         self.loaded: WorkerLoaded | None = None
         self.failed: WorkerFailed | None = None
+        self.heard_at = time.monotonic()
         self.has_come = False  # to where the ranks meet
         self.is_ready = False
         self.is_gone = False
@@ -143,16 +145,21 @@ class GroupExecutor:
             await launched.channel.send(launched.start)
 
     async def wait_loaded(self) -> None:
-        """Ranks come within about the same time: one that does not, once another has, is not waited for any longer."""
-        began, limit = anyio.current_time(), self._config.start_timeout_seconds
-        with anyio.move_on_after(limit):
-            while not any(worker.has_come for worker in self.workers):
+        """A rank that is still on its way says so; one that is silent while others have come is not waited for."""
+        began, limit = time.monotonic(), self._config.start_timeout_seconds
+        while not all(worker.has_come for worker in self.workers) and time.monotonic() - began < limit:
+            if silent := self._silent_ranks():
+                raise _late(silent, "come to meet the others", _SILENT_SECONDS, "")
+            with anyio.move_on_after(_LOOK_SECONDS):
                 await self._changed.wait()
-        taken = anyio.current_time() - began
-        allowed = max(_COME_SECONDS, _COME_FACTOR * taken)
-        if taken + allowed < limit:
-            await self._wait_all(lambda worker: worker.has_come, allowed, "come to meet the others")
-        await self._wait_all(lambda worker: worker.loaded is not None, limit, "load")
+        left = began + limit - time.monotonic()
+        await self._wait_all(lambda worker: worker.loaded is not None, limit, "load", left)
+
+    def _silent_ranks(self) -> list[WorkerHandle]:
+        if not any(worker.has_come for worker in self.workers):
+            return []
+        long_ago = time.monotonic() - _SILENT_SECONDS
+        return [worker for worker in self.workers if not worker.has_come and worker.heard_at < long_ago]
 
     async def allocate(self, num_blocks: int) -> None:
         await self._broadcast(AllocateCache(num_blocks=num_blocks))
@@ -185,12 +192,15 @@ class GroupExecutor:
             raise self._first_cause()
 
     async def _take(self, worker: WorkerHandle, message: FromWorker) -> None:
+        worker.heard_at = time.monotonic()
         match message:
             case StepResult():
                 await self._send_result.send(message)
             case WorkerProgress():
                 worker.has_come = True
                 self._on_progress(message)
+            case WorkerAlive():
+                return
             case WorkerLoaded():
                 worker.loaded = message
             case WorkerReady():
@@ -214,22 +224,15 @@ class GroupExecutor:
             return ModelBytes(call.number, problem="this start hands out no model")
         return await self._model.answer(call)
 
-    async def _wait_all(self, is_done: Callable[[WorkerHandle], bool], seconds: float, what: str) -> None:
-        with anyio.move_on_after(seconds):
+    async def _wait_all(
+        self, is_done: Callable[[WorkerHandle], bool], seconds: float, what: str, left: float | None = None
+    ) -> None:
+        """``left`` of the allowed ``seconds``: all of them unless told otherwise."""
+        with anyio.move_on_after(seconds if left is None else max(left, 0.0)):
             while not all(is_done(worker) for worker in self.workers):
                 await self._changed.wait()
             return
-        late = [worker for worker in self.workers if not is_done(worker)]
-        ranks, hosts = (
-            ", ".join(dict.fromkeys(words)) for words in zip(*((str(w.rank), w.host) for w in late), strict=True)
-        )
-        raise EngineDeadError(
-            f"rank {ranks} did not {what} within {seconds:.3g} s (on {hosts})",
-            hint=f"raise --start-timeout, or look at what that process waits for: pid {late[0].process.pid} "
-            f"on {late[0].host}"
-            if not late[0].is_remote
-            else f"`ps` on {late[0].host}: what does its process of aphro wait for?",
-        )
+        raise _late([worker for worker in self.workers if not is_done(worker)], what, seconds)
 
     async def _broadcast(self, message: ToWorker) -> None:
         for worker in self.workers:
@@ -284,6 +287,20 @@ class GroupExecutor:
 
 def _result_stream() -> tuple[ObjectSendStream[StepResult], ObjectReceiveStream[StepResult]]:
     return anyio.create_memory_object_stream[StepResult](math.inf)
+
+
+def _late(
+    workers: Sequence[WorkerHandle], what: str, seconds: float, remedy: str = "raise --start-timeout, or "
+) -> EngineDeadError:
+    ranks, hosts = (
+        ", ".join(dict.fromkeys(words)) for words in zip(*((str(w.rank), w.host) for w in workers), strict=True)
+    )
+    first = workers[0]
+    where = f"on {first.host}" if first.is_remote else f"pid {first.process.pid}"
+    return EngineDeadError(
+        f"rank {ranks} did not {what} within {seconds:g} s (on {hosts})",
+        hint=f"{remedy}look at what that process waits for: {where}",
+    )
 
 
 def _explain_end(where: str, worker: WorkerHandle, *, was_short: bool) -> EngineDeadError:

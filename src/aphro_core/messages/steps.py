@@ -59,6 +59,12 @@ class DumpStacks(msgspec.Struct, frozen=True, tag="dump_stacks"):
     """Engine to a worker on another host: write the stacks of your threads to stderr."""
 
 
+class WorkerAlive(msgspec.Struct, frozen=True, tag="alive"):
+    """Worker on another host to engine, every few seconds until it comes to meet the others: it is on its way."""
+
+    rank: int
+
+
 class WorkerLog(msgspec.Struct, frozen=True, tag="log"):
     """Worker on another host to engine: a line that it wrote to stdout or stderr."""
 
@@ -209,5 +215,13 @@ class StopWorker(msgspec.Struct, frozen=True, tag="stop"):
 
 ToWorker = StartWorker | AllocateCache | StepPlan | StopWorker | StoreReply | ModelBytes | Beat | DumpStacks
 FromWorker = (
-    WorkerProgress | WorkerLoaded | WorkerReady | WorkerFailed | StepResult | StoreCall | FetchModel | WorkerLog
+    WorkerProgress
+    | WorkerLoaded
+    | WorkerReady
+    | WorkerFailed
+    | StepResult
+    | StoreCall
+    | FetchModel
+    | WorkerAlive
+    | WorkerLog
 )

@@ -20,7 +20,7 @@ from aphro_core.environment import host_specific
 from aphro_core.errors import AphroError, ExitCode
 from aphro_core.interfaces import way_to
 from aphro_core.lifeline import die_with_parent, name_process
-from aphro_core.messages.steps import StartWorker, WorkerLog
+from aphro_core.messages.steps import StartWorker, WorkerAlive, WorkerLog
 from aphro_core.worker import entry
 from aphro_core.worker.paths import check_interfaces, check_paths
 from aphro_core.worker.stdio_channel import StdioChannel
@@ -28,6 +28,7 @@ from aphro_core.worker.stdio_channel import StdioChannel
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
+_ALIVE_SECONDS: Final = 2.0
 LEASE_SECONDS: Final = 15.0
 _MAX_LOG_BYTES: Final = 8 << 20  # at the start of a rank
 
@@ -48,6 +49,8 @@ def main() -> None:
 
 def _serve(channel: StdioChannel, log: int, _: entry.WorkerChannel, start: StartWorker) -> None:
     threading.Thread(target=_forward_lines, args=(channel, log, start), name="log", daemon=True).start()
+    has_come = threading.Event()
+    threading.Thread(target=_say_alive, args=(channel, start.rank, has_come), name="alive", daemon=True).start()
     asked = dict(os.environ) | start.environment
     check_interfaces(asked)
     os.environ.update(_interfaces(start.peers) | host_specific(os.environ) | start.environment)
@@ -55,6 +58,7 @@ def _serve(channel: StdioChannel, log: int, _: entry.WorkerChannel, start: Start
     def open_store() -> Store:
         from aphro_core.worker.relayed_store import RelayedStore
 
+        has_come.set()
         store = RelayedStore(channel.ask, start.config.distributed_timeout_seconds)
         if start.peers and start.address and start.local_rank == 0:
             variable = "GLOO_SOCKET_IFNAME" if start.config.device == "cpu" else "NCCL_SOCKET_IFNAME"
@@ -62,6 +66,13 @@ def _serve(channel: StdioChannel, log: int, _: entry.WorkerChannel, start: Start
         return store
 
     entry.serve(channel, start, open_store, channel.fetch)
+
+
+def _say_alive(channel: StdioChannel, rank: int, has_come: threading.Event) -> None:
+    """An import from a slow file system takes longer than anybody would wait for a rank that hangs."""
+    with suppress(ChannelClosedError):
+        while not has_come.wait(_ALIVE_SECONDS):
+            channel.send(WorkerAlive(rank))
 
 
 def _interfaces(peers: list[str]) -> dict[str, str]:
