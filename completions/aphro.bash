@@ -109,7 +109,7 @@ _aphro() {
         --device) _aphro_offer "" auto cuda cpu; return ;;
         esac
         if [[ "$current" == -* ]]; then
-            _aphro_offer "" --nccl-log --json --only --skip --ib --hosts --model --tensor-parallel-size -tp --pipeline-parallel-size -pp --device --bundle --help -h
+            _aphro_offer "" --nccl-log --json --only --skip --cluster --ib --hosts --model --tensor-parallel-size -tp --pipeline-parallel-size -pp --device --bundle --help -h
         else
             _aphro_offer "" explain; compopt -o default
         fi
@@ -125,7 +125,7 @@ _aphro() {
         --max-model-len) _aphro_offer "" auto; return ;;
         esac
         if [[ "$current" == -* ]]; then
-            _aphro_offer "" --tensor-parallel-size -tp --pipeline-parallel-size -pp --pp-layers --gpu --gpu-memory --gpu-mem --device --max-gpus --gpus-per-node --engine --dtype --quantization -q --kv-cache-dtype --max-model-len --max-num-seqs --max-num-batched-tokens --max-num-prefill-tokens --gpu-memory-utilization -gmu --block-size --concurrency --enforce-eager --enable-expert-parallel --enable-lora --max-loras --max-lora-rank --enable-prefix-caching --no-enable-prefix-caching --draft-layers --num-speculative-tokens --revision --compare --json --help -h
+            _aphro_offer "" --tensor-parallel-size -tp --pipeline-parallel-size -pp --pp-layers --gpu --gpu-memory --gpu-mem --device --cluster --max-gpus --gpus-per-node --engine --dtype --quantization -q --kv-cache-dtype --max-model-len --max-num-seqs --max-num-batched-tokens --max-num-prefill-tokens --gpu-memory-utilization -gmu --block-size --concurrency --enforce-eager --enable-expert-parallel --enable-lora --max-loras --max-lora-rank --enable-prefix-caching --no-enable-prefix-caching --draft-layers --num-speculative-tokens --revision --compare --json --help -h
         else
             _aphro_models
         fi

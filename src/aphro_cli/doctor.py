@@ -43,6 +43,9 @@ Ib = Annotated[
 Hosts = Annotated[
     list[str] | None, typer.Option("--hosts", metavar="HOST,...", help="Check these hosts by ssh: [user@]host[:port].")
 ]
+OfCluster = Annotated[
+    bool, typer.Option("--cluster", help="Check every node of the cluster that this host has joined, by ssh.")
+]
 Model = Annotated[
     str | None, typer.Option("--model", metavar="MODEL", help="Its sizes are what the live check measures.")
 ]
@@ -66,6 +69,7 @@ def doctor(
     as_json: AsJson = False,
     only: Only = None,
     skip: Skip = None,
+    of_cluster: OfCluster = False,
     ib: Ib = False,
     hosts: Hosts = None,
     model: Model = None,
@@ -83,13 +87,15 @@ def doctor(
         if words and not nccl_log:
             hint = "aphro doctor --nccl-log FILE for a log, or aphro doctor explain ID"
             raise UsageError(f"what is {words[0]!r}?", hint=hint)
+        if of_cluster and hosts:
+            raise UsageError("--cluster and --hosts both name hosts", hint="leave one of them out")
         from aphro_core.doctor.diagnosis import Questions, diagnose
 
         asked = Questions(
             logs=tuple([*nccl_log, *(words or ())] if nccl_log else ()),
             only=_split(only),
             skip=_split(skip),
-            hosts=_split(hosts),
+            hosts=_cluster_hosts() if of_cluster else _split(hosts),
             ib=ib,
             model=model,
             tp=tensor_parallel_size,
@@ -103,6 +109,13 @@ def doctor(
         return diagnosis.exit_code
 
     raise typer.Exit(run_reported(console, work, interrupted="interrupted"))
+
+
+def _cluster_hosts() -> tuple[str, ...]:
+    """The addresses of the nodes that are in. Raises ClusterError where this host is in no cluster."""
+    from aphro_core.cluster.asking import membership, read_status
+
+    return tuple(row.node.address for row in read_status(membership()).rows if row.state == "in")
 
 
 def _split(values: Sequence[str] | None) -> tuple[str, ...]:

@@ -40,6 +40,7 @@ def estimate(
     gpu: est.Gpu = None,
     gpu_memory: est.GpuMemory = None,
     device: opt.DeviceOption = "auto",
+    cluster: est.OfCluster = False,
     max_gpus: est.MaxGpus = None,
     gpus_per_node: est.GpusPerNode = 8,
     engine: est.Engine = "aphro",
@@ -69,14 +70,20 @@ def estimate(
     console = open_console("info", term=os.environ.get("TERM", ""))
 
     def answer() -> int:
-        from aphro_cli.estimate_devices import find_devices
+        from aphro_cli.estimate_devices import cluster_devices, find_devices
         from aphro_core.estimate.quantization import parse_quantization
         from aphro_core.estimate.question import Question, parse_engine
 
         version = parse_engine(engine)
         length = opt.parse_max_model_len(max_model_len)
         scheme = parse_quantization(quantization)
-        devices = find_devices(gpu, gpu_memory, device, is_ours=version is None)
+        if cluster and (gpu or gpu_memory):
+            raise UsageError("--cluster and --gpu both name devices", hint="leave one of them out")
+        if cluster:
+            devices, per_host = cluster_devices()
+        else:
+            devices = find_devices(gpu, gpu_memory, device, is_ours=version is None)
+            per_host = gpus_per_node
 
         def ask(name: str, tp: int | None, pp: int | None) -> Question:
             return Question(
@@ -87,7 +94,7 @@ def estimate(
                 pp=pp,
                 pp_layers=opt.parse_pp_layers(pp_layers),
                 max_devices=max_gpus or min(devices.count or gpus_per_node, _MOST_DEVICES),
-                devices_per_host=gpus_per_node,
+                devices_per_host=per_host,
                 dtype=_dtype(dtype, devices.kind),
                 kv_cache_dtype=kv_cache_dtype.replace("-", "_"),
                 quantization=scheme,

@@ -6,7 +6,7 @@ from typing import Literal
 
 from aphro_cli.estimate_options import parse_memory
 from aphro_core import host
-from aphro_core.errors import UsageError
+from aphro_core.errors import ClusterError, UsageError
 from aphro_core.estimate.cards import GIB, Card, card_of_size, find_card
 from aphro_core.estimate.question import DeviceFacts
 
@@ -30,6 +30,36 @@ def find_devices(
     free = host.available_memory_bytes()
     origin = f"{free / GIB:.2f} GiB of this host are free now"
     return DeviceFacts(kind="cpu", total_bytes=free, count=host.num_cores(), origin=origin)
+
+
+def cluster_devices() -> tuple[DeviceFacts, int]:
+    """Those of the joined cluster, and how many of them the smallest node has: groups must fit into each.
+
+    Of GPUs the smallest counts, and what others hold of the fullest; on CPUs as much on each node as on the one with
+    least. Raises ClusterError where this host is in none.
+    """
+    from aphro_core.cluster.asking import membership, read_status
+
+    rows = [row for row in read_status(membership()).rows if row.state == "in" and row.memory is not None]
+    if not rows:
+        raise ClusterError("no node of the cluster answers", hint="aphro cluster status")
+    count, least = sum(row.node.devices for row in rows), min(row.node.devices for row in rows)
+    memories = [row.memory for row in rows if row.memory is not None]
+    names = sorted({name for row in rows for name in row.node.device_names})
+    totals = [size for memory in memories for size in memory.gpu_total_bytes]
+    if totals:
+        taken = [
+            total - free for m in memories for total, free in zip(m.gpu_total_bytes, m.gpu_free_bytes, strict=True)
+        ]
+        origin = f"{count} x {', '.join(names)} of {len(rows)} nodes of the cluster; the smallest counts"
+        card = _known(names[0], min(totals)) if names else None
+        devices = DeviceFacts(
+            kind="cuda", total_bytes=min(totals), card=card, foreign_bytes=max(taken), count=count, origin=origin
+        )
+        return devices, least
+    free = min(memory.free_bytes for memory in memories)
+    origin = f"{count} ranks on {len(rows)} nodes of the cluster, at least {free / GIB:.2f} GiB free on each"
+    return DeviceFacts(kind="cpu", total_bytes=free * len(rows), count=count, origin=origin), least
 
 
 def _named(gpu: str, gpu_memory: str | None) -> DeviceFacts:

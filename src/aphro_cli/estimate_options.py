@@ -33,6 +33,7 @@ GpuMemory = Annotated[
 MaxGpus = Annotated[
     int | None, typer.Option("--max-gpus", min=1, max=256, help="Devices that plans may use; default: a host's.")
 ]
+OfCluster = Annotated[bool, typer.Option("--cluster", help="The devices of the cluster that this host has joined.")]
 GpusPerNode = Annotated[int, typer.Option("--gpus-per-node", min=1, help="Devices of one host.")]
 Engine = Annotated[
     str,

@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 from aphro_cli.main import app
 from aphro_core.doctor import doctor
 from aphro_core.doctor.finding import Finding, Status
+from tests.cli.test_estimate import nodes_of
 from tests.core.doctor.logs import IB_GDR, LOGS, P2P
 
 
@@ -127,3 +128,18 @@ def test_log_and_hosts_together(logs: Path) -> None:
     assert [finding["id"] for finding in report["findings"]][:2] == ["b", "log.gdrdma"]
     assert len(report["rank_pairs"]) == len({(0, 1), (1, 0)})
     assert IB_GDR
+
+
+def test_nodes_of_the_cluster_are_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    async def run_checks(**options: Any) -> list[Finding]:
+        asked.append(options["hosts"])
+        return [Finding("host.ssh", Status.PASS, "reached")]
+
+    monkeypatch.setattr("aphro_core.doctor.diagnosis.run_checks", run_checks)
+    monkeypatch.setattr("aphro_core.cluster.asking.membership", lambda: None)
+    monkeypatch.setattr("aphro_core.cluster.asking.read_status", lambda here: nodes_of([], [], []))
+    assert run("--cluster").exit_code == 0
+    assert asked == [("10.0.0.0", "10.0.0.1")]
+    assert run("--cluster", "--hosts", "a").exit_code == 2

@@ -15,6 +15,7 @@ from aphro_cli import estimate_view
 from aphro_cli.estimate_options import parse_memory, parse_plan
 from aphro_cli.main import app
 from aphro_core import host
+from aphro_core.cluster.messages import Memory, Node, NodeRow, Status
 from aphro_core.errors import UsageError
 from tests.core.estimate.configs import GEMMA3_27B, GPT_OSS_20B, LLAMA_8B, QWEN_72B
 
@@ -234,6 +235,48 @@ def test_a_card_that_nobody_knows(config: Path) -> None:
     code, found = run_json(config, "--gpu", "Voodoo2", "--gpu-memory", "33GiB", "--max-model-len", 4096)
     assert (code, found["settings"]["device_name"]) == (0, None)
     assert any("Voodoo2" in note for note in found["assumed"])
+
+
+def nodes_of(*gpus: list[tuple[int, int]], free_gib: int = 100) -> Status:
+    """A status of nodes with GPUs of (total, free) GiB, the last one of which has left."""
+    rows = []
+    for number, cards in enumerate(gpus):
+        node = Node(
+            id=str(number), name=f"n{number}", role="worker", address=f"10.0.0.{number}", interface="eth0",
+            devices=len(cards) or 4, resource="GPU" if cards else "CPU", device_names=["NVIDIA L4"] if cards else [],
+            versions={}, started_at=0.0,
+        )  # fmt: skip
+        memory = Memory(free_gib * 2**30, [free * 2**30 for _, free in cards], [total * 2**30 for total, _ in cards])
+        state = "in" if number < len(gpus) - 1 else "silent"
+        rows.append(NodeRow(node=node, state=state, age_seconds=0.0, memory=memory))
+    return Status(rows, [], [])
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> dict[str, Status]:
+    answers: dict[str, Status] = {}
+    monkeypatch.setattr("aphro_core.cluster.asking.membership", lambda: None)
+    monkeypatch.setattr("aphro_core.cluster.asking.read_status", lambda here: answers["now"])
+    return answers
+
+
+def test_the_joined_clusters_devices(config: Path, cluster: dict[str, Status]) -> None:
+    cluster["now"] = nodes_of([(22, 22)] * 4, [(22, 20), (21, 21)], [(80, 80)])
+    _, found = run_json(config, "--cluster", "--max-model-len", 4096)
+    assert found["settings"]["device_bytes"] == 21 * 2**30
+    assert max(plan["tp"] * plan["pp"] for plan in found["plans"]) == 6
+    assert any("6 x NVIDIA L4 of 2 nodes of the cluster" in note for note in found["assumed"])
+    assert any("across hosts" in plan["reason"] for plan in found["plans"] if plan["tp"] > 2)
+    cluster["now"] = nodes_of([], [], [])
+    _, found = run_json(config, "--cluster", "--max-model-len", 4096, "-tp", 2)
+    assert (found["settings"]["device_kind"], found["settings"]["device_bytes"]) == ("cpu", 200 * 2**30)
+
+
+def test_a_cluster_is_not_a_card(config: Path) -> None:
+    assert run(config, "--cluster", "--gpu", "H100")[0] == 2
+    code, _, told = run(config, "--cluster")
+    assert code != 0
+    assert "cluster" in told
 
 
 @pytest.mark.parametrize("columns", [80, 200])
