@@ -34,7 +34,7 @@ def write_list(folder: Path, form: str) -> None:
         (folder / form).write_text("\n".join(lines) + "\n")
 
 
-FORMS = ["SHA256SUMS", "sha256sums.txt", "FILE.sha256", "FILE.sha256 with its name"]
+FORMS = ["SHA256SUMS", "FILE.sha256", "FILE.sha256 with its name"]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -76,23 +76,24 @@ def together(runner: ModelRunner, seed: int) -> Found:
     return found
 
 
-@pytest.fixture(params=["own products", "library products"])
-def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "library products":
-        monkeypatch.setattr(host, "has_product_kernels", lambda: False)
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+@pytest.fixture
+def all_threads() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
     yield
     torch.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("products", "threads")
-@pytest.mark.parametrize("family", ["llama", "mixtral", "gemma3"])
-def test_the_same_bits_whatever_is_beside_it(tmp_path: Path, family: str) -> None:
+@pytest.mark.usefixtures("all_threads")
+@pytest.mark.parametrize(
+    ("family", "has_own_products", "num_threads"),
+    [("llama", True, 2), ("llama", False, 1), ("mixtral", True, 1), ("gemma3", False, 2)],
+)
+def test_the_same_bits_whatever_is_beside_it(
+    tmp_path: Path, family: str, has_own_products: bool, num_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_own_products:
+        monkeypatch.setattr(host, "has_product_kernels", lambda: False)
+    torch.set_num_threads(num_threads)
     write_tiny_checkpoint(tmp_path, family, max_position_embeddings=256)
     plan = sharding_plan(tmp_path, 1, 1)
     runner = build_runner(tmp_path, plan, dtype=torch.bfloat16, is_deterministic=True)

@@ -104,7 +104,7 @@ def test_a_step_that_fails_on_one_gpu_rank_ends_on_all(tmp_path: Path, broken: i
     def rank_of_group(links: Links, rank: int) -> Any:
         runner, planner = device_runner(model, links, tp=2, rank=rank), Planner()
         found: list[tuple[Any, Any]] = []
-        for at in range(16):
+        for at in range(1, 16, 3):
             for fault in (at if rank == broken else None, None):
                 ids = [10 * len(found), 10 * len(found) + 1]
                 for seq_id in ids:
@@ -120,7 +120,7 @@ def test_a_step_that_fails_on_one_gpu_rank_ends_on_all(tmp_path: Path, broken: i
     sound = answers[0][1::2]
     assert all(steps == sound[0] and None not in steps for steps in sound)
     failed = [steps for steps in answers[broken][0::2] if "failed" in steps]
-    assert len(failed) >= 12
+    assert len(failed) >= 4
     for told, own in zip(answers[0][0::2], answers[broken][0::2], strict=True):
         assert told == sound[0] or "failed" in own
         assert all(
