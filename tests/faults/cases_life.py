@@ -40,6 +40,21 @@ def p04(lab: Lab) -> Outcome:
     return lose_api(lab, signal.SIGKILL, 1.0)
 
 
+def api_and_engine(lab: Lab) -> Outcome:
+    """The API process is killed when its engine, or a rank, is stopped or dead: the next one does not wait for it."""
+    outcome = Outcome()
+    victims = [("aphro-engine", signal.SIGSTOP), ("aphro-rank-1", signal.SIGSTOP), ("aphro-rank-0", signal.SIGKILL)]
+    with lab.server("-tp", "2", "--step-timeout", "3", "--max-recoveries", "9") as server:
+        for name, number in victims:
+            with Load(server.url, bodies(4, 900)) as load:
+                load.wait_tokens(5)
+                server.kill(name, number)
+                hit = server.kill("aphro-api")
+                outcome.check("200", complete(server.url, prompt_of(1)).status_code == 200)
+                outcome.at_most("served again", time.monotonic() - hit, 3.0 + 8.0)
+    return outcome
+
+
 def hung_api(lab: Lab) -> Outcome:
     return lose_api(lab, signal.SIGSTOP, 3.0)
 
@@ -224,6 +239,7 @@ def p21(lab: Lab) -> Outcome:
 CASES = [
     Case("P-04", "SIGKILL of the API process under load", p04),
     Case("P-04b", "SIGSTOP of the API process under load", hung_api),
+    Case("P-04c", "SIGKILL of the API process beside a stopped engine or rank; step deadline 3 s", api_and_engine),
     Case("P-05", "SIGKILL of the supervising process under load", p05),
     Case("P-13", "SIGTERM under load", p13),
     Case("P-14", "the drain deadline passes, with a client that never reads", p14),

@@ -58,6 +58,10 @@ class EngineProcess:
     def pid(self) -> int:
         return self._process.pid
 
+    def expect_pulses(self) -> None:
+        """From now on silence is a hang."""
+        self._is_ready = True
+
     async def send(self, message: ToEngine) -> None:
         """Raises EngineDeadError once the engine is gone."""
         try:
@@ -150,6 +154,7 @@ async def adopt_engine(held: HeldEngine, config: EngineConfig) -> AsyncIterator[
                 ours.close()
                 raise EngineDeadError(f"the engine process (pid {held.child.pid}) cannot be taken over") from error
         async with _talking(held, ours, config) as engine:
+            engine.expect_pulses()  # it has loaded long ago: one that hangs is found as soon as ever
             yield engine
 
 
