@@ -21,6 +21,8 @@ from aphro_cli.cluster_view import (
     status_to_json,
 )
 from aphro_cli.main import app
+from aphro_core.cluster import cluster
+from aphro_core.cluster.address import Chosen
 from aphro_core.cluster.messages import (
     Departed,
     Environment,
@@ -137,6 +139,16 @@ def test_in_no_cluster(words: list[str]) -> None:
     assert "error: this host is in no cluster" in done.stderr
     assert "\ntry: " in done.stderr
     assert done.stdout == ""
+
+
+def test_a_state_folder_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setenv("XDG_STATE_HOME", "/dev/null")
+    monkeypatch.setattr(cluster, "choose_address", lambda **_: Chosen("10.0.0.1", "eth0", "so"))
+    done = aphro("up")
+    assert done.exit_code == ExitCode.USAGE
+    assert "error: /dev/null/aphro/cluster: Not a directory" in done.stderr
+    assert "try: a folder that you may write to: export XDG_STATE_HOME=DIR" in done.stderr
 
 
 @pytest.mark.parametrize("words", [["up"], ["join", "--head", "10.0.0.1", "--token", "t" * 64]])

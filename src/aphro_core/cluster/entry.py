@@ -7,13 +7,13 @@ import os
 import signal
 import sys
 import time
+import traceback
 import uuid
 from contextlib import suppress
 from typing import Final, NoReturn
 
 import msgspec
 
-from aphro_core.channel import ChannelClosedError
 from aphro_core.cluster.member import Member, clean_files
 from aphro_core.cluster.membership import Membership, state_folder, with_process
 from aphro_core.cluster.plan import Failed, Plan, Progress, Ready, Said
@@ -81,14 +81,14 @@ def main() -> None:
         member.start()
         _log(f"in after {time.monotonic() - started:.1f} s")
         _tell(Ready(time.monotonic() - started))
-    except (AphroError, OSError, ChannelClosedError) as error:
+    except Exception as error:  # whatever it is, nothing of this node may be left
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # this is the end already
-        _log(f"not in: {error}")
+        _log(f"not in: {error}" if isinstance(error, AphroError) else traceback.format_exc())
         end_processes(membership)
         clean_files(membership)
         code = error.exit_code if isinstance(error, AphroError) else 1
         with suppress(OSError):
-            _tell(Failed(str(error), getattr(error, "hint", None) or "", code))
+            _tell(Failed(str(error) or type(error).__name__, getattr(error, "hint", None) or "", code))
         sys.exit(code)
     nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1):

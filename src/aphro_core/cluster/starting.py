@@ -5,13 +5,14 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from aphro_core.cluster.membership import private_folder, state_folder
 from aphro_core.cluster.plan import Failed, Plan, Progress, Ready, Said
-from aphro_core.errors import AphroError, ClusterError, ExitCode
+from aphro_core.errors import AphroError, ClusterError, ExitCode, UsageError
 from aphro_core.reporter import Reporter
 
 _END_SECONDS: Final = 30.0
@@ -19,9 +20,7 @@ _END_SECONDS: Final = 30.0
 
 def start_member(plan: Plan, reporter: Reporter) -> None:
     """Returns when the node is in. Raises AphroError when it could not get in; nothing runs then."""
-    logs = private_folder(state_folder() / "logs")
-    for old in logs.glob("*.log"):
-        old.unlink()
+    logs = _empty_logs()
     with (logs / "member.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "aphro_core.cluster.entry"],
@@ -45,6 +44,17 @@ def start_member(plan: Plan, reporter: Reporter) -> None:
         raise
     code = process.wait()
     raise ClusterError(f"the member process ended with code {code}", hint=f"look into {logs / 'member.log'}")
+
+
+def _empty_logs() -> Path:
+    try:
+        logs = private_folder(state_folder() / "logs")
+        for old in logs.glob("*.log"):
+            old.unlink()
+    except OSError as error:
+        hint = "a folder that you may write to: export XDG_STATE_HOME=DIR"
+        raise UsageError(f"{state_folder()}: {error.strerror}", hint=hint) from None
+    return logs
 
 
 def _report(progress: Progress, reporter: Reporter) -> bool:
