@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
+from aphro_kernels.quantise_rows import RowKind, quantise_rows_reference
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from aphro_core.parallel.shard import ShardingPlan
 from tests.tiny import tiny_model
 
 GROUP: Final = 32
+INPUT_SCALE: Final = 0.05
 SIZES: Final[dict[str, Any]] = {
     "hidden_size": 96,
     "intermediate_size": 160,  # five groups
@@ -34,6 +38,7 @@ Written = tuple[dict[str, Tensor], Tensor]
 class TinyFormat:
     config: dict[str, Any]
     write: Callable[[Tensor, torch.Generator], Written]
+    inputs: float | Literal["dynamic"] | None = None  # how activations are rounded: by this scale, or each row's own
 
 
 def write_tiny_format(folder: Path, name: str, family: str = "llama", **overrides: Any) -> Any:
@@ -55,6 +60,36 @@ def write_tiny_format(folder: Path, name: str, family: str = "llama", **override
     (folder / "config.json").write_text(json.dumps(config))
     save_file(state, folder / "model.safetensors")
     return type(model).from_pretrained(meaning, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def round_inputs(model: Any, name: str, plan: ShardingPlan) -> None:
+    """Make the model round what its quantised linear layers read, as the format does: of the columns that tensor
+    parallel ranks share out, each rank its own."""
+    row = TINY_FORMATS[name]
+    if row.inputs is None:
+        return
+    head_dim = getattr(model.config, "head_dim", None) or model.config.hidden_size // model.config.num_attention_heads
+    first_stage = plan.ranks[: plan.ranks[0].tp_size]
+    cuts = {
+        "o_proj": [len(shard.heads) * head_dim for shard in first_stage],
+        "down_proj": [len(shard.mlp) for shard in first_stage],
+    }
+    kind: RowKind = "int8" if row.config.get("format") == "int-quantized" else "fp8"
+    scale = None if row.inputs == "dynamic" else row.inputs
+
+    def hook(module: Any, inputs: tuple[Tensor, ...], sizes: list[int] | None) -> tuple[Tensor]:
+        (x,) = inputs
+        parts = x.split(sizes, dim=-1) if sizes is not None else (x,)
+        rounded = []
+        for part in parts:
+            codes, scales = quantise_rows_reference(part.flatten(0, -2), kind, scale)
+            rounded.append((codes.float() * scales[:, None]).view(part.shape))
+        return (torch.cat(rounded, dim=-1),)
+
+    for module_name, module in model.named_modules():
+        if f"{module_name}.weight".endswith(LINEAR):
+            sizes = cuts.get(module_name.rsplit(".", 1)[-1])
+            module.register_forward_pre_hook(partial(hook, sizes=sizes))
 
 
 def pack(codes: Tensor, bits: int, dim: int) -> Tensor:
@@ -127,7 +162,7 @@ def _to_fp8(weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
 def _fp8_tensor(weight: Tensor, generator: torch.Generator) -> Written:
     scale = weight.abs().max() / 448
     codes, meaning = _to_fp8(weight, scale)
-    return {"weight": codes, "weight_scale": scale, "input_scale": torch.tensor(0.1)}, meaning
+    return {"weight": codes, "weight_scale": scale, "input_scale": torch.tensor(INPUT_SCALE)}, meaning
 
 
 def _fp8_block(weight: Tensor, generator: torch.Generator) -> Written:
@@ -199,17 +234,19 @@ TINY_FORMATS: Final[dict[str, TinyFormat]] = {
     "awq": TinyFormat(
         {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}, _awq_write
     ),
-    "fp8-static": TinyFormat({"quant_method": "fp8", "activation_scheme": "static"}, _fp8_tensor),
+    "fp8-static": TinyFormat({"quant_method": "fp8", "activation_scheme": "static"}, _fp8_tensor, INPUT_SCALE),
     "fp8-block": TinyFormat(
         {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [40, GROUP]}, _fp8_block
     ),
     "compressed-fp8-static": TinyFormat(
-        _compressed("float-quantized", "float", 8, "tensor", dynamic=False), _fp8_tensor
+        _compressed("float-quantized", "float", 8, "tensor", dynamic=False), _fp8_tensor, INPUT_SCALE
     ),
     "compressed-fp8-dynamic": TinyFormat(
-        _compressed("float-quantized", "float", 8, "channel", dynamic=True), _fp8_channel
+        _compressed("float-quantized", "float", 8, "channel", dynamic=True), _fp8_channel, "dynamic"
     ),
-    "compressed-int8-w8a8": TinyFormat(_compressed("int-quantized", "int", 8, "channel", dynamic=True), _int8_channel),
+    "compressed-int8-w8a8": TinyFormat(
+        _compressed("int-quantized", "int", 8, "channel", dynamic=True), _int8_channel, "dynamic"
+    ),
     "compressed-w4a16": _packed(4, symmetric=True),
     "compressed-w4a16-asymmetric": _packed(4, symmetric=False),
     "compressed-w4a16-act-order": _packed(4, symmetric=True, act_order=True),

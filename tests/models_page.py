@@ -12,7 +12,7 @@ from aphro_core.models.quant_config import ONLINE, RECOGNISED
 from aphro_core.models.quantization import GGUF_KINDS
 from aphro_core.models.registry import RECOGNISED_ARCHITECTURES
 from tests.families import TINY
-from tests.formats import TINY_FORMATS
+from tests.formats import TINY_FORMATS, TinyFormat
 
 PAGE: Final = Path(__file__).parent.parent / "docs" / "models.md"
 TP, PP = (1, 2, 3, 4), (1, 2, 3)  # of tests/e2e/test_parity.py
@@ -43,6 +43,22 @@ Triton's interpreter and are compiled for Hopper; `tests/gpu` runs families and 
 """
 
 
+_CACHE: Final = """
+"Activations in 8 bits" (W8A8) names how a layer's inputs are rounded before they are multiplied: by the scale that is
+stored with the layer, or each row by its own largest magnitude. Codes are multiplied exactly and summed in float32, on
+GPUs from 64 rows on by the float8 tensor cores (a scale a row, sizes in sixteens), which nobody has run yet. With
+`dynamic` and tensor parallel ranks, each rounds its own columns of o_proj and down_proj, so tokens may differ between
+sizes by a rounding. FP8 in blocks and asymmetric activations keep their inputs as they are.
+
+## KV cache
+
+| `--kv-cache-dtype` | devices | what |
+| --- | --- | --- |
+| auto | cuda, cpu | as `--dtype` |
+| fp8, fp8_e4m3 | cuda (from 8.9 on), cpu | every family and format; scales of K and V from the checkpoint, else 1 |
+"""
+
+
 def render() -> str:
     lines = [_HEAD]
     devices = {row.architecture: row.devices for row in model_rows()}
@@ -62,21 +78,26 @@ def render() -> str:
     lines.append(_FORMATS.replace("{gguf}", ", ".join(f"`{name}`" for name in GGUF_FAMILIES)))
     formats = {row.name: row for row in format_rows()}
     stored = [
-        [name, str(each.config["quant_method"]), _listed(formats[str(each.config["quant_method"])].devices)]
+        [name, method := str(each.config["quant_method"]), _rounding(each), _listed(formats[method].devices)]
         for name, each in TINY_FORMATS.items()
     ]
     stored += [
-        [f"gguf {name}, kept in {kind}", "gguf", _listed(formats["gguf"].devices)]
+        [f"gguf {name}, kept in {kind}", "gguf", "", _listed(formats["gguf"].devices)]
         for name, (kind, _) in GGUF_KINDS.items()
     ]
-    stored += [[f"{name}, made while loading", name, _listed(formats[name].devices)] for name in ONLINE]
-    lines += _table(["checked layout", "`-q`", "devices"], stored)
+    stored += [[f"{name}, made while loading", name, "", _listed(formats[name].devices)] for name in ONLINE]
+    lines += _table(["checked layout", "`-q`", "activations in 8 bits", "devices"], stored)
     lines.append(f"\nRecognised and refused by name: {', '.join(RECOGNISED)}.")
+    lines.append(_CACHE.rstrip())
     return "\n".join(lines) + "\n"
 
 
 def _table(columns: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
+
+
+def _rounding(row: TinyFormat) -> str:
+    return row.inputs if isinstance(row.inputs, str) else "" if row.inputs is None else "static"
 
 
 def _listed(values: tuple[object, ...]) -> str:

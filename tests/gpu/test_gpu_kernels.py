@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from aphro_kernels.skinny_linear import SkinnyConfig, rows_bucket
+from aphro_kernels.skinny_linear import SkinnyConfig, build_skinny_workspace, rows_bucket
 
 from tests.kernels.comparisons import (
     compare_attention,
     compare_grouped_linear,
     compare_grouped_packed_linear,
     compare_packed_linear,
+    compare_quantise_rows,
     compare_rms_norm,
     compare_rotary,
     compare_rotary_angles,
@@ -189,6 +190,33 @@ def test_packed_linear(num_rows: int, shape: tuple[int, int], num_groups: int, k
 )
 def test_grouped_packed_linear(num_tokens: int, here: range, shape: tuple[int, int], groups: int, kind: str) -> None:
     compare_grouped_packed_linear(num_tokens, 2, here, shape, kind, groups, torch.bfloat16, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [None, 0.01])
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_quantise_rows(kind: str, scale: float | None, dtype: torch.dtype) -> None:
+    for num_rows, width in ((1, 63), (65, 4096), (2, 14336)):
+        compare_quantise_rows(num_rows, width, kind, scale, dtype, "cuda")
+
+
+@pytest.mark.parametrize("scale", [None, 0.01])
+@pytest.mark.parametrize("num_rows", [1, 64, 300])
+def test_rounded_float8_products(num_rows: int, scale: float | None) -> None:
+    """Few rows by the kernel, many by the library's float8 product: both are that of the rounded numbers."""
+    from aphro_kernels.quantise_rows import quantise_rows_reference
+
+    from aphro_core.quantization.linear import QuantizedLinear
+    from aphro_core.quantization.matrix import RoundedInputs
+    from aphro_core.quantization.online import quantise
+
+    matrix = quantise(torch.randn(1536, 1024, device="cuda"), "fp8", None, torch.float32)
+    matrix.inputs = RoundedInputs(scale)
+    x = torch.randn(num_rows, 1024, device="cuda", dtype=torch.bfloat16)
+    layer = QuantizedLinear([matrix], None, torch.bfloat16, build_skinny_workspace(torch.device("cuda")))
+    codes, scales = quantise_rows_reference(x, "fp8", scale)
+    expected = (codes.float() * scales[:, None]) @ matrix.dequantise(torch.float32).T
+    assert (layer(x).float() - expected).norm() / expected.norm() < 5e-3
 
 
 @pytest.mark.parametrize("num_rows", [1, 63, 256])

@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from aphro_core.checkpoint.open import read_hf_config
 from aphro_core.llm import LLM
+from aphro_core.models.registry import load_spec
+from aphro_core.parallel.shard import build_plan
 from aphro_core.request import SamplingParams
 from tests.e2e.server_process import running_server
 from tests.families import TINY
-from tests.formats import TINY_FORMATS, write_tiny_format
+from tests.formats import TINY_FORMATS, round_inputs, write_tiny_format
 from tests.reference import Reference
 from tests.tiny import PLAIN, write_tiny_checkpoint
 
@@ -67,7 +70,9 @@ def test_float32_tokens_equal_transformers(tmp_path: Path, family: str, tp: int,
 def test_quantised_tokens_equal_transformers(tmp_path: Path, name: str) -> None:
     """On the dequantised weights; decode takes the kernel, the prompts of more than 64 rows a dequantised copy."""
     assert name in TINY_FORMATS
-    reference = Reference(write_tiny_format(tmp_path, name), prompt_lengths=(1, 17, 40, 70), new=12)
+    model = write_tiny_format(tmp_path, name)
+    round_inputs(model, name, build_plan(load_spec(read_hf_config(tmp_path)), 1, 1))
+    reference = Reference(model, prompt_lengths=(1, 17, 40, 70), new=12)
     with LLM(
         str(tmp_path), device="cuda", dtype="float32", num_blocks=64, max_model_len=128, skip_tokenizer_init=True
     ) as llm:

@@ -16,6 +16,7 @@ from aphro_kernels import (
     packed_linear,
     paged_attention,
     peer_all_reduce,
+    quantise_rows,
     rms_norm,
     rotary,
     rotary_angles,
@@ -439,6 +440,24 @@ def compare_grouped_packed_linear(
         is_ours = torch.tensor([expert in here for expert in chosen.flatten().tolist()], device=device)
         assert_close(out[is_ours], expected[is_ours])
         assert bool(out[~is_ours].isnan().all()), "slots of other ranks are not written"
+
+
+def compare_quantise_rows(
+    num_rows: int, width: int, kind: str, scale: float | None, dtype: torch.dtype, device: str
+) -> None:
+    x = random(num_rows, width + 8, dtype=dtype, device=device)[:, :width]
+    x[0] = 0.0
+    codes, scales = quantise_rows.quantise_rows_reference(x, kind, scale)
+    out = torch.full(x.shape, 7, dtype=torch.int8, device=device).view(codes.dtype)
+    found, found_scales = quantise_rows._launch(x, kind, scale, out)
+    floats, float_scales = quantise_rows._launch(x, kind, scale, nans(num_rows, width, dtype=dtype, device=device))
+    torch.testing.assert_close(found_scales, scales)
+    assert torch.equal(floats.float() * float_scales[:, None], found.float() * found_scales[:, None])
+    apart = (found.float() - codes.float()).abs()
+    # at most one code apart, and rarely; the interpreter rounds to float8 as in compare_rotary
+    share, most = (1 / 2, 0.1) if device == "cpu" and kind == "fp8" else (1 / 8, 0.01)
+    assert bool((apart <= (1.0 if kind == "int8" else codes.float().abs() * share + 0.004)).all())
+    assert (apart > 0).float().mean() < most
 
 
 def compare_step_rows(num_rows: int, device: str) -> None:

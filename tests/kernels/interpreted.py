@@ -12,6 +12,7 @@ from tests.kernels.comparisons import (
     compare_grouped_packed_linear,
     compare_packed_linear,
     compare_peer_all_reduce,
+    compare_quantise_rows,
     compare_rms_norm,
     compare_rotary,
     compare_rotary_angles,
@@ -165,3 +166,10 @@ def test_packed_linear(num_rows: int, shape: tuple[int, int], num_groups: int, k
 @pytest.mark.parametrize(("num_tokens", "here", "groups"), [(1, range(8), 2), (19, range(2, 5), 1)])
 def test_grouped_packed_linear(num_tokens: int, here: range, groups: int, kind: str) -> None:
     compare_grouped_packed_linear(num_tokens, 2, here, (40, 64), kind, groups, F16, "cpu")
+
+
+@pytest.mark.parametrize("scale", [None, 0.01])
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_quantise_rows(kind: str, scale: float | None) -> None:
+    compare_quantise_rows(3, 63, kind, scale, F32, "cpu")
+    compare_quantise_rows(2, 2100, kind, scale, F32, "cpu")

@@ -93,6 +93,10 @@ KERNELS: dict[str, dict[str, Any]] = {  # "module.kernel": types of its argument
     },
 }
 
+KERNELS["quantise_rows._quantise_rows_kernel"] = {
+    **{"x": "*bf16", "out": "*u8", "scales": "*fp32", "width": "i32", "x_stride": "i32", "scale": "fp32"},
+    **{"shrink": "fp32", "IS_STATIC": False, "IS_FP8": True, "IS_CODES": True, "LARGEST_CODE": 448.0, "BLOCK": 2048},
+}
 KERNELS["rotary._rotary_and_cache_kernel float8"] = KERNELS["rotary._rotary_and_cache_kernel"] | {
     "k_cache": "*u8",
     "v_cache": "*u8",
@@ -147,7 +151,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(name: str) -> None:
 
     module, kernel_name = name.split(maxsplit=1)[0].split(".")
     kernel = getattr(importlib.import_module(f"aphro_kernels.{module}"), kernel_name)
-    given = {**KERNELS[name], "CHAINED": True}
+    given = {"CHAINED": True, **KERNELS[name]}
     is_type = {argument: isinstance(value, str) and value not in ("tf32", "plain") for argument, value in given.items()}
     signature = {argument: given[argument] if is_type[argument] else "constexpr" for argument in kernel.arg_names}
     constants = {(i,): given[argument] for i, argument in enumerate(kernel.arg_names) if not is_type[argument]}

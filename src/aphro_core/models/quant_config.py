@@ -9,7 +9,7 @@ from typing import Final
 
 from aphro_core.errors import ModelError, UsageError
 from aphro_core.models.hf_config import HfConfig
-from aphro_core.models.quantization import Kind, QuantSpec
+from aphro_core.models.quantization import Activations, Kind, QuantSpec
 
 # asked for by name -> what it makes of unquantised weights
 ONLINE: Final[dict[str, QuantSpec]] = {
@@ -66,11 +66,12 @@ def with_request(found: QuantSpec | None, asked: str | None) -> QuantSpec | None
 def _fp8(section: HfConfig) -> QuantSpec:
     """Native FP8 checkpoints: a scale a tensor, or DeepSeek's and Qwen's scales of 128 x 128 blocks."""
     section.choice("fmt", {"e4m3": True}, "e4m3")
-    scheme = section.choice("activation_scheme", {"static": True, "dynamic": False}, "dynamic")
+    schemes: dict[str, Activations] = {"static": "static", "dynamic": "dynamic"}
+    scheme = section.choice("activation_scheme", schemes, "dynamic")
     ignored = _ignored(section, "modules_to_not_convert", "ignored_layers")
-    base = QuantSpec(layout="fp8", kind="fp8", has_input_scales=scheme, ignored=ignored)
+    base = QuantSpec(layout="fp8", kind="fp8", ignored=ignored)
     if not section.has("weight_block_size"):
-        return replace(base, is_per_tensor=True)
+        return replace(base, is_per_tensor=True, activations=scheme)
     block = section.integers("weight_block_size")
     if len(block) != 2 or min(block) < 1:
         raise section.refuse("weight_block_size", "two sizes, such as [128, 128]")
@@ -140,9 +141,20 @@ def _compressed_tensors(section: HfConfig) -> QuantSpec:
         is_symmetric=weights.flag("symmetric", True),
         has_act_order=order == "group",
         has_words=has_words,
-        has_input_scales=group.section("input_activations").has("dynamic"),
+        activations=None if has_words else _activations(group.section("input_activations"), bits, is_float=is_float),
         ignored=_ignored(section, "ignore"),
     )
+
+
+def _activations(section: HfConfig, bits: int, *, is_float: bool) -> Activations:
+    """None where they stay as they are: not quantised, or in a way of which the weights alone are more exact."""
+    if not section.has("num_bits") or section.integer("num_bits") != bits or bits != 8:
+        return None
+    is_alike = section.choice("type", {"float": True, "int": False}) == is_float
+    strategies = {name: name in ("tensor", "token") for name in ("tensor", "token", "channel", "group", "block")}
+    if not is_alike or not section.flag("symmetric", True) or not section.choice("strategy", strategies):
+        return None
+    return "dynamic" if section.flag("dynamic", False) else "static"
 
 
 def _gguf(section: HfConfig) -> QuantSpec:

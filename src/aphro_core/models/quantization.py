@@ -10,6 +10,8 @@ from typing import Final, Literal
 Kind = Literal["fp8", "int8", "int4"]
 Layout = Literal["online", "fp8", "gptq", "awq", "compressed-tensors", "gguf"]
 
+Activations = Literal["static", "dynamic"] | None
+
 # GGUF block formats that are kept packed -> (kind, elements that share a scale)
 GGUF_KINDS: Final[dict[str, tuple[Kind, int]]] = {
     "Q4_0": ("int4", 32),
@@ -41,7 +43,7 @@ class QuantSpec:
     has_act_order: bool = False  # the group of an input is looked up (g_idx)
     has_words: bool = False  # compressed-tensors: codes side by side in words of 32 bits
     zeros_less_one: bool = False  # GPTQ's first checkpoint format stores zero points less 1
-    has_input_scales: bool = False  # static scales of the activations: read by others, not needed here
+    activations: Activations = None  # rounded to 8 bits as well, by a stored scale a layer or one found a token
     ignored: tuple[str, ...] = ()  # modules that are left as they are: names or parts of them, or "re:" and a pattern
     block_formats: Mapping[str, str] = field(default_factory=dict)  # gguf: tensor name -> block format
 
@@ -82,6 +84,7 @@ class QuantSpec:
             if self.layout in ("fp8", "compressed-tensors"):
                 scale_rows = 1 if self.is_per_tensor else -(-rows // self.block_rows)
                 tensors[self.scale_name] = (scale_rows, groups)
+                tensors |= {"input_scale": (1,)} if self.activations == "static" else {}
         return {f"{module}.{name}": shape for name, shape in tensors.items()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Final, Protocol
+from typing import Final
 
 import torch
 from aphro_kernels.cpu_packed_linear import CpuPackedLinear, block_of
@@ -18,17 +18,12 @@ from aphro_core.quantization.kernel_linear import KernelProduct
 from aphro_core.quantization.matrix import PackedMatrix
 from aphro_core.quantization.online import quantise
 from aphro_core.quantization.packing import unpack_nibbles
+from aphro_core.quantization.rounded import Product, RoundedProduct
 
 _TILE: Final = 2**20  # weights that are dequantised at once on a CPU: what is multiplied next is still in its cache
 _INT4_GROUPS: Final = (32, 64, 128, 256)  # that torch's int4 product takes
 _INT4_ROWS: Final = 32  # up to here it beats dequantising; above, dequantising is shared by more rows
 _INT8_ROWS: Final = 8
-
-
-class Product(Protocol):
-    nbytes: int
-
-    def __call__(self, x: Tensor) -> Tensor: ...
 
 
 class QuantizedLinear:
@@ -74,10 +69,13 @@ class QuantizedLinear:
 
 
 def _takes_kernel(matrix: PackedMatrix) -> bool:
-    return matrix.codes.is_cuda and matrix.group_index is None and matrix.order is None
+    return matrix.inputs is None and matrix.codes.is_cuda and matrix.group_index is None and matrix.order is None
 
 
 def build_product(matrix: PackedMatrix, dtype: torch.dtype, workspace: SkinnyWorkspace | None = None) -> Product:
+    if matrix.inputs is not None:
+        plain = build_product(replace(matrix, inputs=None), dtype, workspace)
+        return RoundedProduct(matrix, matrix.inputs, plain)
     if matrix.order is not None:
         return OrderedProduct(matrix, dtype, workspace)
     if matrix.codes.device.type == "cpu" and dtype == torch.bfloat16:

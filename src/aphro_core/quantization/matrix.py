@@ -16,6 +16,13 @@ from aphro_core.quantization.packing import unpack_nibbles
 FP8 = FLOAT8
 
 
+@dataclass(frozen=True, slots=True)
+class RoundedInputs:
+    """Activations are rounded to codes of the weights' kind, too: by ``scale``, or (None) each row by its own."""
+
+    scale: float | None
+
+
 @dataclass(slots=True)
 class PackedMatrix:
     """[rows, columns]: weight = code * scale (+ offset), with as many groups of equal size as ``scales`` has columns.
@@ -31,6 +38,7 @@ class PackedMatrix:
     offsets: Tensor | None = None
     group_index: Tensor | None = None
     order: Tensor | None = None
+    inputs: RoundedInputs | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -59,7 +67,8 @@ class PackedMatrix:
         offsets, group_index, order = (
             None if x is None else x.to(device) for x in (self.offsets, self.group_index, self.order)
         )
-        return PackedMatrix(self.kind, self.codes.to(device), self.scales.to(device), offsets, group_index, order)
+        codes, scales = self.codes.to(device), self.scales.to(device)
+        return PackedMatrix(self.kind, codes, scales, offsets, group_index, order, self.inputs)
 
     def for_kernels(self) -> PackedWeight:
         """As the kernels read it: int4 codes in another order, which is a copy."""
@@ -103,12 +112,21 @@ def below_each_other(parts: Sequence[PackedMatrix]) -> list[PackedMatrix]:
     return [_joined(run) for run in merged]
 
 
+def with_common_inputs(parts: Sequence[PackedMatrix]) -> list[PackedMatrix]:
+    """Of a rank's experts, whose rows are rounded together: the largest stored scale, so that nothing is cut off."""
+    scales = [part.inputs.scale for part in parts if part.inputs is not None and part.inputs.scale is not None]
+    if len(scales) < len(parts) or not scales:
+        return list(parts)
+    return [replace(part, inputs=RoundedInputs(max(scales))) for part in parts]
+
+
 def _are_alike(a: PackedMatrix, b: PackedMatrix) -> bool:
     if (a.order is None) != (b.order is None) or (
         a.order is not None and b.order is not None and not torch.equal(a.order, b.order)
     ):
         return False
     alike = a.kind == b.kind and a.scales.shape[1] == b.scales.shape[1] and a.scales.dtype == b.scales.dtype
+    alike = alike and a.inputs == b.inputs
     if a.group_index is None or b.group_index is None:
         return alike and a.group_index is b.group_index
     return alike and torch.equal(a.group_index, b.group_index)

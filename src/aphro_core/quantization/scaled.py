@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from aphro_core.errors import ModelError
 from aphro_core.quantization.grouped import from_unsigned
-from aphro_core.quantization.matrix import PackedMatrix
+from aphro_core.quantization.matrix import PackedMatrix, RoundedInputs
 from aphro_core.quantization.packing import unpack_words
 from aphro_core.quantization.source import QuantSource, words_of
 
@@ -16,7 +17,8 @@ def read_scaled(source: QuantSource) -> PackedMatrix:
     weight = code * scale (``weight_scale``, or ``weight_scale_inv`` of blocks, which is a factor as well)."""
     spec = source.spec
     codes = read_part(source, "weight")
-    return PackedMatrix(spec.kind, codes.contiguous(), _scales(source).to(source.dtype).contiguous())
+    scales = _scales(source).to(source.dtype).contiguous()
+    return PackedMatrix(spec.kind, codes.contiguous(), scales, inputs=_inputs(source))
 
 
 def read_packed_words(source: QuantSource) -> PackedMatrix:
@@ -41,6 +43,21 @@ def read_part(source: QuantSource, name: str) -> Tensor:
     if len(source.columns) == source.shape[1]:
         return source.read(name, source.rows)
     return source.read_columns(name, source.columns)[source.rows.start : source.rows.stop]
+
+
+def _inputs(source: QuantSource) -> RoundedInputs | None:
+    """Raises ModelError for a stored scale that is no positive number."""
+    if source.spec.activations is None:
+        return None
+    if source.spec.activations == "dynamic":
+        return RoundedInputs(None)
+    scale = float(source.read("input_scale").float().flatten()[0])
+    if not 0.0 < scale < float("inf"):
+        raise ModelError(
+            f"{source.module}.input_scale in {source.checkpoint.path} is {scale}, expected a positive number",
+            hint="fetch the model again, or use a checkpoint with dynamic scales",
+        )
+    return RoundedInputs(scale)
 
 
 def _scales(source: QuantSource) -> Tensor:

@@ -19,7 +19,7 @@ from aphro_core.models.spec import DecoderSpec
 from aphro_core.models.tensors import Axis, TensorPiece, parameter_shapes, rank_pieces, rules_of_rank, tied_parameters
 from aphro_core.parallel.shard import RankShard
 from aphro_core.quantization.linear import scale_dtype
-from aphro_core.quantization.matrix import PackedMatrix, Weights, below_each_other
+from aphro_core.quantization.matrix import PackedMatrix, Weights, below_each_other, with_common_inputs
 from aphro_core.quantization.online import quantise
 from aphro_core.quantization.registry import READERS
 from aphro_core.quantization.source import QuantSource
@@ -137,6 +137,8 @@ def _fill(
             filling.packed(piece, source_group(spec, module_of(piece.source), group)).to(device)
             for piece in pieces.get(name, ())
         ]
+        if ".moe." in name:
+            parts = with_common_inputs(parts)
         matrices = weights[name] = below_each_other(parts)
         return sum(matrix.nbytes for matrix in matrices)
 

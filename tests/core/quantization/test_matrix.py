@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from aphro_kernels.cpu_packed_linear import CpuPackedLinear
+from aphro_kernels.quantise_rows import quantise_rows_reference
 from torch import Tensor
 from torch.nn.functional import linear
 
 from aphro_core import host
 from aphro_core.models.quantization import Kind
 from aphro_core.quantization.linear import Int4Product, Int8Product, QuantizedLinear, build_product
-from aphro_core.quantization.matrix import FP8, PackedMatrix, below_each_other
+from aphro_core.quantization.matrix import FP8, PackedMatrix, RoundedInputs, below_each_other, with_common_inputs
 from aphro_core.quantization.online import quantise
 from aphro_core.quantization.packing import pack_nibbles, unpack_nibbles, unpack_words
 
@@ -77,6 +80,37 @@ def test_a_product_is_that_of_the_dequantised_matrix(
     expected = linear(x.float(), whole, bias.float())
     error = (layer(x).float() - expected).norm() / expected.norm()
     assert error < (1e-5 if dtype == torch.float32 else 0.015)  # bfloat16 may be kept in 8 bits a row
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize("scale", [None, 0.01])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounded_activations(kind: Kind, scale: float | None, dtype: torch.dtype) -> None:
+    """The product of rounded rows with the dequantised weights; one row is zeros, one beyond a stored scale."""
+    matrices = [quantise(weights(seed=seed), kind, None, torch.float32) for seed in range(2)]
+    matrices = [replace(matrix, inputs=RoundedInputs(scale)) for matrix in matrices]
+    (matrix,) = below_each_other(matrices)
+    x = torch.randn(9, 192).to(dtype)
+    x[3], x[4] = 0.0, x[4] * 20
+    codes, scales = quantise_rows_reference(x, kind, scale)
+    assert codes.dtype == (torch.int8 if kind == "int8" else FP8)
+    rounded = codes.float() * scales[:, None]
+    if scale is None:
+        assert bool(((rounded - x.float()).abs() <= x.float().abs().amax(-1, keepdim=True) / 25).all())
+    else:
+        assert float(rounded.abs().max()) <= scale * (127 if kind == "int8" else 448) + 1e-6
+    expected = linear(rounded, matrix.dequantise(torch.float32))
+    found = QuantizedLinear([matrix], None, dtype)(x)
+    assert found.dtype == dtype
+    error = (found.float() - expected).norm() / expected.norm()
+    assert error < (1e-5 if dtype == torch.float32 else 0.02)  # bfloat16 may keep float8 weights in 8 bits a row
+
+
+def test_experts_share_the_largest_stored_scale() -> None:
+    parts = [replace(quantise(weights(), "fp8", None, torch.float32), inputs=RoundedInputs(s)) for s in (0.1, 0.3)]
+    assert len(below_each_other(parts)) == 2
+    (whole,) = below_each_other(with_common_inputs(parts))
+    assert whole.inputs == RoundedInputs(0.3)
 
 
 def test_the_operation_goes_by_kind_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
