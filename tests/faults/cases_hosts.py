@@ -244,9 +244,7 @@ CASES = [
     Case("P-01h", "SIGKILL of a rank on another host (ssh)", killed_rank),
     Case("P-18h", "ports between two hosts blocked at a start (ssh)", blocked_ports),
     Case("P-19h", "a rank stopped while it starts on another host (ssh)", never_comes),
-    Case(
-        "P-53", "a host cut off for 10 s, a spare in `--hosts` (ssh)", lambda lab: on_a_spare(lab, "cut"), is_fast=True
-    ),
+    Case("P-53", "a host cut off for 10 s, a spare in `--hosts` (ssh)", lambda lab: on_a_spare(lab, "cut")),
     Case("P-53b", "a host cut off, no spare (ssh)", lambda lab: without_a_spare(lab, "cut")),
     Case("P-54", "a host dead, a spare in `--hosts` (ssh)", lambda lab: on_a_spare(lab, "dead")),
     Case("P-54b", "a host dead, no spare (ssh)", lambda lab: without_a_spare(lab, "dead")),

@@ -91,6 +91,20 @@ def test_a_killed_rank_is_a_pause(nodes: list[NetnsHost], model: Path, expected:
     wait_until_gone(nodes, 3)
 
 
+def test_a_host_that_is_cut_off_is_replaced(nodes: list[NetnsHost], model: Path, expected: list[list[int]]) -> None:
+    where = tuple(HostSlots(node.name, 1) for node in nodes)
+    with LLM(str(model), tensor_parallel_size=2, hosts=where, **SMALL) as llm:
+        nodes[1].link_down()
+        try:
+            assert tokens_of(llm) == expected
+        finally:
+            nodes[1].link_up()
+        ready = llm._session.ready
+        assert ready is not None
+        assert [rank.host for rank in ready.ranks] == ["node0", "node2"]
+    wait_until_gone(nodes, 17)
+
+
 def start(model: Path, *where: HostSlots, tp: int = 2) -> LLM:
     return LLM(str(model), tensor_parallel_size=tp, hosts=where, **SMALL)
 
