@@ -24,6 +24,17 @@ class Draft:
         self.num_prefill_tokens += num_tokens
         self.place(sequence, num_tokens, new_block_ids)
 
+    def place_decode(self, sequence: Sequence, new_block_ids: list[int]) -> None:
+        """A row of the one token that it has pending: what :meth:`place` does, for most rows of most steps."""
+        start, token_ids = sequence.num_computed, sequence.token_ids[sequence.num_sent :]
+        sequence.num_sent += len(token_ids)
+        self.scheduled.append(ScheduledSequence(sequence.seq_id, start, 1, token_ids, new_block_ids, True))
+        self.sequences.append(sequence)
+        self.tokens_left -= 1
+        sequence.num_computed = start + 1
+        sequence.num_in_flight += 1
+        sequence.num_unread += 1
+
     def place(self, sequence: Sequence, num_tokens: int, new_block_ids: list[int]) -> None:
         """A row of its next ``num_tokens`` tokens, which count as computed from now on."""
         start = sequence.num_computed

@@ -34,11 +34,16 @@ class InFlight:
         self._plans.popleft()
         if result.prompt_logprobs:
             _extend_prompt_logprobs(sequences, result)
+        answered: list[tuple[Sequence, SampledToken | None]] = []
+        drawn = iter(result.sampled)  # in the plan's order, as was checked
         for sequence, row in zip(sequences, plan.scheduled, strict=True):
             sequence.num_in_flight -= 1
-            sequence.num_unread -= row.samples
-        sampled = {token.seq_id: token for token in result.sampled}
-        return [(sequence, sampled.get(sequence.seq_id)) for sequence in sequences]
+            if row.samples:
+                sequence.num_unread -= 1
+                answered.append((sequence, next(drawn)))
+            else:
+                answered.append((sequence, None))
+        return answered
 
 
 def _check(plan: StepPlan, result: StepResult) -> None:

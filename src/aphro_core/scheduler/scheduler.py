@@ -150,7 +150,8 @@ class Scheduler:
         decodes: list[Sequence] = []
         prefills: list[Sequence] = []
         for sequence in self._running:
-            if not sequence.num_in_flight or self._may_run_ahead(sequence):
+            num_in_flight = sequence.num_in_flight
+            if not num_in_flight or (num_in_flight <= self._run_ahead and self._may_run_ahead(sequence)):
                 (decodes if sequence.num_pending == 1 else prefills).append(sequence)
         draft = Draft(self._max_num_batched_tokens if decodes else self._max_num_prefill_tokens)
         self._schedule_decodes(draft, decodes, prefills)
@@ -164,9 +165,8 @@ class Scheduler:
 
     def _may_run_ahead(self, sequence: Sequence) -> bool:
         """Also not so soon that the first stage would wait for its token from the last: the others take their turn."""
-        is_open = sequence.num_in_flight <= self._run_ahead and not sequence.is_full
         is_its_turn = not sequence.num_unread or self._last_planned + 1 - sequence.last_planned >= self._num_stages
-        return is_open and is_its_turn and not sequence.needs_its_tokens
+        return is_its_turn and not sequence.needs_its_tokens and not sequence.is_full
 
     def _schedule_decodes(self, draft: Draft, decodes: list[Sequence], prefills: list[Sequence]) -> None:
         """One row each, oldest first, an even part of them to each stage of a pipeline.
@@ -178,16 +178,20 @@ class Scheduler:
         # an older prompt gets a token at least, so that no number of younger rows can hold it up
         is_behind = bool(prefills and decodes and prefills[0].arrival < decodes[0].arrival)
         limit = min(share, draft.tokens_left - is_behind)
+        block_size = self._blocks.block_size
         index = 0
         while index < limit and index < len(decodes):
             sequence = decodes[index]
-            while (new_block_ids := self._tables.grow(sequence)) is None:
-                victim = _take_youngest(decodes, prefills, than=sequence)
-                if victim is None:
-                    return
-                self._preempt(victim)
-            draft.place(sequence, 1, new_block_ids)
-            if not sequence.num_computed % self._blocks.block_size:
+            if sequence.num_computed < len(sequence.block_table) * block_size:  # most rows: this is a hot loop
+                draft.place_decode(sequence, [])
+            else:
+                while (new_block_ids := self._tables.grow(sequence)) is None:
+                    victim = _take_youngest(decodes, prefills, than=sequence)
+                    if victim is None:
+                        return
+                    self._preempt(victim)
+                draft.place_decode(sequence, new_block_ids)
+            if not sequence.num_computed % block_size:
                 self._tables.register(sequence)
             index += 1
 
@@ -271,9 +275,8 @@ class Scheduler:
 
     def _take_token(self, sequence: Sequence, sampled: SampledToken) -> SequenceOutput:
         logprobs = None if sampled.logprobs is None else [sampled.logprobs]
-        prompt_logprobs, num_cached = sequence.take_first_output()
-        sequence.token_ids.append(sampled.token_id)
-        reason, stop_token_id = sequence.end()
+        prompt_logprobs, num_cached = sequence.take_first_output() if sequence.has_first_output else (None, 0)
+        reason, stop_token_id = sequence.take_token(sampled.token_id)
         if reason is not None:
             del self._sequences[sequence.seq_id]
             self._leave(sequence)

@@ -118,6 +118,18 @@ class Sequence:
         if self.prompt_logprobs is not None:
             self.prompt_logprobs = []
 
+    def take_token(self, token_id: int) -> tuple[FinishReason | None, int | None]:
+        """Append the token that was drawn; what :meth:`end` says then."""
+        self.token_ids.append(token_id)
+        if token_id in self.stop_token_ids or len(self.token_ids) >= self.max_len:
+            return self.end()
+        return None, None
+
+    @property
+    def has_first_output(self) -> bool:
+        """Whether :meth:`take_first_output` has anything to say."""
+        return bool(self.num_cached) or self.prompt_logprobs is not None
+
     def take_first_output(self) -> tuple[list[TokenLogprobs] | None, int]:
         """What goes with its first output only: the prompt's logprobs and how many prompt tokens were cached."""
         prompt_logprobs, num_cached = self.prompt_logprobs, self.num_cached or 0
