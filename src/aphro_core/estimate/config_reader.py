@@ -9,8 +9,9 @@ from aphro_core.errors import ModelError
 from aphro_core.estimate.attention_reader import read_attention
 from aphro_core.estimate.config_keys import ConfigKeys
 from aphro_core.estimate.facts import LayerFacts, ModelFacts, QuantizationFacts
+from aphro_core.estimate.left_alone import parts_left_alone, read_patterns
 from aphro_core.estimate.mlp_reader import read_mlps
-from aphro_core.estimate.quantization import read_quantization, unknown_method
+from aphro_core.estimate.quantization import quantization_section, read_quantization, unknown_method
 from aphro_core.estimate.tower_reader import read_tower
 
 MAX_LAYERS: Final = 1024
@@ -40,8 +41,12 @@ def read_facts(hf_config: Mapping[str, Any]) -> ModelFacts:
             f"the model's config names {len(attention)} layers in its pattern and {num_layers} in num_hidden_layers",
             hint="compare config.json with the publisher's original",
         )
+    patterns = read_patterns(quantization_section(keys))
     layers = tuple(
-        LayerFacts(attention=each, mlp=mlp) for each, mlp in zip(attention, read_mlps(keys, num_layers), strict=True)
+        LayerFacts(attention=each, mlp=mlp, left_alone=parts)
+        for each, mlp, parts in zip(
+            attention, read_mlps(keys, num_layers), parts_left_alone(patterns, num_layers), strict=True
+        )
     )
     position = keys.integer("position", 2048)
     if keys.model_type.startswith("cohere"):  # states both, and means the longer

@@ -72,6 +72,7 @@ class MlpFacts:
 class LayerFacts:
     attention: AttentionFacts
     mlp: MlpFacts
+    left_alone: frozenset[str] = frozenset()  # parts that the quantisation leaves in 16 bit (left_alone.Part)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,8 +93,23 @@ def rank_matrices(facts: ModelFacts, part: RankSlice) -> list[Matrix]:
 
 def _layer(facts: ModelFacts, layer: LayerFacts, part: RankSlice) -> list[Matrix]:
     norms = facts.norms_per_layer * facts.hidden_size + layer.attention.qk_norm_size
+    kept = layer.left_alone
     own = [Matrix(facts.hidden_size * facts.layer_input_size, "linear", 2)] if facts.layer_input_size else []
-    return [*_attention(facts, layer.attention, part), *_mlp(facts, layer.mlp, part), *own, Matrix(norms, "kept")]
+    attention = _attention(facts, layer.attention, part)
+    if "attention" in kept:
+        attention = [replace(matrix, precision="kept") for matrix in attention]
+    mlp = [
+        replace(matrix, precision="kept") if _part_of(layer.mlp, matrix) in kept else matrix
+        for matrix in _mlp(facts, layer.mlp, part)
+    ]
+    return [*attention, *mlp, *own, Matrix(norms, "kept")]
+
+
+def _part_of(mlp: MlpFacts, matrix: Matrix) -> str:
+    """Which part of a layer, as left_alone names them, a matrix of its MLP is."""
+    if matrix.precision == "experts":
+        return "experts"
+    return "shared" if mlp.num_experts else "mlp"
 
 
 def _attention(facts: ModelFacts, attention: AttentionFacts, part: RankSlice) -> list[Matrix]:

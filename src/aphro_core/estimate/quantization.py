@@ -117,12 +117,20 @@ def parse_quantization(text: str | None) -> QuantizationFacts | None:
     return QuantizationFacts(scheme=name, group_size=group)
 
 
+def quantization_section(keys: ConfigKeys) -> Mapping[str, Any]:
+    """``quantization_config`` wherever it stands; empty without one."""
+    for values, name in ((keys.whole, "quantization_config"), (keys.values, "quantization_config"),
+                         (keys.whole, "compression_config")):  # fmt: skip
+        found = values.get(name)
+        if isinstance(found, Mapping):
+            return found
+    return {}
+
+
 def read_quantization(keys: ConfigKeys) -> QuantizationFacts | None:
     """The scheme of ``quantization_config``; None for 16 bit. gpt-oss is MXFP4 by its type."""
-    found = keys.whole.get("quantization_config") or keys.values.get("quantization_config")
-    if not isinstance(found, Mapping):
-        found = keys.whole.get("compression_config")
-    if not isinstance(found, Mapping):
+    found = quantization_section(keys)
+    if not found:
         return QuantizationFacts(scheme="mxfp4") if keys.model_type == "gpt_oss" else None
     method = str(found.get("quant_method") or found.get("quant_algo") or "").lower().replace("_", "-")
     return _of_method(method.removeprefix("intel/"), found)

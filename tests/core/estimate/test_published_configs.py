@@ -11,6 +11,7 @@ import pytest
 from aphro_core.errors import ModelError
 from aphro_core.estimate.config_reader import read_facts
 from aphro_core.estimate.estimate import estimate
+from aphro_core.estimate.left_alone import parts_left_alone, read_patterns
 from aphro_core.estimate.parameters import RankSlice, rank_matrices
 from aphro_core.estimate.quantization import SCHEMES
 from aphro_core.estimate.weights import weight_bytes
@@ -76,6 +77,37 @@ def test_layers_of_nemotron_nas_have_sizes_of_their_own() -> None:
     layers = read_facts(config).layers
     assert [layer.attention.num_kv_heads for layer in layers] == [8, 0, 4]
     assert [layer.mlp.intermediate_size for layer in layers] == [14336, 7168, 0]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "parts"),
+    [
+        ([], {}),
+        (["lm_head", "re:.*lm_head"], {}),
+        (["re:.*self_attn.*"], {0: {"attention"}, 1: {"attention"}, 2: {"attention"}}),
+        (["*self_attn*"], {0: {"attention"}, 1: {"attention"}, 2: {"attention"}}),
+        (["model.layers.0.mlp", "model.layers.2.self_attn"], {0: {"mlp", "experts", "shared"}, 2: {"attention"}}),
+        (["model.language_model.layers.1.mlp.experts"], {1: {"experts"}}),
+        (["mlp.gate", "model.layers.1.self_attn.kv_a_proj_with_mqa"], {}),
+        (["re:(", 7, None, "x" * 500], {}),
+    ],
+)
+def test_parts_that_a_quantisation_leaves_alone(patterns: list[Any], parts: dict[int, set[str]]) -> None:
+    found = parts_left_alone(read_patterns({"ignore": patterns}), 3)
+    assert {layer: set(each) for layer, each in enumerate(found) if each} == parts
+
+
+def test_what_is_left_alone_counts_in_16_bit() -> None:
+    def size(ignore: list[str]) -> int:
+        section = {"quant_method": "modelopt", "quant_algo": "NVFP4", "exclude_modules": ignore}
+        facts = read_facts(LLAMA_8B | {"quantization_config": section})
+        whole = RankSlice(range(facts.num_layers), 0, 1, True, True)
+        return weight_bytes(facts, whole, "bfloat16", facts.quantization)
+
+    attention = 32 * (4096 * 6144 + 4096 * 4096)
+    assert size(["*self_attn*", "lm_head"]) - size(["lm_head"]) == pytest.approx(attention * (2 - 0.5625), rel=1e-6)
+    many = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(32) for name in "qkvo"]
+    assert size(many * 8) == size(["*self_attn*"])
 
 
 @pytest.mark.parametrize(
