@@ -106,6 +106,10 @@ class Child:
         return f"exited with code {code}"
 
 
+class NoDescriptorsError(EngineDeadError):
+    """This process has too few; the fork server is well."""
+
+
 class Spawner:
     """One link to the fork server. One request at a time; every call waits for its answer."""
 
@@ -154,6 +158,10 @@ class Spawner:
         answer = _decode_answer(data)
         if answer.error:
             raise EngineDeadError(f"no process can be started: {answer.error}", hint="raise the limits of this user")
+        if len(received) < num_fds:  # the kernel drops what finds no place
+            for fd in received:
+                os.close(fd)
+            raise NoDescriptorsError("no file descriptor is left for a process", hint="raise `ulimit -n`")
         return answer, received
 
 
@@ -177,6 +185,8 @@ class ForkServer:
         if self._root is not None:
             try:
                 return self._root.open_link()
+            except NoDescriptorsError:
+                raise
             except EngineDeadError:  # it is gone or stopped; was it another's, then from now on we have our own
                 self.close()
         self.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import time
@@ -16,7 +17,7 @@ from aphro_core import spawn
 from aphro_core.channel import BlockingChannel
 from aphro_core.errors import EngineDeadError
 from aphro_core.messages import codec
-from aphro_core.spawn import Child, ForkServer, Spawner, open_fork_server
+from aphro_core.spawn import Child, ForkServer, NoDescriptorsError, Spawner, open_fork_server
 
 pytestmark = pytest.mark.anyio
 
@@ -145,3 +146,26 @@ async def test_a_fork_server_that_is_stopped_is_replaced(monkeypatch: pytest.Mon
         assert not child.poll()
         child.close()
         channel.close()
+
+
+async def test_without_descriptors_nothing_is_started_and_nothing_is_lost() -> None:
+    with open_fork_server(dict(os.environ)) as server:
+        link, pid = server.open_link(), server.pid
+        ours, theirs = socket.socketpair()
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        lowest_free = os.dup(0)
+        os.close(lowest_free)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + 1, before[1]))
+            with pytest.raises(NoDescriptorsError):
+                link.fork("worker", "aphro-test", theirs)
+            with pytest.raises(OSError, match="Too many open files"):
+                os.pipe()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        assert server.pid == pid
+        child, channel = fork_worker(server.open_link())
+        assert not child.poll()
+        child.close()
+        for sock in (channel, ours, theirs):
+            sock.close()

@@ -197,6 +197,7 @@ class Supervisor:
         self._orphan = orphan
         self._hand_on = hand_on
         self._is_ready = False  # this engine
+        self._num_not_forked = 0  # engines in a row for which there was no process
         self._was_ready = orphan is not None  # any engine
         self._started_at = 0.0
         self._all_hosts = config.parallel.hosts
@@ -213,7 +214,7 @@ class Supervisor:
                 return
             self._leave_out(lost.lost_host)
             if not self._is_ready:  # what just failed may need a moment: memory that is being freed, a full table
-                await anyio.sleep(_RETRY_SECONDS * (0.5 + random.random()))
+                await anyio.sleep(_RETRY_SECONDS * 2 ** min(self._num_not_forked, 4) * (0.5 + random.random()))
 
     async def _run_engine(self) -> EngineLostError:
         self._is_ready = False
@@ -227,9 +228,17 @@ class Supervisor:
                         self._hand_on(engine.held)
                     self._listener.take_message(message, engine)
         except EngineLostError as lost:
+            self._num_not_forked = 0
             return lost
-        except AphroError as error:  # it could not even be started
-            return EngineLostError(error, [])
+        except (
+            AphroError,
+            OSError,
+        ) as error:  # there was no process to begin with: too little of something, for a while
+            self._num_not_forked += 1
+            if isinstance(error, AphroError):
+                return EngineLostError(error, [])
+            failure = EngineDeadError(f"no engine can be started: {error}", hint="raise `ulimit -n`")
+            return EngineLostError(failure, [], is_external=True)
 
     def _open_engine(self) -> AbstractAsyncContextManager[EngineProcess]:
         if self._orphan is not None:
