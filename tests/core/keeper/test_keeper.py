@@ -135,7 +135,7 @@ def test_one_that_hangs_is_replaced_within_the_bound_of_health(kept: Kept) -> No
     kept.wait_runs(1)
     began = time.monotonic()
     kept.wait_runs(2)
-    assert 1.0 < time.monotonic() - began < 2.5
+    assert 1.0 < time.monotonic() - began < 3.5  # 1.5 s, and what a busy host adds
     assert kept.process.wait(5) == 3
 
 

@@ -269,4 +269,4 @@ def test_a_field_with_far_too_many_entries_is_refused_before_they_are_made(field
     began = time.process_time()
     with pytest.raises(RequestError):
         completion(b'{"prompt": "x", ' + fields + b"}")
-    assert time.process_time() - began < 0.5, "every other client waits meanwhile"
+    assert time.process_time() - began < 1.0, "every other client waits meanwhile"
