@@ -123,7 +123,7 @@ def p07(lab: Lab) -> Outcome:
         equal = [answer.token_ids for answer in load.answers] == expected
         outcome.check("all token-equal", equal)
         outcome.check("no restart", server.metric("engine_recoveries_total") == 0)
-        outcome.figures["restarts"] = "0 wanted"
+        outcome.figures["restarts"] = f"{server.metric('engine_recoveries_total'):g}"
     return outcome
 
 
