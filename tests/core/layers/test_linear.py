@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from aphro_core import host
 from aphro_core.layers import linear as linear_module
 from aphro_core.layers.linear import Linear
+from aphro_core.layers.mlp import gated
 
 DTYPES = [(torch.float32, 2e-5), (torch.bfloat16, 1 / 128), (torch.float16, 1 / 512)]
 
@@ -16,6 +18,23 @@ DTYPES = [(torch.float32, 2e-5), (torch.bfloat16, 1 / 128), (torch.float16, 1 / 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_product(
+    rows: int, out_features: int, in_features: int, dtype: torch.dtype, tolerance: float, has_bias: bool
+) -> None:
+    check_product(rows, out_features, in_features, dtype, tolerance, has_bias)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize(("out_features", "in_features"), [(131, 72), (960, 576)])
+def test_product_of_bfloat16_where_the_cpu_has_no_kernel_of_ours(
+    rows: int, out_features: int, in_features: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "has_product_kernels", lambda: False)
+    check_product(rows, out_features, in_features, torch.bfloat16, 1 / 128, has_bias=True)
+    layer, x = Linear(torch.randn(64, 72).bfloat16()), torch.randn(rows, 72).bfloat16()
+    torch.testing.assert_close(layer.gated(x), gated(layer(x), "silu"))
+
+
+def check_product(
     rows: int, out_features: int, in_features: int, dtype: torch.dtype, tolerance: float, has_bias: bool
 ) -> None:
     generator = torch.Generator().manual_seed(rows)
