@@ -223,8 +223,9 @@ def _sort_key(address: str) -> tuple[int, bytes]:
 
 
 def _words(error: BaseException) -> str:
-    """Ray's reason without its decoration: the last line that says something, else all of it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """Ray's reason without its decoration and its guesses: the last line that says something."""
+    text = str(error).partition(" Some common causes include")[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return (lines[-1] if lines else type(error).__name__)[:_MAX_WORDS]
 
 

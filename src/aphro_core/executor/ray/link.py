@@ -7,13 +7,14 @@ import math
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Final, TypeVar
 
 import anyio
 import msgspec
 
 from aphro_core.config import RayCluster
-from aphro_core.errors import AphroError, ExitCode, UsageError
+from aphro_core.errors import AphroError, ExitCode, PlacementError, UsageError
 from aphro_core.executor.ray.protocol import (
     Agents,
     Cluster,
@@ -27,6 +28,7 @@ from aphro_core.executor.ray.protocol import (
 )
 from aphro_core.remote import process
 from aphro_core.remote.remote import HostUnreachableError
+from aphro_core.remote.ssh import last_line
 
 _ANSWER_SECONDS: Final = 30.0
 _CLOUD: Final = "ray://"
@@ -100,23 +102,17 @@ class RayLink:
 
     def _last_words(self, words: str) -> str:
         """Ray's own, of what it says when it aborts."""
-        said = self._driver.stderr_tail.splitlines()
-        return f"the process that speaks to Ray {words}: {said[-1]}" if words == "ended" and said else words
+        if words != "ended":
+            return words
+        said = last_line(self._driver.stderr_tail)
+        return f"the process that speaks to Ray {words}{f': {said}' if said else ''}"
 
 
 @asynccontextmanager
 async def open_link(where: RayCluster) -> AsyncIterator[RayLink]:
-    """Start that process; Ray is imported there, and nowhere else of ours. Raises UsageError where it is missing."""
-    if importlib.util.find_spec("ray") is None:
-        raise UsageError(
-            "the ray backend needs Ray, which is not installed here",
-            hint=f"{sys.executable} -m pip install 'aphro[ray]'",
-        )
-    if where.address.startswith(_CLOUD):
-        raise UsageError(
-            f"{where.address} is an address of Ray Client, whose jobs run elsewhere",
-            hint="run this on a node of that cluster, with RAY_ADDRESS=IP:6379 or none",
-        )
+    """Start that process; Ray is imported there, and nowhere else of ours. Raises UsageError where it is missing,
+    PlacementError where this host has left the cluster."""
+    _check(where)
     environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ADDRESS": ""}
     if where.token_path:
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": where.token_path}
@@ -127,3 +123,20 @@ async def open_link(where: RayCluster) -> AsyncIterator[RayLink]:
             tasks.start_soon(link.write)
             yield link
             tasks.cancel_scope.cancel()
+
+
+def _check(where: RayCluster) -> None:
+    if importlib.util.find_spec("ray") is None:
+        raise UsageError(
+            "the ray backend needs Ray, which is not installed here",
+            hint=f"{sys.executable} -m pip install 'aphro[ray]'",
+        )
+    if where.address.startswith(_CLOUD):
+        raise UsageError(
+            f"{where.address} is an address of Ray Client, whose jobs run elsewhere",
+            hint="run this on a node of that cluster, with RAY_ADDRESS=IP:6379 or none",
+        )
+    if where.token_path and not Path(where.token_path).exists():
+        raise PlacementError(
+            f"this host has left the cluster of {where.address}", hint="`aphro cluster status`, `aphro cluster join`"
+        )

@@ -59,7 +59,7 @@ class RayRank:
         if ended is None:
             return "was lost: its connection broke, and nothing is heard of its end"
         if ended.exit_code is None:
-            return f"was lost with its node: {ended.words}"
+            return f"was lost: {ended.words}"
         if ended.exit_code < 0:
             return f"was killed by signal {-ended.exit_code} ({signal.Signals(-ended.exit_code).name})"
         return f"ended ({last_line(ended.words) or f'exit code {ended.exit_code}'})"

@@ -61,7 +61,7 @@ class Link:
         (RankEnded(0, -9, ""), "was killed by signal 9 (SIGKILL)", False),
         (RankEnded(0, 1, "Traceback\nImportError: no torch\n"), "ended (ImportError: no torch)", False),
         (RankEnded(0, 3, ""), "ended (exit code 3)", False),
-        (RankEnded(0, None, "its node is dead"), "was lost with its node: its node is dead", True),
+        (RankEnded(0, None, "its node is dead"), "was lost: its node is dead", True),
     ],
 )
 def test_how_it_ended(ended: RankEnded, words: str, is_lost: bool) -> None:
