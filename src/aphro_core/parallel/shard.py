@@ -62,7 +62,7 @@ def build_plan(
     so leaning one against the other would balance bytes and cost time. Raises PlacementError for sizes that the
     model's shapes forbid, naming the dimension and the nearest legal size.
     """
-    _check_tensor_parallel(spec, tp)
+    _check_tensor_parallel(spec, tp, expert_parallel)
     stages = split_layers(spec.num_layers, pp, pp_layers)
     heads = _split_heads(spec, tp)
     mlp = _split_columns(spec, "mlp", tp)
@@ -92,11 +92,13 @@ def build_plan(
     return ShardingPlan(ranks, tp_size=tp, pp_size=pp, padded_vocab_size=tp * rows)
 
 
-def legal_tensor_parallel_sizes(spec: DecoderSpec) -> Sequence[int]:
+def legal_tensor_parallel_sizes(spec: DecoderSpec, *, expert_parallel: bool = False) -> Sequence[int]:
     """From 1 to the number of query heads (or of MLP columns, if a model has fewer): all sizes, or of quantised
     weights those that cut between their groups."""
     sizes = range(1, min(spec.num_heads, _fewest_columns(spec)) + 1)
-    return sizes if spec.quantization is None else [tp for tp in sizes if _split_in_groups(spec, tp) is None]
+    if spec.quantization is None:
+        return sizes
+    return [tp for tp in sizes if _split_in_groups(spec, tp, expert_parallel) is None]
 
 
 def _fewest_columns(spec: DecoderSpec) -> int:
@@ -106,13 +108,17 @@ def _fewest_columns(spec: DecoderSpec) -> int:
     return min(width for width in widths if width)
 
 
-def _check_tensor_parallel(spec: DecoderSpec, tp: int) -> None:
-    legal = legal_tensor_parallel_sizes(spec)
+def _has_dense_mlp(spec: DecoderSpec) -> bool:
+    return not all(map(spec.has_experts, range(spec.num_layers)))
+
+
+def _check_tensor_parallel(spec: DecoderSpec, tp: int, expert_parallel: bool) -> None:
+    legal = legal_tensor_parallel_sizes(spec, expert_parallel=expert_parallel)
     if tp in legal:
         return
     is_in_range = 1 <= tp <= min(spec.num_heads, _fewest_columns(spec))
     if spec.quantization is not None and (is_in_range or not legal):
-        raise _between_groups(spec, tp, legal)
+        raise _between_groups(spec, tp, legal, expert_parallel)
     nearest = legal[-1] if tp > legal[-1] else legal[0]
     what = "query heads" if spec.num_heads <= _fewest_columns(spec) else "MLP columns"
     raise PlacementError(
@@ -122,17 +128,16 @@ def _check_tensor_parallel(spec: DecoderSpec, tp: int) -> None:
     )
 
 
-def _split_in_groups(spec: DecoderSpec, tp: int) -> Axis | None:
+def _split_in_groups(spec: DecoderSpec, tp: int, expert_parallel: bool) -> Axis | None:
     """The first axis that does not split ``tp`` ways between whole groups of its quantised matrix, None if all do."""
     moe = spec.moe
-    attempts: dict[Axis, Callable[[], object]] = {
-        "heads": lambda: _split_heads(spec, tp),
-        "mlp": lambda: _split_columns(spec, "mlp", tp),
-    }
-    if moe is not None:
+    attempts: dict[Axis, Callable[[], object]] = {"heads": lambda: _split_heads(spec, tp)}
+    if _has_dense_mlp(spec):
+        attempts["mlp"] = lambda: _split_columns(spec, "mlp", tp)
+    if moe is not None and not expert_parallel:
         attempts["expert_mlp"] = lambda: _split_columns(spec, "expert_mlp", tp)
-        if moe.shared_intermediate_size:
-            attempts["shared_mlp"] = lambda: _split_columns(spec, "shared_mlp", tp)
+    if moe is not None and moe.shared_intermediate_size:
+        attempts["shared_mlp"] = lambda: _split_columns(spec, "shared_mlp", tp)
     for axis, attempt in attempts.items():
         try:
             attempt()
@@ -141,8 +146,8 @@ def _split_in_groups(spec: DecoderSpec, tp: int) -> Axis | None:
     return None
 
 
-def _between_groups(spec: DecoderSpec, tp: int, legal: Sequence[int]) -> PlacementError:
-    axis = _split_in_groups(spec, tp)
+def _between_groups(spec: DecoderSpec, tp: int, legal: Sequence[int], expert_parallel: bool) -> PlacementError:
+    axis = _split_in_groups(spec, tp, expert_parallel)
     assert axis is not None
     rule = next(rule for rule in family_of(spec).tensors if rule.columns == axis)
     name = rule.sources[0].name.replace("{i}", "0").replace("{e}", "0")
@@ -195,7 +200,8 @@ def split_heads(num_heads: int, num_kv_heads: int, tp: int, *, unit: int = 1) ->
 
 def _split_columns(spec: DecoderSpec, axis: Axis, tp: int) -> list[range]:
     width = axis_sizes(spec)[axis]
-    return partition(width, [1] * tp, unit=_mlp_unit(width, tp, cut_unit(spec, axis)))
+    least = 1 if axis == "mlp" and not _has_dense_mlp(spec) else cut_unit(spec, axis)  # 1: nothing is cut by them
+    return partition(width, [1] * tp, unit=_mlp_unit(width, tp, least))
 
 
 def _split_experts(spec: DecoderSpec, tp: int, expert_parallel: bool) -> tuple[list[range], list[range], list[range]]:

@@ -259,3 +259,17 @@ def test_columns_that_groups_do_not_divide_are_refused_for_every_size() -> None:
         PlacementError, match=r"down_proj\.weight is quantised in groups of 128 .* 1500, which they do not"
     ):
         build_plan(spec, 1, 1)
+
+
+def test_experts_between_groups_are_named_unless_they_stay_whole() -> None:
+    moe = MoeSpec(num_experts=8, experts_per_token=2, intermediate_size=384, renormalize=True)
+    spec = replace(
+        gptq_of(128, num_heads=16, num_kv_heads=4, head_dim=128, intermediate_size=1000),
+        architecture="MixtralForCausalLM",
+        moe=moe,
+    )
+    with pytest.raises(PlacementError, match=r"experts\.0\.w2\.weight is quantised in groups of 128 .* 384, .* 1 to 3"):
+        build_plan(spec, 4, 1)
+    plan = build_plan(spec, 4, 1, expert_parallel=True)
+    assert [len(rank.experts) for rank in plan.ranks] == [2, 2, 2, 2]
+    assert all(len(rank.expert_mlp) == 384 for rank in plan.ranks)
