@@ -1,7 +1,7 @@
 """S1 to S5 for the three model shapes with dummy weights, in one command: rates, latencies, shares of the limit.
 
     python bench/scenarios.py [--models llama3-8b qwen2.5-0.5b] [--scenarios S1 S2] [--rounds 3] [-tp 2] [--json FILE]
-                              [--http]
+                              [--http] [-q fp8|int8|int4] [--kv-cache-dtype fp8]
 
 One untimed run of each scenario, then ``--rounds``; medians. Throughput counts from the first submission to the last
 token; TTFT and ITL (time between a stream's tokens) are those of each stream as its client sees them, pooled over the
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-from workloads import CEILINGS, MODELS, SCENARIOS, VLLM, limit, requests
+from workloads import CEILINGS, MODELS, SCENARIOS, VLLM, WEIGHT_BYTES, limit, requests
 
 from aphro_core.prepare import EngineOptions, prepare
 from aphro_core.reporter import SilentReporter
@@ -91,7 +91,9 @@ class Row:
     itl_p99: float
 
 
-def summarise(model: str, scenario: str, rounds: list[Round], ceilings: tuple[float, float], tp: int) -> Row:
+def summarise(
+    model: str, scenario: str, rounds: list[Round], ceilings: tuple[float, float], tp: int, kept: dict[str, Any]
+) -> Row:
     sizes = requests(scenario, 4096, 0)
     tokens = sum(len(prompt) if SCENARIOS[scenario].is_prefill else output for prompt, output in sizes)
     rates = [tokens / one.seconds for one in rounds]
@@ -104,7 +106,7 @@ def summarise(model: str, scenario: str, rounds: list[Round], ceilings: tuple[fl
         rate,
         min(rates),
         max(rates),
-        rate / limit(model, scenario, *ceilings, tp),
+        rate / limit(model, scenario, *ceilings, tp, **kept),
         rate / VLLM.get((model, tp), {}).get(scenario, float("nan")),
         percentile(first, 50),
         percentile(first, 99),
@@ -180,6 +182,8 @@ async def measure(model: str, arguments: argparse.Namespace, ceilings: tuple[flo
         "tensor_parallel_size": arguments.tp,
         "pipeline_parallel_size": arguments.pp,
         "enable_prefix_caching": False,
+        "kv_cache_dtype": arguments.kv_cache_dtype,
+        **({"quantization": arguments.q} if arguments.q else {}),
         **json.loads(arguments.options),
     }
     rows = []
@@ -194,7 +198,8 @@ async def measure(model: str, arguments: argparse.Namespace, ceilings: tuple[flo
                 run = partial(run_http_round, target, MODELS[model]["vocab_size"], scenario)
             await run(-1)
             rounds = [await run(repeat) for repeat in range(arguments.rounds)]
-            rows.append(summarise(model, scenario, rounds, ceilings, arguments.tp * arguments.pp))
+            kept = {"quantization": arguments.q, "kv_dtype_bytes": 1 if arguments.kv_cache_dtype == "fp8" else 2}
+            rows.append(summarise(model, scenario, rounds, ceilings, arguments.tp * arguments.pp, kept))
             print(line(rows[-1]), flush=True)
     return rows
 
@@ -231,6 +236,8 @@ def main() -> None:
     parser.add_argument("-tp", type=int, default=1)
     parser.add_argument("-pp", type=int, default=1)
     parser.add_argument("--http", action="store_true", help="over HTTP, with streaming clients")
+    parser.add_argument("-q", choices=[name for name in WEIGHT_BYTES if name], help="quantise the weights")
+    parser.add_argument("--kv-cache-dtype", choices=["auto", "fp8"], default="auto")
     parser.add_argument("--options", default="{}", help="further EngineOptions as JSON")
     parser.add_argument("--json", help="file that gets the rows")
     arguments = parser.parse_args()

@@ -117,11 +117,25 @@ def requests(scenario: str, vocab_size: int, repeat: int, seed: int = 0) -> list
     ]
 
 
-def limit(model: str, scenario: str, bandwidth: float, flops: float, num_gpus: int = 1) -> float:
+# bytes of a linear weight inside the blocks by -q; int4: with a scale and an offset of 16 bits for 128
+WEIGHT_BYTES = {None: 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5 + 4 / 128}
+
+
+def limit(
+    model: str,
+    scenario: str,
+    bandwidth: float,
+    flops: float,
+    num_gpus: int = 1,
+    *,
+    quantization: str | None = None,
+    kv_dtype_bytes: int = 2,
+) -> float:
     """Tokens/s (prompt tokens/s of a prefill scenario) that no schedule on ``num_gpus`` such cards can beat.
 
     All prefilled first, all decoded together, each step the larger of its bytes / bandwidth and its FLOPs / rate; the
     better of that and of the sum of all bytes or all FLOPs, whichever is larger, since the two kinds may share a step.
+    FLOPs are those of 16 bits, also of quantised weights.
     """
     config = MODELS[model]
     hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
@@ -130,10 +144,10 @@ def limit(model: str, scenario: str, bandwidth: float, flops: float, num_gpus: i
     bias = (heads + 2 * kv_heads) * head_dim if config["model_type"] == "qwen2" else 0
     layer = hidden * (heads + 2 * kv_heads) * head_dim + bias + heads * head_dim * hidden + 3 * hidden * wide
     body, head = layers * (layer + 2 * hidden) + hidden, vocab * hidden
-    kv_bytes, attention = 2 * layers * kv_heads * head_dim * 2, heads * head_dim * layers
+    kv_bytes, attention = 2 * layers * kv_heads * head_dim * kv_dtype_bytes, heads * head_dim * layers
     bandwidth, flops = bandwidth * num_gpus, flops * num_gpus
     sizes = lengths(scenario)
-    weights = 2 * (body + head)
+    weights = WEIGHT_BYTES[quantization] * body + 2 * head  # the head stays in 16 bits
     prefill_flops = sum(2 * body * i + 2 * i * i * attention for i, _ in sizes) + 2 * head * len(sizes)
     prefill = max(prefill_flops / flops, weights / bandwidth)
     decode, all_bytes, all_flops = 0.0, float(weights), float(prefill_flops)
