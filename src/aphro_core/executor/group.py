@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 import signal
-import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 import anyio
 from anyio.abc import ObjectReceiveStream, ObjectSendStream
 
-from aphro_core.channel import Channel, ChannelClosedError
+from aphro_core.channel import ChannelClosedError
 from aphro_core.config import EngineConfig
-from aphro_core.errors import AphroError, EngineDeadError, ExitCode
+from aphro_core.executor.causes import first_cause, late
 from aphro_core.executor.host_lines import HostLines
+from aphro_core.executor.rank import Launched, WorkerHandle
 from aphro_core.executor.served_model import ServedModel
 from aphro_core.executor.store import GroupStore
 from aphro_core.host import num_oom_kills
@@ -28,7 +27,6 @@ from aphro_core.messages.steps import (
     Beat,
     DumpStacks,
     FromWorker,
-    StartWorker,
     StepPlan,
     StepResult,
     StopWorker,
@@ -48,67 +46,6 @@ _SILENT_SECONDS: Final = 30.0  # a rank that starts, while others have come to m
 _LOOK_SECONDS: Final = 1.0
 _LINES_SECONDS: Final = 0.5  # for the last lines of other hosts to be written
 _BLAME_SECONDS: Final = 0.5  # after a first death: time for the others to report, so that the first cause is found
-
-
-class Process(Protocol):
-    """A started worker as its launcher knows it; ``exit_code`` is negative after a signal, None while it runs.
-
-    ``is_lost``: its host, or the way there, is gone. ``was_short``: another host has killed for want of memory.
-    """
-
-    @property
-    def pid(self) -> int: ...
-
-    @property
-    def is_lost(self) -> bool: ...
-
-    @property
-    def was_short(self) -> bool: ...
-
-    @property
-    def exit_code(self) -> int | None: ...
-
-    def poll(self) -> bool:
-        """Whether it has ended."""
-
-    async def wait(self) -> None: ...
-
-    def send_signal(self, number: signal.Signals) -> None: ...
-
-    def describe_end(self) -> str: ...
-
-    def close(self) -> None: ...
-
-
-WorkerChannel = Channel[ToWorker, FromWorker]
-
-
-@dataclass(frozen=True)
-class Launched:
-    """A process that waits for its StartWorker. ``host`` is "" for this one."""
-
-    process: Process
-    channel: WorkerChannel
-    start: StartWorker
-    host: str = ""
-
-
-class WorkerHandle:
-    """One rank: its process and the engine's end of its channel."""
-
-    def __init__(self, launched: Launched) -> None:
-        self.rank = launched.start.rank
-        self.process = launched.process
-        self.channel = launched.channel
-        self.host = launched.host or socket.gethostname()
-        self.is_remote = bool(launched.host)
-        self.loaded: WorkerLoaded | None = None
-        self.failed: WorkerFailed | None = None
-        self.heard_at = time.monotonic()
-        self.has_come = False  # to where the ranks meet
-        self.is_ready = False
-        self.is_gone = False
-        self.gone_at = math.inf
 
 
 class GroupExecutor:
@@ -149,7 +86,7 @@ class GroupExecutor:
         began, limit = time.monotonic(), self._config.start_timeout_seconds
         while not all(worker.has_come for worker in self.workers) and time.monotonic() - began < limit:
             if silent := self._silent_ranks():
-                raise _late(silent, "come to meet the others", _SILENT_SECONDS, "")
+                raise late(silent, "come to meet the others", _SILENT_SECONDS, "")
             with anyio.move_on_after(_LOOK_SECONDS):
                 await self._changed.wait()
         left = began + limit - time.monotonic()
@@ -189,7 +126,7 @@ class GroupExecutor:
                 await worker.process.wait()
             if worker.failed is not None and worker.failed.secondary:
                 await anyio.sleep(_BLAME_SECONDS)  # it only lost a peer, whose own end is about to be known
-            raise self._first_cause()
+            raise first_cause(self.workers, num_oom_kills() - self._num_oom_kills)
 
     async def _take(self, worker: WorkerHandle, message: FromWorker) -> None:
         worker.heard_at = time.monotonic()
@@ -232,7 +169,7 @@ class GroupExecutor:
             while not all(is_done(worker) for worker in self.workers):
                 await self._changed.wait()
             return
-        raise _late([worker for worker in self.workers if not is_done(worker)], what, seconds)
+        raise late([worker for worker in self.workers if not is_done(worker)], what, seconds)
 
     async def _broadcast(self, message: ToWorker) -> None:
         for worker in self.workers:
@@ -247,23 +184,6 @@ class GroupExecutor:
         while True:
             await self._broadcast(Beat())
             await anyio.sleep(_BEAT_SECONDS)
-
-    def _first_cause(self) -> AphroError:
-        """A rank that failed by itself, else one that was killed, else whoever went first; peers only echo it."""
-        gone = sorted((worker for worker in self.workers if worker.is_gone), key=lambda worker: worker.gone_at)
-        own = [worker for worker in gone if worker.failed is not None and not worker.failed.secondary]
-        silent = [worker for worker in gone if worker.failed is None]
-        worker = (own or silent or gone)[0]
-        worker.process.poll()
-        failed = worker.failed
-        pid = failed.pid if failed else worker.loaded.pid if worker.loaded else worker.process.pid
-        where = f"rank {worker.rank} on {failed.host if failed else worker.host} (pid {pid})"
-        if failed is None:
-            was_short = not worker.is_remote and num_oom_kills() > self._num_oom_kills
-            return _explain_end(where, worker, was_short=was_short or worker.process.was_short)
-        error = EngineDeadError(f"{where}: {failed.message}", hint=failed.hint, exit_code=ExitCode(failed.exit_code))
-        error.add_note(failed.traceback)
-        return error
 
     async def stop(self, *, at_once: bool) -> None:
         """End every rank: asked first unless ``at_once``, killed after a while, gone in the end."""
@@ -287,40 +207,6 @@ class GroupExecutor:
 
 def _result_stream() -> tuple[ObjectSendStream[StepResult], ObjectReceiveStream[StepResult]]:
     return anyio.create_memory_object_stream[StepResult](math.inf)
-
-
-def _late(
-    workers: Sequence[WorkerHandle], what: str, seconds: float, remedy: str = "raise --start-timeout, or "
-) -> EngineDeadError:
-    ranks, hosts = (
-        ", ".join(dict.fromkeys(words)) for words in zip(*((str(w.rank), w.host) for w in workers), strict=True)
-    )
-    first = workers[0]
-    where = f"on {first.host}" if first.is_remote else f"pid {first.process.pid}"
-    return EngineDeadError(
-        f"rank {ranks} did not {what} within {seconds:g} s (on {hosts})",
-        hint=f"{remedy}look at what that process waits for: {where}",
-    )
-
-
-def _explain_end(where: str, worker: WorkerHandle, *, was_short: bool) -> EngineDeadError:
-    """``was_short``: the kernel there has killed something for want of memory since the group started."""
-    process = worker.process
-    is_killed = process.exit_code == -signal.SIGKILL
-    if process.is_lost:
-        hint = "look at that host and the network to it; it may take part again once it answers"
-    elif is_killed and was_short:
-        hint = "the kernel killed it because memory was short: lower --cpu-memory-utilization"
-    elif is_killed:
-        hint = "somebody killed it: the kernel has not run out of memory since the start"
-    else:
-        hint = "start again with `--log-level debug` and read that rank's lines"
-    return EngineDeadError(
-        f"{where} {process.describe_end()}",
-        hint=hint,
-        is_external=process.is_lost or (is_killed and not was_short),
-        lost_host=worker.host if process.is_lost else "",
-    )
 
 
 @asynccontextmanager

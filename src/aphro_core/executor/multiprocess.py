@@ -11,7 +11,8 @@ import anyio.to_thread
 
 from aphro_core.channel import Channel
 from aphro_core.config import EngineConfig
-from aphro_core.executor.group import GroupExecutor, Launched, running
+from aphro_core.executor.group import GroupExecutor, running
+from aphro_core.executor.rank import Launched
 from aphro_core.host import available_memory_bytes
 from aphro_core.messages import codec
 from aphro_core.messages.steps import FromWorker, StartWorker, ToWorker, WorkerProgress

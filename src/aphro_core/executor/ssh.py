@@ -10,8 +10,9 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from aphro_core.channel import Channel
 from aphro_core.config import EngineConfig
 from aphro_core.environment import travelling
-from aphro_core.executor.group import GroupExecutor, Launched, running
+from aphro_core.executor.group import GroupExecutor, running
 from aphro_core.executor.nodes import Nodes, open_nodes
+from aphro_core.executor.rank import Launched
 from aphro_core.executor.served_model import ServedModel, open_served
 from aphro_core.executor.verify import verify_full
 from aphro_core.messages import codec

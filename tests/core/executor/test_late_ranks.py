@@ -13,7 +13,8 @@ from aphro_core.channel import ChannelClosedError
 from aphro_core.config import EngineConfig, ModelConfig, ParallelConfig
 from aphro_core.errors import EngineDeadError, first_cause
 from aphro_core.executor import group
-from aphro_core.executor.group import GroupExecutor, Launched, running
+from aphro_core.executor.group import GroupExecutor, running
+from aphro_core.executor.rank import Launched
 from aphro_core.messages.steps import FromWorker, StartWorker, ToWorker, WorkerAlive, WorkerLoaded, WorkerProgress
 
 CONFIG = EngineConfig(

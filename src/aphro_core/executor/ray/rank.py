@@ -8,7 +8,7 @@ from typing import Final
 
 import anyio
 
-from aphro_core.executor.group import WorkerChannel
+from aphro_core.executor.rank import WorkerChannel
 from aphro_core.executor.ray.link import RayLink
 from aphro_core.executor.ray.protocol import KillRank, RankEnded
 from aphro_core.remote.ssh import last_line

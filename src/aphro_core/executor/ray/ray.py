@@ -18,7 +18,8 @@ from aphro_core.channel import Channel
 from aphro_core.config import EngineConfig
 from aphro_core.environment import travelling
 from aphro_core.errors import AddressError, EngineDeadError
-from aphro_core.executor.group import GroupExecutor, Launched, WorkerChannel, running
+from aphro_core.executor.group import GroupExecutor, running
+from aphro_core.executor.rank import Launched, WorkerChannel
 from aphro_core.executor.ray.admission import Admission, open_admission
 from aphro_core.executor.ray.agents import Group, open_agents
 from aphro_core.executor.ray.link import RayLink, open_link
