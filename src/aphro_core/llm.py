@@ -171,7 +171,7 @@ async def _collect_all(session: Session, requests: Sequence[Request], show_progr
 
 
 async def _collect(session: Session, request: Request, output: RequestOutput, advance: Callable[[], None]) -> None:
-    async with session.frontend.stream(request) as deltas:
+    async with session.frontend.stream(request, is_whole=True) as deltas:
         async for delta in deltas:
             output.extend(delta)
     advance()

@@ -121,8 +121,10 @@ class Frontend:
         self._table.check_room()
 
     @asynccontextmanager
-    async def stream(self, request: Request) -> AsyncIterator[AsyncIterator[OutputDelta]]:
+    async def stream(self, request: Request, *, is_whole: bool = False) -> AsyncIterator[AsyncIterator[OutputDelta]]:
         """``async with frontend.stream(request) as deltas``: each choice's last delta has a ``finish_reason``.
+
+        ``is_whole``: a choice has only that one, with everything, and nobody is woken for single tokens.
 
         Leaving the block early aborts what is not finished. Raises RequestError, OverloadedError, RequestFailedError
         or EngineDeadError, the last two also out of the iterator.
@@ -130,7 +132,7 @@ class Frontend:
         self.check_admission()
         if self._recovery.suspects.is_refused(request):
             raise RequestError("the engine died under this request before, and it is not taken again")
-        opened = self._open(request)
+        opened = self._open(request, is_whole)
         engine = self._recovery.engine  # of the moment in which the row is opened: a later one finds it in the table
         try:
             if engine is not None:
@@ -224,7 +226,7 @@ class Frontend:
 
     # --- rows and messages ---
 
-    def _open(self, request: Request) -> OpenRequest:
+    def _open(self, request: Request, is_whole: bool) -> OpenRequest:
         max_tokens = self._limits.check(request)
         sampling, tokenizer = request.sampling, self.tokenizer
         if sampling.stop and (tokenizer is None or not sampling.detokenize):
@@ -241,7 +243,7 @@ class Frontend:
             rules = TextRules.of(tokenizer, row.prompt_token_ids, sampling)
         token_text = None if tokenizer is None else tokenizer.token_text
         now = self._clock()
-        opened = OpenRequest(row, Answer(len(row.choices), self._send_aborts), since=now)
+        opened = OpenRequest(row, Answer(len(row.choices), self._send_aborts), since=now, is_whole=is_whole)
         for choice in row.choices:
             detokenizer = None if rules is None else Detokenizer(rules)
             self._live[choice.seq_id] = LiveChoice(choice, opened, detokenizer, token_text, now)

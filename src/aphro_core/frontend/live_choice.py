@@ -15,11 +15,12 @@ from aphro_core.request import Logprob, OutputDelta, PositionLogprobs
 
 @dataclass(slots=True)
 class OpenRequest:
-    """A request whose stream is open, since the second ``since``."""
+    """A request whose stream is open, since the second ``since``. ``is_whole``: its reader wants choices that ended."""
 
     row: Row
     answer: Answer
     since: float
+    is_whole: bool = False
     has_tokens: bool = False
 
 
@@ -58,6 +59,8 @@ class LiveChoice:
 
     def shows(self, delta: OutputDelta) -> bool:
         """Whether the client would see anything of it; what it would not see may wait for the next delta."""
+        if self.request.is_whole:
+            return delta.finish_reason is not None
         has_news = delta.finish_reason is not None or delta.prompt_logprobs is not None
         return bool(delta.text) or has_news or self.detokenizer is None
 

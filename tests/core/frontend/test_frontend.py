@@ -126,6 +126,21 @@ def gained(seq_id: int, token_ids: list[int], reason: Any = None, **more: Any) -
 # --- text and tokens ---
 
 
+async def test_a_reader_of_the_whole_is_woken_once(
+    engine: FakeEngine, frontend: Frontend, byte_level: Tokenizer
+) -> None:
+    hello, world = byte_level.encode("hello"), byte_level.encode(" world")
+    async with frontend.stream(ask(), is_whole=True) as deltas:
+        engine.step(gained(1, hello, num_cached_tokens=2))
+        with anyio.move_on_after(0.02):
+            await anext(deltas)
+            raise AssertionError("a part of the answer")
+        engine.step(gained(1, world, "length"))
+        (delta,) = await take_all(deltas)
+    assert (delta.text, delta.token_ids, delta.finish_reason) == ("hello world", [*hello, *world], "length")
+    assert delta.num_cached_tokens == 2
+
+
 async def test_text_streams_as_tokens_come(engine: FakeEngine, frontend: Frontend, byte_level: Tokenizer) -> None:
     hello, world = byte_level.encode("hello"), byte_level.encode(" world")
     async with frontend.stream(ask()) as deltas:
