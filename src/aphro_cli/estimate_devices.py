@@ -59,7 +59,7 @@ def cluster_devices() -> tuple[DeviceFacts, int]:
         return devices, least
     free = min(memory.free_bytes for memory in memories)
     origin = f"{count} ranks on {len(rows)} nodes of the cluster, at least {free / GIB:.2f} GiB free on each"
-    return DeviceFacts(kind="cpu", total_bytes=free * len(rows), count=count, origin=origin), least
+    return DeviceFacts(kind="cpu", total_bytes=free, count=count, per_host=least, origin=origin), least
 
 
 def _named(gpu: str, gpu_memory: str | None) -> DeviceFacts:

@@ -62,9 +62,8 @@ def render_comparison(names: Sequence[str], founds: Sequence[Estimate]) -> list[
 def _head(found: Estimate) -> list[str]:
     question, sizes = found.question, found.sizes
     device = question.device
-    where = (
-        device.card.name if device.card and device.kind == "cuda" else "this host" if device.kind == "cpu" else "GPU"
-    )
+    host = "this host" if device.per_host is None else "each host"
+    where = host if device.kind == "cpu" else device.card.name if device.card else "GPU"
     scheme = f", {question.scheme.scheme}" if question.scheme else ""
     exact = "file headers" if question.source.tensors is not None else "its config"
     limits = f"{sizes.max_num_batched_tokens:,} tokens and {sizes.max_num_seqs:,} requests a step"

@@ -269,7 +269,17 @@ def test_the_joined_clusters_devices(config: Path, cluster: dict[str, Status]) -
     assert any("across hosts" in plan["reason"] for plan in found["plans"] if plan["tp"] > 2)
     cluster["now"] = nodes_of([], [], [])
     _, found = run_json(config, "--cluster", "--max-model-len", 4096, "-tp", 2)
-    assert (found["settings"]["device_kind"], found["settings"]["device_bytes"]) == ("cpu", 200 * 2**30)
+    assert (found["settings"]["device_kind"], found["settings"]["device_bytes"]) == ("cpu", 100 * 2**30)
+    # eight slots on two nodes: two ranks share one of them, eight have four on each
+    kv_bytes = {
+        tp: run_json(config, "--cluster", "--max-model-len", 4096, "-tp", tp)[1]["per_rank"][0]["kv_bytes"]
+        for tp in (1, 2, 4)
+    }
+    assert kv_bytes[1] < 50 * 2**30
+    assert kv_bytes[2] < 25 * 2**30
+    assert kv_bytes[4] < 12.5 * 2**30
+    whole = run_json(config, "--cluster", "--max-model-len", 4096, "-tp", 4, "-pp", 2)[1]["per_rank"][0]
+    assert 12 * 2**30 < whole["kv_bytes"] + whole["weights_bytes"] + whole["activation_bytes"] < 12.6 * 2**30
 
 
 def test_a_cluster_is_not_a_card(config: Path) -> None:

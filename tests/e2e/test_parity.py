@@ -223,7 +223,11 @@ def smollm2_reference(smollm2_gguf: Path) -> Reference:
 
 
 @pytest.mark.parametrize(("tp", "pp"), LEGAL_SHAPES)
-def test_smollm2(tp: int, pp: int, smollm2_gguf: Path, smollm2_reference: Reference) -> None:
+def test_smollm2(
+    tp: int, pp: int, smollm2_gguf: Path, smollm2_reference: Reference, request: pytest.FixtureRequest
+) -> None:
+    if (tp, pp) not in [*COVERING_SHAPES, (2, 1), (4, 3)] and not request.config.getoption("full_matrix"):
+        pytest.skip("--full-matrix runs every shape")
     with LLM(
         str(smollm2_gguf),
         tensor_parallel_size=tp,

@@ -29,6 +29,7 @@ class AphroEngine:
     device_bytes: int
     is_gpu: bool
     foreign_bytes: int = 0
+    per_host: int | None = None  # ranks on a host, where there are several
 
     def balances(self, facts: ModelFacts, sizes: Sizes, quantization: QuantizationFacts | None) -> list[RankBalance]:
         """In rank order. Raises PlacementError for sizes that the model's shapes forbid."""
@@ -61,7 +62,8 @@ class AphroEngine:
         return balances
 
     def budget_bytes(self, sizes: Sizes) -> int:
-        ranks = 1 if self.is_gpu else sizes.tp * sizes.pp  # ranks on CPUs share what is free
+        ranks = 1 if self.is_gpu else sizes.tp * sizes.pp  # ranks on a host's CPUs share what is free there
+        ranks = ranks if self.per_host is None else min(ranks, self.per_host)
         return int(self.device_bytes * sizes.utilization / ranks)
 
     def overhead_bytes(self, sizes: Sizes) -> int:

@@ -32,14 +32,15 @@ CACHE_DTYPES: Final[dict[str, int | None]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceFacts:
-    """The device of each rank. ``total_bytes`` as its driver reports it; on CPUs the host's free memory, shared by all
-    ranks. ``count`` that are there, None for a card that is only named."""
+    """The device of each rank. ``total_bytes`` as its driver reports it; on CPUs the host's free memory, shared by its
+    ranks: all, or ``per_host`` at most. ``count`` that are there, None for a card that is only named."""
 
     kind: Literal["cuda", "cpu"]
     total_bytes: int
     card: Card | None = None
     foreign_bytes: int = 0  # that other processes hold now
     count: int | None = None
+    per_host: int | None = None  # None: all are of one host
     origin: str = "named"  # where the figures come from, for the reader
 
 
