@@ -4,16 +4,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from aphro_kernels.float8 import float8_as_bytes
-from aphro_kernels.language import chain_options, jit, runs_kernels, tl, triton
-from aphro_kernels.skinny_kernel import skinny_kernel
-from aphro_kernels.skinny_linear import SkinnyConfig, SkinnyWorkspace, rows_bucket
+from aphro_kernels.language import jit, runs_kernels, tl, triton
+from aphro_kernels.skinny_linear import SkinnyConfig, SkinnyWorkspace, launch_skinny, rows_bucket
 
 Kind = Literal["int4", "int8", "fp8"]
 MAX_ROWS: Final = 32  # of the kernel; above, dequantising is shared by enough rows
@@ -145,35 +144,19 @@ def packed_linear(
     if programs != stripes:  # some may be cut
         assert stripes <= workspace.arrivals.numel()
         assert 2 * (1 + is_gated) * programs * config.columns * config.rows <= workspace.parts.numel()
-    launch: Any = skinny_kernel[(programs,)]
-    launch(
+    launch_skinny(
         x,
         float8_as_bytes(weight.codes),
-        x if bias is None else bias,
+        bias,
         out,
-        workspace.parts,
-        workspace.arrivals,
-        weight.scales,
-        weight.scales if weight.offsets is None else weight.offsets,
-        num_rows,
-        n,
-        k,
-        x.stride(0),
-        config.ahead,
-        ROWS=config.rows,
-        BN=config.columns,
-        BK=config.inputs,
-        IS_EVEN=n % config.columns == 0 and k % config.inputs == 0,
-        IS_EARLY=config.is_early,
-        STAGES=config.num_stages,
-        IS_GATED=is_gated,
-        HAS_BIAS=bias is not None,
-        KIND=weight.kind,
-        GROUP=weight.tile_group,
-        SPLIT=config.splits,
-        HAS_ASM=x.is_cuda,
-        num_warps=config.num_warps,
-        **chain_options(x),
+        config=config,
+        workspace=workspace,
+        programs=programs,
+        is_gated=is_gated,
+        scales=weight.scales,
+        offsets=weight.offsets,
+        kind=weight.kind,
+        group=weight.tile_group,
     )
     return out
 

@@ -7,7 +7,7 @@ faster there, says tuned.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -96,16 +96,38 @@ def skinny_linear(
     programs = min(config.programs, tiles)
     assert -(-n // config.columns) <= workspace.arrivals.numel()
     assert 2 * (1 + is_gated) * programs * config.columns * config.rows <= workspace.parts.numel()
+    launch_skinny(x, weight, bias, out, config=config, workspace=workspace, programs=programs, is_gated=is_gated)
+    return out
+
+
+def launch_skinny(
+    x: Tensor,
+    codes: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    config: SkinnyConfig,
+    workspace: SkinnyWorkspace,
+    programs: int,
+    is_gated: bool,
+    scales: Tensor | None = None,
+    offsets: Tensor | None = None,
+    kind: Literal["plain", "int4", "int8", "fp8"] = "plain",
+    group: int = 0,
+) -> None:
+    """The kernel over a plain weight or over codes; what is not there is an address that it does not read."""
+    num_rows, k = x.shape
+    n = out.shape[1]
     launch: Any = skinny_kernel[(programs,)]
     launch(
         x,
-        weight,
+        codes,
         x if bias is None else bias,
         out,
         workspace.parts,
         workspace.arrivals,
-        x,
-        x,
+        x if scales is None else scales,
+        x if offsets is None else offsets,
         num_rows,
         n,
         k,
@@ -119,11 +141,10 @@ def skinny_linear(
         STAGES=config.num_stages,
         IS_GATED=is_gated,
         HAS_BIAS=bias is not None,
-        KIND="plain",
-        GROUP=0,
-        SPLIT=1,
-        HAS_ASM=False,
+        KIND=kind,
+        GROUP=group,
+        SPLIT=config.splits,
+        HAS_ASM=kind != "plain" and x.is_cuda,
         num_warps=config.num_warps,
         **chain_options(x),
     )
-    return out

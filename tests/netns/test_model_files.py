@@ -14,7 +14,7 @@ from aphro_core.errors import AphroError, ExitCode
 from aphro_core.reporter import SilentReporter
 from tests import tiny
 from tests.netns.hosts import NetnsHost, hosts
-from tests.netns.test_ssh_backend import SMALL, tokens_of
+from tests.netns.small import SMALL, tokens_of
 
 WHERE = (HostSlots("node0", 1), HostSlots("node1", 1))
 

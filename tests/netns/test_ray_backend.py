@@ -15,39 +15,14 @@ from typing import Any
 
 import pytest
 
-from aphro import LLM, SamplingParams
+from aphro import LLM
 from aphro_core.checkpoint.digests import cache_folder
 from aphro_core.errors import PlacementError
 from aphro_core.reporter import SilentReporter
 from tests.e2e.server_process import running_server
-from tests.netns.hosts import NetnsHost, hosts
+from tests.netns.hosts import NetnsHost
 from tests.netns.ray_nodes import RayNodes, ray_nodes
-from tests.tiny import write_tiny_checkpoint
-
-SMALL: dict[str, Any] = {
-    "device": "cpu", "dtype": "float32", "max_model_len": 128, "num_blocks": 64, "skip_tokenizer_init": True,
-}  # fmt: skip
-PROMPTS = [[3, 4, 5], [7] * 40, [1]]
-GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny") / "tiny"
-    write_tiny_checkpoint(folder, "llama")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def expected(model: Path) -> list[list[int]]:
-    with LLM(str(model), **SMALL) as llm:
-        return tokens_of(llm)
-
-
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[list[NetnsHost]]:
-    with hosts(3) as made:
-        yield made
+from tests.netns.small import SMALL, tokens_of
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +37,6 @@ class PrintReporter(SilentReporter):
 
     def line(self, text: str) -> None:
         print(text, file=sys.stderr)
-
-
-def tokens_of(llm: LLM) -> list[list[int]]:
-    return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY)]
 
 
 def ranks_on(nodes: list[NetnsHost]) -> list[int]:

@@ -5,47 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from aphro import LLM, SamplingParams
+from aphro import LLM
 from aphro_core.config import HostSlots
 from aphro_core.errors import AphroError, ExitCode, PlacementError
 from tests.e2e.server_process import running_server
-from tests.netns.hosts import NetnsHost, hosts
+from tests.netns.hosts import NetnsHost
+from tests.netns.small import SMALL, tokens_of
 from tests.tiny import write_tiny_checkpoint
-
-SMALL: dict[str, Any] = {
-    "device": "cpu", "dtype": "float32", "max_model_len": 128, "num_blocks": 64, "skip_tokenizer_init": True,
-}  # fmt: skip
-PROMPTS = [[3, 4, 5], [7] * 40, [1]]
-GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny") / "tiny"
-    write_tiny_checkpoint(folder, "llama")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def expected(model: Path) -> list[list[int]]:
-    with LLM(str(model), **SMALL) as llm:
-        return tokens_of(llm)
-
-
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[list[NetnsHost]]:
-    with hosts(3) as made:
-        yield made
-
-
-def tokens_of(llm: LLM) -> list[list[int]]:
-    return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY)]
 
 
 def ranks_on(nodes: list[NetnsHost]) -> list[int]:

@@ -13,18 +13,11 @@ from aphro import LLM
 from aphro_core.config import HostSlots
 from aphro_core.errors import AphroError, ExitCode
 from tests.netns.hosts import NetnsHost, hosts
-from tests.netns.test_ssh_backend import SMALL, wait_until_gone
-from tests.tiny import write_tiny_checkpoint
+from tests.netns.small import SMALL
+from tests.netns.test_ssh_backend import wait_until_gone
 
 WHERE = (HostSlots("node0", 1), HostSlots("node1", 1))
 _SECONDS = 30.0  # on a busy machine; two interpreters that import torch are most of it
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny") / "tiny"
-    write_tiny_checkpoint(folder, "llama")
-    return folder
 
 
 @pytest.fixture(scope="module")
