@@ -190,7 +190,9 @@ class CompletionOutput:
         self.text += delta.text
         self.token_ids.extend(delta.token_ids)
         if delta.logprobs is not None:
-            self.logprobs = (self.logprobs or []) + delta.logprobs
+            if self.logprobs is None:
+                self.logprobs = []
+            self.logprobs += delta.logprobs
             gained = sum(next(iter(position.values())).logprob for position in delta.logprobs)
             self.cumulative_logprob = (self.cumulative_logprob or 0.0) + gained
         if delta.finish_reason is not None:

@@ -67,7 +67,9 @@ def _merge(earlier: OutputDelta, later: OutputDelta) -> None:
     earlier.text += later.text
     earlier.token_ids += later.token_ids
     if later.logprobs is not None:
-        earlier.logprobs = (earlier.logprobs or []) + later.logprobs
+        if earlier.logprobs is None:
+            earlier.logprobs = []
+        earlier.logprobs += later.logprobs  # in place: a long answer has as many pieces as tokens
     if later.finish_reason is not None:
         earlier.finish_reason, earlier.stop_reason = later.finish_reason, later.stop_reason
     if later.prompt_logprobs is not None:

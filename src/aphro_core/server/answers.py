@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, ClassVar, Final
+from collections.abc import Generator, Sequence
+from typing import Any, ClassVar, Final, TypeVar
 
+import anyio.lowlevel
 import msgspec
 
 from aphro_core.errors import OverloadedError
@@ -16,8 +17,11 @@ from aphro_core.server.openai import Generation
 
 _LEAST_LOGPROB: Final = -9999.0  # minus infinity has no spelling in JSON
 _ENCODE: Final = msgspec.json.Encoder().encode
+_PIECE: Final = 64  # positions whose log-probabilities are written in one go
 
 Json = dict[str, Any]
+Result = TypeVar("Result")
+Steps = Generator[None, None, Result]  # work that may pause where it yields
 
 
 class Answer(ABC):
@@ -45,8 +49,16 @@ class Answer(ABC):
 
     def chunk(self, prompt: int, delta: OutputDelta) -> bytes:
         """One chunk of the stream, as JSON."""
+        return _at_once(self._chunk(prompt, delta))
+
+    async def long_chunk(self, prompt: int, delta: OutputDelta) -> bytes:
+        """The same of a delta that tells of a whole prompt; others run meanwhile."""
+        return await _in_turns(self._chunk(prompt, delta))
+
+    def _chunk(self, prompt: int, delta: OutputDelta) -> Steps[bytes]:
         index = self._count(prompt, delta)
-        choice = {**self._stream_choice(prompt, index, delta), "finish_reason": delta.finish_reason}
+        choice = yield from self._stream_choice(prompt, index, delta)
+        choice["finish_reason"] = delta.finish_reason
         if self.generation.return_token_ids:
             choice["token_ids"] = delta.token_ids
         if delta.stop_reason is not None:
@@ -60,11 +72,12 @@ class Answer(ABC):
         """The last chunk of a stream that asked for usage."""
         return _ENCODE({**self._chunk_head, "choices": [], "usage": self.usage()})
 
-    def whole(self) -> bytes:
+    async def whole(self) -> bytes:
+        """The whole answer. Log-probabilities of many tokens take seconds to write; others run meanwhile."""
         choices = []
         for index, output in enumerate(self._choices):
-            choice = {**self._whole_choice(index // self._n, index, output), "finish_reason": output.finish_reason}
-            choice["stop_reason"] = output.stop_reason
+            choice = await _in_turns(self._whole_choice(index // self._n, index, output))
+            choice |= {"finish_reason": output.finish_reason, "stop_reason": output.stop_reason}
             if self.generation.return_token_ids:
                 choice["token_ids"] = output.token_ids
                 choice["prompt_token_ids"] = self.generation.requests[index // self._n].prompt_token_ids
@@ -81,10 +94,10 @@ class Answer(ABC):
         }
 
     @abstractmethod
-    def _stream_choice(self, prompt: int, index: int, delta: OutputDelta) -> Json: ...
+    def _stream_choice(self, prompt: int, index: int, delta: OutputDelta) -> Steps[Json]: ...
 
     @abstractmethod
-    def _whole_choice(self, prompt: int, index: int, output: CompletionOutput) -> Json: ...
+    def _whole_choice(self, prompt: int, index: int, output: CompletionOutput) -> Steps[Json]: ...
 
     def _count(self, prompt: int, delta: OutputDelta) -> int:
         """Keep what usage and echo need; the index of the choice among all."""
@@ -115,16 +128,16 @@ class CompletionAnswer(Answer):
         self._text_offsets = [0] * len(self._choices)
         self._begun = [not generation.echo] * len(self._choices)
 
-    def _stream_choice(self, prompt: int, index: int, delta: OutputDelta) -> Json:
+    def _stream_choice(self, prompt: int, index: int, delta: OutputDelta) -> Steps[Json]:
         echoes, self._begun[index] = not self._begun[index], True
         return self._choice(prompt, index, delta.text, delta.logprobs, echoes)
 
-    def _whole_choice(self, prompt: int, index: int, output: CompletionOutput) -> Json:
+    def _whole_choice(self, prompt: int, index: int, output: CompletionOutput) -> Steps[Json]:
         return self._choice(prompt, index, output.text, output.logprobs, self.generation.echo)
 
     def _choice(
         self, prompt: int, index: int, text: str, logprobs: list[PositionLogprobs] | None, echoes: bool
-    ) -> Json:
+    ) -> Steps[Json]:
         positions: list[PositionLogprobs | None] = [*(logprobs or ())]
         ids: list[int] = [next(iter(position)) for position in logprobs or ()]
         if echoes:
@@ -132,9 +145,10 @@ class CompletionAnswer(Answer):
             positions = [*self._prompt_logprobs[prompt], *positions]
             ids = [*self.generation.requests[prompt].prompt_token_ids[: len(positions) - len(ids)], *ids]
         wanted = self.generation.num_logprobs is not None
-        return {"index": index, "text": text, "logprobs": self._logprobs(index, ids, positions) if wanted else None}
+        told = (yield from self._logprobs(index, ids, positions)) if wanted else None
+        return {"index": index, "text": text, "logprobs": told}
 
-    def _logprobs(self, index: int, ids: Sequence[int], positions: Sequence[PositionLogprobs | None]) -> Json:
+    def _logprobs(self, index: int, ids: Sequence[int], positions: Sequence[PositionLogprobs | None]) -> Steps[Json]:
         tokens: list[str] = []
         token_logprobs: list[float | None] = []
         top_logprobs: list[dict[str, float] | None] = []
@@ -146,6 +160,8 @@ class CompletionAnswer(Answer):
             top_logprobs.append(None if position is None else self._top(position))
             text_offset.append(self._text_offsets[index])
             self._text_offsets[index] += len(tokens[-1])
+            if not len(tokens) % _PIECE:
+                yield
         return {
             "tokens": tokens,
             "token_logprobs": token_logprobs,
@@ -170,20 +186,26 @@ class ChatAnswer(Answer):
         super().__init__(generation, served_name, tokenizer)
         self._begun = [False] * len(self._choices)
 
-    def _stream_choice(self, prompt: int, index: int, delta: OutputDelta) -> Json:
+    def _stream_choice(self, prompt: int, index: int, delta: OutputDelta) -> Steps[Json]:
         content = {"content": delta.text} if self._begun[index] else {"role": "assistant", "content": delta.text}
         self._begun[index] = True
-        return {"index": index, "delta": content, "logprobs": self._logprobs(delta.logprobs)}
+        return {"index": index, "delta": content, "logprobs": (yield from self._logprobs(delta.logprobs))}
 
-    def _whole_choice(self, prompt: int, index: int, output: CompletionOutput) -> Json:
+    def _whole_choice(self, prompt: int, index: int, output: CompletionOutput) -> Steps[Json]:
         message = {"role": "assistant", "content": output.text}
-        return {"index": index, "message": message, "logprobs": self._logprobs(output.logprobs)}
+        return {"index": index, "message": message, "logprobs": (yield from self._logprobs(output.logprobs))}
 
-    def _logprobs(self, positions: list[PositionLogprobs] | None) -> Json | None:
-        num_top = self.generation.num_logprobs
+    def _logprobs(self, given: list[PositionLogprobs] | None) -> Steps[Json | None]:
+        num_top, positions = self.generation.num_logprobs, given or []
         if num_top is None:
             return None
-        return {"content": [self._position(position, num_top) for position in positions or ()], "refusal": None}
+        pieces: list[bytes] = []  # written at once: as objects they take ten times as much memory
+        for start in range(0, len(positions), _PIECE):
+            piece = [self._position(position, num_top) for position in positions[start : start + _PIECE]]
+            pieces.append(_ENCODE(piece)[1:-1])
+            if len(piece) == _PIECE:
+                yield
+        return {"content": msgspec.Raw(b"[%b]" % b",".join(pieces)), "refusal": None}
 
     def _position(self, position: PositionLogprobs, num_top: int) -> Json:
         entries = [self._entry(token_id, entry) for token_id, entry in position.items()]
@@ -197,3 +219,22 @@ class ChatAnswer(Answer):
 
 def finite(logprob: float) -> float:
     return max(logprob, _LEAST_LOGPROB)
+
+
+def _at_once(steps: Steps[Result]) -> Result:
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+
+
+async def _in_turns(steps: Steps[Result]) -> Result:
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+        await anyio.lowlevel.checkpoint()

@@ -29,6 +29,7 @@ from aphro_core.server.schema import BodyParser, DetokenizeBody, TokenizeBody
 from aphro_core.server.shares import Shares, share_of
 
 _VERSION: Final = version("aphro")
+_MAX_TEXTS: Final = 64  # to be tokenised or written out for their own sake, at one time
 
 
 def build_app(frontend: Frontend, config: ServerConfig) -> App:
@@ -42,6 +43,7 @@ class App:
     def __init__(self, frontend: Frontend, config: ServerConfig, *, reader: BodyReader | None = None) -> None:
         num_keys = len(set(config.api_keys))
         self.gate = Gate(config.max_queued_requests, num_keys)
+        self._text_gate = Gate(min(config.max_queued_requests, _MAX_TEXTS), num_keys)
         self._limits = Limits(
             Shares(share_of(config.max_num_seqs, num_keys) if num_keys > 1 else None),
             config.queue_timeout_seconds,
@@ -110,7 +112,11 @@ class App:
         }
 
     async def _tokenize(self, request: Request) -> Response:
-        body = self._parser.parse(await self._reader.read(request.scope, request.receive), TokenizeBody)
+        data = await self._reader.read(request.scope, request.receive)
+        with self._text_gate.admit(request.scope["aphro.salt"]):
+            return await self._tokens_of(self._parser.parse(data, TokenizeBody))
+
+    async def _tokens_of(self, body: TokenizeBody) -> Response:
         check_model(body.model, self._frontend)
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("allowed: either prompt or messages", field="prompt")
@@ -127,9 +133,11 @@ class App:
         return json_response(answer)
 
     async def _detokenize(self, request: Request) -> Response:
-        body = self._parser.parse(await self._reader.read(request.scope, request.receive), DetokenizeBody)
-        check_model(body.model, self._frontend)
-        return json_response({"prompt": await self._encoder.decode_text(body.tokens, "tokens")})
+        data = await self._reader.read(request.scope, request.receive)
+        with self._text_gate.admit(request.scope["aphro.salt"]):
+            body = self._parser.parse(data, DetokenizeBody)
+            check_model(body.model, self._frontend)
+            return json_response({"prompt": await self._encoder.decode_text(body.tokens, "tokens")})
 
     async def _live(self, request: Request) -> Response:
         return json_response({"status": "alive"})

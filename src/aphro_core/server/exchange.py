@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Final
 
 import anyio
@@ -13,7 +14,7 @@ from aphro_core.errors import OverloadedError, first_cause
 from aphro_core.server.refusals import HttpError
 
 MAX_BODY_BYTES: Final = 32 * 2**20
-MAX_UNPARSED_BYTES: Final = 8 * MAX_BODY_BYTES  # of all bodies that are being read at one time
+MAX_UNPARSED_BYTES: Final = 8 * MAX_BODY_BYTES  # of all bodies that are read and not yet token ids, at one time
 MAX_HEADERS: Final = 100
 MAX_HEADER_BYTES: Final = 32 * 2**10
 BODY_SECONDS: Final = 30.0
@@ -99,6 +100,19 @@ def _bad_target() -> HttpError:
     return HttpError(400, "the request's target is not a plain path", code="bad_target", closes=True)
 
 
+@dataclass(slots=True)
+class HeldBody:
+    """A body, which counts against what all bodies together may take until it is dropped."""
+
+    data: bytes
+    _reader: BodyReader
+
+    def drop(self) -> None:
+        """What it said is known by now. May be called again."""
+        self._reader.release(len(self.data))
+        self.data = b""
+
+
 class BodyReader:
     """Reads bodies: JSON only, not compressed, each bounded in size and time, all together bounded in memory."""
 
@@ -115,22 +129,39 @@ class BodyReader:
         self._unparsed_bytes = 0
 
     async def read(self, scope: Scope, receive: Receive) -> bytes:
-        """The body. Raises HttpError (408, 413, 415; 499: nobody waits for the answer) or OverloadedError."""
+        """A body that is done with at once. Raises as ``hold`` does."""
+        body = await self.hold(scope, receive)
+        data = body.data
+        body.drop()
+        return data
+
+    async def hold(self, scope: Scope, receive: Receive) -> HeldBody:
+        """A body that is done with later: the caller drops it.
+
+        Raises HttpError (408, 413, 415; 499: nobody waits for the answer) or OverloadedError.
+        """
         headers = dict(scope["headers"])
         _check_type(headers)
         announced = headers.get(b"content-length", b"0")
         if announced.isdigit() and int(announced) > self._max_bytes:
             raise self._too_large()
         body = bytearray()
+        is_whole = False
         try:
             with anyio.fail_after(self._seconds):
                 await self._fill(body, receive)
+            is_whole = True
         except TimeoutError:
             message = f"the body did not arrive within {self._seconds:g} s"
             raise HttpError(408, message, code="body_timeout", closes=True) from None
         finally:
-            self._unparsed_bytes -= len(body)
-        return bytes(body)
+            if not is_whole:
+                self.release(len(body))
+        return HeldBody(bytes(body), self)
+
+    def release(self, num_bytes: int) -> None:
+        """So many bytes of bodies are gone."""
+        self._unparsed_bytes -= num_bytes
 
     async def _fill(self, body: bytearray, receive: Receive) -> None:
         while True:

@@ -15,7 +15,7 @@ from aphro_core.errors import OverloadedError, RequestError, first_cause
 from aphro_core.server import sse
 from aphro_core.server.answers import Answer, ChatAnswer, CompletionAnswer
 from aphro_core.server.contract import Frontend, Tokenizer
-from aphro_core.server.exchange import BodyReader, until_disconnect
+from aphro_core.server.exchange import BodyReader, HeldBody, until_disconnect
 from aphro_core.server.gate import Gate, shutting_down
 from aphro_core.server.openai import Generation, chat_of, completion_of, spell
 from aphro_core.server.outputs import Gain, Outputs, open_outputs
@@ -79,28 +79,36 @@ class Generate:
         self._encoder = encoder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        data = await self._reader.read(scope, receive)
+        body = await self._reader.hold(scope, receive)
         stream = sse.EventStream(send)
-        async with until_disconnect(receive):
-            with self._gate.admit(scope["aphro.salt"]) as work:
-                try:
-                    response = None
-                    with work:
-                        response = await self._run(data, scope["aphro.salt"], stream)
-                    if response is not None:
-                        await response(scope, receive, send)
-                    elif not stream.is_finished:
-                        raise shutting_down()
-                except Exception as error:
-                    if not stream.is_open:
-                        raise
-                    await stream.fail(refusal_of(error))
+        try:
+            async with until_disconnect(receive):
+                with self._gate.admit(scope["aphro.salt"]) as work:
+                    try:
+                        response = None
+                        with work:
+                            response = await self._run(body, scope["aphro.salt"], stream)
+                        if response is not None:
+                            await response(scope, receive, send)
+                        elif not stream.is_finished:
+                            raise shutting_down()
+                    except Exception as error:
+                        if not stream.is_open:
+                            raise
+                        await stream.fail(refusal_of(error))
+        finally:
+            body.drop()
 
-    async def _run(self, data: bytes, salt: str, stream: sse.EventStream) -> Response | None:
+    async def _generation_of(self, body: HeldBody, salt: str) -> Generation:
+        parsed = self._parser.parse(body.data, self._dialect.body)
+        generation = await self._dialect.generation_of(parsed, self._frontend, self._encoder, salt)
+        body.drop()
+        return generation
+
+    async def _run(self, body: HeldBody, salt: str, stream: sse.EventStream) -> Response | None:
         """The whole answer, or None when it went out through ``stream``."""
         self._frontend.check_admission()  # a refusal is quick: before anything is parsed or tokenised
-        body = self._parser.parse(data, self._dialect.body)
-        generation = await self._dialect.generation_of(body, self._frontend, self._encoder, salt)
+        generation = await self._generation_of(body, salt)
         answer = self._dialect.answer(generation, self._frontend.served_name, self._frontend.tokenizer)
         num_places = sum(request.sampling.n for request in generation.requests)
         try:
@@ -128,7 +136,7 @@ class Generate:
             tasks.start_soon(stream.keep_open)
             gains = await self._first(outputs, deadline)
             while gains:
-                await stream.write(b"".join([sse.event(answer.chunk(prompt, delta)) for prompt, delta in gains]))
+                await stream.write(await _events(answer, gains))
                 gains = await outputs.take()
             tasks.cancel_scope.cancel()
         usage = sse.event(answer.usage_chunk()) if generation.include_usage else b""
@@ -141,10 +149,18 @@ class Generate:
                 for prompt, delta in gains:
                     answer.add(prompt, delta)
                 gains = await outputs.take()
-        return Response(answer.whole(), headers={"x-request-id": generation.id}, media_type="application/json")
+        return Response(await answer.whole(), headers={"x-request-id": generation.id}, media_type="application/json")
 
     async def _first(self, outputs: Outputs, deadline: float) -> list[Gain]:
         """The first gains, or an OverloadedError when the request has waited too long for them."""
         with anyio.CancelScope(deadline=deadline):
             return await outputs.take()
         raise self._limits.waited()
+
+
+async def _events(answer: Answer, gains: list[Gain]) -> bytes:
+    chunks = [
+        answer.chunk(prompt, delta) if delta.prompt_logprobs is None else await answer.long_chunk(prompt, delta)
+        for prompt, delta in gains
+    ]
+    return b"".join(map(sse.event, chunks))

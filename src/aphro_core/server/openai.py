@@ -103,7 +103,7 @@ async def completion_of(body: CompletionBody, frontend: Frontend, encoder: Promp
         if isinstance(prompt, str):
             ids: Sequence[int] = await encoder.encode(prompt, body.add_special_tokens is not False, field)
         else:
-            ids = encoder.check_ids(prompt, field)
+            ids = encoder.check_prompt(prompt, field)
         text = prompt if isinstance(prompt, str) else encoder.decode(prompt) if body.echo else None
         name = generation_id if len(prompts) == 1 else f"{generation_id}-{index}"
         requests.append(Request(name, ids, sampling, text, _salt(salt, body.cache_salt)))

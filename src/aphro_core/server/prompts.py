@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Final, TypeVar
-
-import anyio
-import anyio.to_thread
 
 from aphro_core.errors import RequestError
 from aphro_core.server.contract import Frontend, Tokenizer
 
 _THREAD_CHARS: Final = 2000  # a shorter text is encoded sooner than a thread would start on it
-_MAX_THREADS: Final = 4
+_MAX_THREADS: Final = 2  # of texts; chats, which wait for a template besides, have as many of their own
+_MAX_DETOKENIZED: Final = 2**16  # or the model's context; the library writes them in one piece, and nothing else runs
 _MAX_CHARS_PER_TOKEN: Final = 512  # longer than any real vocabulary's average: a text beyond it need not be tried
 
 Result = TypeVar("Result")
@@ -24,22 +24,39 @@ class PromptEncoder:
 
     def __init__(self, frontend: Frontend) -> None:
         self._frontend = frontend
-        self._threads = anyio.CapacityLimiter(_MAX_THREADS)
+        # a thread goes on though its client has left, and keeps its place until it has ended
+        self._texts = ThreadPoolExecutor(_MAX_THREADS, "encode-text")
+        self._chats = ThreadPoolExecutor(_MAX_THREADS, "encode-chat")
 
     async def encode(self, text: str, add_special_tokens: bool, field: str) -> list[int]:
         tokenizer = self._tokenizer(field)
         self._check_length(len(text), field)
-        return await self._run(partial(tokenizer.encode, text, add_special_tokens), len(text))
+        encode = partial(tokenizer.encode, text, add_special_tokens)
+        return encode() if len(text) <= _THREAD_CHARS else await _run(self._texts, encode)
 
     async def encode_chat(
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool, template_args: Mapping[str, Any]
     ) -> list[int]:
         tokenizer = self._tokenizer("messages")
-        size = sum(len(message["content"]) for message in messages)
-        self._check_length(size, "messages")
-        render = partial(tokenizer.encode_chat, messages, add_generation_prompt, **template_args)
+        most = self._frontend.max_model_len
+        if len(messages) > most:  # each has a token at least: its end
+            limit = f"{most} tokens, so never more than {most} messages"
+            raise RequestError(f"messages has {len(messages)} entries, allowed: {limit}", field="messages")
+        self._check_length(sum(len(text) for message in messages for text in message.values()), "messages")
         # the template runs in another process: however small the chat, this loop does not wait for it
-        return await self._run(render, max(size, _THREAD_CHARS + 1))
+        encode = partial(tokenizer.encode_chat, messages, add_generation_prompt, **template_args)
+        return await _run(self._chats, encode)
+
+    def check_prompt(self, token_ids: list[int], field: str) -> list[int]:
+        """The ids, each known to be in the vocabulary, and not more than the model ever takes."""
+        most = self._frontend.max_model_len - 1
+        if len(token_ids) > most:
+            raise RequestError(
+                f"{field} has {len(token_ids)} tokens, allowed: up to {most} (this model's maximum context length is "
+                f"{most + 1} tokens, one of them for the answer): shorten it",
+                field=field,
+            )
+        return self.check_ids(token_ids, field)
 
     def check_ids(self, token_ids: list[int], field: str) -> list[int]:
         """The ids, each known to be in the vocabulary."""
@@ -56,13 +73,12 @@ class PromptEncoder:
 
     async def decode_text(self, token_ids: list[int], field: str) -> str:
         tokenizer = self._tokenizer(field)
+        most = max(_MAX_DETOKENIZED, self._frontend.max_model_len)
+        if len(token_ids) > most:
+            raise RequestError(f"{field} has {len(token_ids)} token ids, allowed: up to {most}", field=field)
         self.check_ids(token_ids, field)
-        return await self._run(partial(tokenizer.decode, token_ids, skip_special_tokens=False), len(token_ids))
-
-    async def _run(self, work: Callable[[], Result], size: int) -> Result:
-        if size <= _THREAD_CHARS:
-            return work()
-        return await anyio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=self._threads)
+        decode = partial(tokenizer.decode, token_ids, skip_special_tokens=False)
+        return decode() if len(token_ids) <= _THREAD_CHARS else await _run(self._texts, decode)
 
     def _tokenizer(self, field: str) -> Tokenizer:
         tokenizer = self._frontend.tokenizer
@@ -76,3 +92,8 @@ class PromptEncoder:
         if num_chars > most:
             limit = f"{self._frontend.max_model_len} tokens, so never more than {most} characters"
             raise RequestError(f"{field} has {num_chars} characters, allowed: {limit}", field=field)
+
+
+async def _run(pool: ThreadPoolExecutor, work: Callable[[], Result]) -> Result:
+    """Wait for it in turn. A client that leaves is not waited for: what has begun ends for nobody."""
+    return await asyncio.wrap_future(pool.submit(work))

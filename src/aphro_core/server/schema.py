@@ -155,7 +155,10 @@ _MAX_NAMES_LOGGED: Final = 100
 
 _FIELDS: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 # of fields whose entries take long, by far more than what is allowed of them takes
-_MAX_BYTES: Final = {"logit_bias": 2**17, "stop": 2**18, "stop_token_ids": 2**17}
+_MAX_BYTES: Final = {"chat_template_kwargs": 2**16, "logit_bias": 2**17, "stop": 2**18, "stop_token_ids": 2**17}
+# of a whole body, its texts included: each may be a value, and a value takes a hundred times as long as its byte
+_MAX_COUNTS: Final = {b",": 2**20, b":": 2**18, b"[": 2**17, b"{": 2**17}
+_COUNTED_BYTES: Final = 2**20
 _MAX_FIELDS: Final = 1000
 _MAX_NOTHING_BYTES: Final = 256  # of a value that asks for nothing
 
@@ -174,6 +177,7 @@ class BodyParser:
 
         Nobody else is served meanwhile, so each value is made once, and none of those that nothing is done with.
         """
+        _check_counts(data)
         try:
             fields = _FIELDS.decode(data)
             if len(fields) > _MAX_FIELDS:
@@ -204,6 +208,19 @@ class BodyParser:
         if name not in self._unknown and len(self._unknown) < _MAX_NAMES_LOGGED:
             self._unknown.add(name)
             _LOG.debug("ignoring the unknown field %.80r", name)
+
+
+def _check_counts(data: bytes) -> None:
+    """Raises RequestError for more values than a body needs, before any is made."""
+    found = dict.fromkeys(_MAX_COUNTS, 0)
+    for start in range(0, len(data), _COUNTED_BYTES):
+        piece = data[start : start + _COUNTED_BYTES]
+        for sign, most in _MAX_COUNTS.items():
+            found[sign] += piece.count(sign)
+            if found[sign] > most:
+                raise RequestError(
+                    f"the body has more than {most} {sign.decode()!r}, allowed: fewer values (send several requests)"
+                )
 
 
 def _asks_for_nothing(value: msgspec.Raw, nothing: tuple[object, ...]) -> bool:

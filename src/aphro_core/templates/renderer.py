@@ -5,11 +5,13 @@ from __future__ import annotations
 import signal
 import socket
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from aphro_core.channel import BlockingChannel, ChannelClosedError
 from aphro_core.errors import EngineDeadError
+from aphro_core.host import process_state
 from aphro_core.messages import codec
 from aphro_core.messages.templates import FromRenderer, Render, RenderRefused
 from aphro_core.spawn import Child, ForkServer, Spawner
@@ -18,6 +20,7 @@ from aphro_core.templates.render import TemplateRefusedError
 RENDER_SECONDS: Final = 2.0
 _START_SECONDS: Final = 60.0  # for a child's imports
 _TRIVIAL: Final = Render("{{ messages | length }}", [], False, {})
+_REAP_SECONDS: Final = 0.5  # for the fork server to say how one ended
 _MAX_CHILDREN: Final = 2  # a template that is slow for one client leaves the other child to the others
 
 
@@ -41,21 +44,36 @@ class ChildRenderer:
         """Raises TemplateRefusedError, also for what takes more than 2 s or 256 MiB."""
         asked = Render(template, [dict(message) for message in messages], add_generation_prompt, dict(variables))
         with self._free:
-            process = self._take()
-            try:
-                answer = process.ask(asked, RENDER_SECONDS)
-            except ChannelClosedError:
-                process.kill()
-                raise TemplateRefusedError(
-                    f"it takes more than {RENDER_SECONDS:g} s, or more memory than it may have", is_over_limit=True
-                ) from None
-            with self._lock:
-                self._idle.append(process)
+            answer = self._ask(asked)
         if isinstance(answer, RenderRefused):
             raise TemplateRefusedError(
                 answer.message, is_broken=answer.is_broken, is_over_limit=answer.is_over_limit, line=answer.line
             )
         return answer.text
+
+    def _ask(self, asked: Render) -> FromRenderer:
+        """Once more where the child was killed or stopped by somebody else: that is not the template's fault."""
+        for may_repeat in (True, False):
+            process = self._take()
+            try:
+                answer = process.ask(asked, RENDER_SECONDS)
+            except ChannelClosedError:
+                was_disturbed = process.was_disturbed()
+                process.kill()
+                if not (may_repeat and was_disturbed):
+                    break
+            except BaseException as error:
+                process.kill()
+                if isinstance(error, OverflowError):
+                    raise TemplateRefusedError("a number among its variables has more than 64 bits") from None
+                raise
+            else:
+                with self._lock:
+                    self._idle.append(process)
+                return answer
+        raise TemplateRefusedError(
+            f"it takes more than {RENDER_SECONDS:g} s, or more memory than it may have", is_over_limit=True
+        )
 
     def close(self) -> None:
         """End every child."""
@@ -100,6 +118,16 @@ class _Process:
     @property
     def has_ended(self) -> bool:
         return self._child.poll()
+
+    def was_disturbed(self) -> bool:
+        """Whether somebody stopped it or killed it: a template that wants too much does neither."""
+        state = process_state(self._child.pid)
+        if state is not None and state.state != "Z":
+            return state.state == "T"
+        deadline = time.monotonic() + _REAP_SECONDS
+        while not self._child.poll() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return self._child.exit_code == -signal.SIGKILL
 
     def ask(self, asked: Render, seconds: float) -> FromRenderer:
         self._sock.settimeout(seconds)  # a timeout is an OSError, which the channel takes for its end

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import anyio
 import msgspec
 import pytest
 
@@ -23,7 +24,7 @@ def generation(n: int = 1, prompts: int = 1, **fields: Any) -> Generation:
 
 
 def whole(answer: Answer) -> Any:
-    return msgspec.json.decode(answer.whole())
+    return msgspec.json.decode(anyio.run(answer.whole))
 
 
 def delta(position: PositionLogprobs, **fields: Any) -> OutputDelta:
@@ -104,3 +105,40 @@ def test_an_aborted_choice_is_an_error_not_an_answer(kind: type[Answer]) -> None
         answer.add(0, OutputDelta(0, "", [], finish_reason="abort"))
     with pytest.raises(OverloadedError):
         answer.chunk(0, OutputDelta(0, "", [], finish_reason="abort"))
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_others_run_while_a_long_answer_is_written(kind: type[Answer]) -> None:
+    answer = kind(generation(num_logprobs=2), "m", ByteTokenizer())
+    position = {120: Logprob(-1.0, 1, "x"), 121: Logprob(-2.0, 2, "y")}
+    for _ in range(1000):
+        answer.add(0, delta(position))
+    num_turns = 0
+
+    async def count() -> None:
+        nonlocal num_turns
+        while True:
+            num_turns += 1
+            await anyio.lowlevel.checkpoint()
+
+    async def scenario() -> bytes:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(count)
+            data = await answer.whole()
+            tasks.cancel_scope.cancel()
+        return data
+
+    logprobs = msgspec.json.decode(anyio.run(scenario))["choices"][0]["logprobs"]
+    assert num_turns >= 10
+    assert len(logprobs["content" if kind is ChatAnswer else "tokens"]) == 1000
+
+
+def test_a_chunk_that_tells_of_the_prompt_is_the_same_in_turns() -> None:
+    chunks = []
+    for is_long in (False, True):
+        answer = CompletionAnswer(generation(num_logprobs=1, echo=True), "m", ByteTokenizer())
+        first = delta({120: Logprob(-1.0, 1, "x")}, prompt_logprobs=[None, {98: Logprob(-2.0, 1, "b")}])
+        data = anyio.run(answer.long_chunk, 0, first) if is_long else answer.chunk(0, first)
+        chunks.append({**msgspec.json.decode(data), "created": 0})
+    assert chunks[0] == chunks[1]
+    assert chunks[0]["choices"][0]["logprobs"]["tokens"] == ["a", "b", "x"]

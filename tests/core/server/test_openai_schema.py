@@ -270,3 +270,35 @@ def test_a_field_with_far_too_many_entries_is_refused_before_they_are_made(field
     with pytest.raises(RequestError):
         completion(b'{"prompt": "x", ' + fields + b"}")
     assert time.process_time() - began < 1.0, "every other client waits meanwhile"
+
+
+@pytest.mark.parametrize(
+    ("head", "value", "tail"),
+    [
+        (b'{"prompt":[', b"1,", b"1]}"),
+        (b'{"prompt":[', b"[],", b"[]]}"),
+        (b'{"prompt":[', b"[1],", b"[1]]}"),
+        (b'{"prompt":[', b'"a",', b'"a"]}'),
+        (b'{"messages":[', b'{"role":"user","content":""},', b"{}]}"),
+        (b'{"messages":[{"role":"user","content":"a","tool_calls":[', b"{},", b"{}]}]}"),
+        (b'{"messages":[{"role":"user","content":"a"}],"chat_template_kwargs":{"a":[', b"[],", b"[]]}}"),
+        (b'{"a":0', b',"a":[]', b"}"),
+    ],
+)
+def test_a_body_of_millions_of_values_holds_nobody_up(head: bytes, value: bytes, tail: bytes) -> None:
+    data = head + value * (31 * 2**20 // len(value)) + tail
+    began = time.process_time()
+    with pytest.raises(RequestError, match="the body has more than"):
+        BodyParser().parse(data, ChatBody if b"messages" in data[:20] else CompletionBody)
+    assert time.process_time() - began < 0.2
+
+
+def test_the_longest_prompts_of_ids_and_texts_with_many_signs_pass() -> None:
+    ids = BodyParser().parse(b'{"prompt":[' + b"1," * (2**20 - 1) + b"1]}", CompletionBody)
+    assert len(ids.prompt) == 2**20
+    BodyParser().parse(msgspec.json.encode({"prompt": "f(a, b)[0] = {x: 1};\n" * 100_000}), CompletionBody)
+
+
+def test_variables_of_a_template_are_few_bytes() -> None:
+    with pytest.raises(RequestError, match="chat_template_kwargs takes more than 65536 bytes"):
+        chat_with(chat_template_kwargs={"a": "x" * 65536})

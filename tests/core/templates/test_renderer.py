@@ -15,6 +15,7 @@ import pytest
 from aphro_core.spawn import ForkServer, open_fork_server
 from aphro_core.templates.render import TemplateRefusedError, render_here
 from aphro_core.templates.renderer import ChildRenderer
+from tests.e2e.server_process import descendants_of, is_running
 
 HELLO = [{"role": "user", "content": "hello"}]
 PLAIN = "{% for message in messages %}{{ message.content }}{% endfor %}"
@@ -32,6 +33,10 @@ def renderer(fork_server: ForkServer) -> Iterator[ChildRenderer]:
     renderer.render(PLAIN, HELLO, True, {})
     yield renderer
     renderer.close()
+
+
+def children_of(server: ForkServer) -> list[int]:
+    return [pid for pid in descendants_of(server.pid) if is_running(pid)]
 
 
 def own_memory() -> int:
@@ -116,3 +121,26 @@ def test_a_fork_server_that_died_does_not_matter() -> None:
         time.sleep(0.1)
         assert renderer.render(PLAIN, HELLO, True, {}) == "hello"
         renderer.close()
+
+
+@pytest.mark.parametrize("number", [2**64, -(2**63) - 1])
+def test_a_number_that_does_not_fit_is_refused_and_costs_no_process(
+    renderer: ChildRenderer, fork_server: ForkServer, number: int
+) -> None:
+    for _ in range(5):
+        with pytest.raises(TemplateRefusedError, match="64 bits"):
+            renderer.render(PLAIN, HELLO, True, {"x": [number]})
+    assert renderer.render(PLAIN, HELLO, True, {}) == "hello"
+    assert len(children_of(fork_server)) <= 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_child_that_somebody_else_ends_is_no_fault_of_the_chat(
+    renderer: ChildRenderer, fork_server: ForkServer, number: signal.Signals
+) -> None:
+    slow = "{% for i in range(10**5) %}{% for j in range(12) %}{% endfor %}{% endfor %}" + PLAIN
+    renderer.render(PLAIN, HELLO, True, {})
+    timer = threading.Timer(0.02, lambda: [os.kill(pid, number) for pid in children_of(fork_server)])
+    timer.start()
+    assert renderer.render(slow, HELLO, True, {}) == "hello"
+    timer.join()
