@@ -176,7 +176,7 @@ class Stepper:
         ]
         result = self._runner.execute(StepPlan(self._step, scheduled))
         assert result is not None
-        self._next_tokens = [token.token_id for token in result.sampled]
+        self._next_tokens = result.token_ids
         self._position += 1
 
 

@@ -34,6 +34,7 @@ from aphro_core.messages.requests import (
     EngineReady,
     EngineStats,
     FromEngine,
+    Gains,
     SequenceOutput,
     StepOutputs,
     ToEngine,
@@ -66,7 +67,7 @@ def play_engine(sock: socket.socket, num_streams: int, token_ids: list[int], wri
             outputs.append(SequenceOutput(seq_id, [token_ids[step % len(token_ids)]], finish_reason=reason))
             if reason:
                 del left[seq_id]
-        channel.send(StepOutputs(outputs, EngineStats(step, len(outputs), 0, 0, 0, 0, 0)))
+        channel.send(StepOutputs(Gains(outputs), EngineStats(step, len(outputs), 0, 0, 0, 0, 0)))
         written.acquire()
 
 

@@ -18,7 +18,6 @@ from aphro_core.messages.codec import MAX_FRAME_BYTES
 from aphro_core.messages.steps import (
     FromWorker,
     NewSequence,
-    SampledToken,
     ScheduledSequence,
     StepPlan,
     StepResult,
@@ -34,7 +33,7 @@ PLAN = StepPlan(
     new=[NewSequence(7, [1, 2, 3, 4], 4, SamplingParams(stop=["x"], logit_bias={5: 1.5}), 2**62, [2])],
     released=[5],
 )
-RESULT = StepResult(step_id=3, sampled=[SampledToken(7, 9, TokenLogprobs([9, 4], [-0.5, -1.0], 1))])
+RESULT = StepResult(step_id=3, token_ids=[9], logprobs={0: TokenLogprobs([9, 4], [-0.5, -1.0], 1)})
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 
 from aphro_core.config import SchedulerConfig
 from aphro_core.messages.requests import AddSequence
-from aphro_core.messages.steps import SampledToken, StepResult
+from aphro_core.messages.steps import StepResult
 from aphro_core.request import SamplingParams
 from aphro_core.scheduler.scheduler import Scheduler
 from tests.faults.case import Case, Outcome
@@ -205,7 +205,7 @@ def tokens_computed(num: int, num_prompt: int, num_output: int, num_blocks: int)
     computed = 0
     while (plan := scheduler.schedule()) is not None:
         computed += plan.num_tokens
-        drawn = [SampledToken(row.seq_id, row.seq_id * 1000 + row.start) for row in plan.scheduled if row.samples]
+        drawn = [row.seq_id * 1000 + row.start for row in plan.scheduled if row.samples]
         scheduler.update(StepResult(plan.step_id, drawn))
     return computed
 

@@ -22,8 +22,8 @@ from aphro_core.messages.requests import (
     AddSequence,
     EngineReady,
     FromEngine,
+    Gains,
     ResumeEngine,
-    SequenceOutput,
     StepFailed,
     StepOutputs,
     ToEngine,
@@ -85,7 +85,7 @@ class SimulatedEngine:
                 self._known[add.seq_id] = add
                 output = self.scheduler.add(add)
                 if output is not None:
-                    self._send([output])
+                    self._send(Gains([output]))
             case AbortSequences(seq_ids=seq_ids):
                 self.scheduler.abort(seq_ids)
 
@@ -125,8 +125,8 @@ class SimulatedEngine:
     def is_idle(self) -> bool:
         return not (self.inbox or self.outbox or self._in_flight or self.scheduler.has_work)
 
-    def _send(self, outputs: list[SequenceOutput]) -> None:
-        self.outbox.append(StepOutputs(outputs, self.scheduler.stats()))
+    def _send(self, gains: Gains) -> None:
+        self.outbox.append(StepOutputs(gains, self.scheduler.stats()))
 
 
 @dataclass

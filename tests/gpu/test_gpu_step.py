@@ -137,6 +137,6 @@ def test_a_step_waits_for_nothing_and_compiles_nothing(serving: Serving, dials: 
         steps.append(serving.launch(ids[:3], {ids[4]: 100}, dials))
         steps.append(serving.launch(ids[:5], {}, dials))
     results: list[StepResult] = [step.result() for step in steps]
-    assert [len(result.sampled) for result in results] == [2, 4, *[4] * 20, 4, 5]
+    assert [len(result.token_ids) for result in results] == [2, 4, *[4] * 20, 4, 5]
     serving.worker.launch(StepPlan(serving._step + 1, [], [], ids))
     serving._step += 1

@@ -21,6 +21,7 @@ from aphro_core.messages.requests import (
     AbortSequences,
     AddSequence,
     EnginePulse,
+    Gains,
     ResumeEngine,
     SequenceOutput,
     StartEngine,
@@ -68,7 +69,7 @@ class Engine:
     @property
     def in_flight(self) -> list[int]:
         """The sequences of the steps in flight."""
-        return sorted({row.seq_id for plan in self._plans for row in plan.scheduled})
+        return self._scheduler.seq_ids_in_flight()
 
     async def run(self, announce: Callable[[], Awaitable[None]]) -> None:
         """Try the group out, ``announce`` it to each API process, serve until StopEngine.
@@ -127,26 +128,26 @@ class Engine:
         while True:
             if self._is_orphan:
                 await self._start_over(announce)
-            outputs, self._refused = self._refused, []
-            has_news = self._owes_stats or bool(self._results)
-            failure = self._take_answers(outputs)
+            news = [Gains(self._refused)] if self._refused or self._owes_stats else []
+            self._refused, self._owes_stats = [], False
+            failure = self._take_answers(news)
             if failure is None:
                 await self._submit_plans()
-            if (outputs or has_news) and not self._is_orphan:  # the next API process counts its sequences anew
-                self._owes_stats = False
-                await self._api.send(StepOutputs(outputs=outputs, stats=self._scheduler.stats()))
+            if not self._is_orphan:  # the next API process counts its sequences anew
+                for gains in news:
+                    await self._api.send(StepOutputs(gains, self._scheduler.stats()))
             if failure is not None:
                 await self._recover(failure)
             if not self._is_orphan:
                 await self._wait_for_news()
 
-    def _take_answers(self, outputs: list[SequenceOutput]) -> StepFailure | None:
+    def _take_answers(self, news: list[Gains]) -> StepFailure | None:
         """Update the scheduler with each answer, up to one that failed: what follows was computed on top of it."""
         while self._results:
             result = self._next_answer()
             if result.failure is not None:
                 return result.failure
-            outputs += self._scheduler.update(result)
+            news.append(self._scheduler.update(result))
         return None
 
     def _next_answer(self) -> StepResult:
@@ -177,10 +178,13 @@ class Engine:
     async def _recover(self, failure: StepFailure) -> None:
         """Forget every sequence, prove that the group still works, and say so."""
         self._awaits_resume = True
+        suspects = failure.seq_ids
+        if suspects is None:
+            suspects = self._scheduler.seq_ids_in_flight(oldest_only=True)
         await self._forget_all()
         await self._try_out()
         if not self._is_orphan:
-            await self._api.send(StepFailed(failure.message, failure.seq_ids, failure.detail))
+            await self._api.send(StepFailed(failure.message, suspects, failure.detail))
 
     async def _start_over(self, announce: Callable[[], Awaitable[None]]) -> None:
         """The API process has died: nobody waits for what it had asked. Be there for the next one."""

@@ -25,6 +25,7 @@ from aphro_core.messages.requests import (
     EnginePulse,
     EngineReady,
     EngineStats,
+    SequenceOutput,
     StepFailed,
     StepOutputs,
 )
@@ -188,23 +189,29 @@ class Frontend:
     def on_outputs(self, outputs: StepOutputs) -> None:
         """Record a step, then speak: one call a step, a few microseconds a token."""
         now = self._clock()
-        num_tokens = 0
         intervals: dict[float, int] = {}
-        for output in outputs.outputs:
-            self._recovery.take_output(output.seq_id)
-            live = self._live.get(output.seq_id)
-            if live is None:  # aborted while the engine computed it
-                continue
-            if output.token_ids:
-                self._count_latency(live, now, intervals)
-            delta = live.take(output)
-            num_tokens += len(delta.token_ids)
-            live.request.answer.put(delta, shows=live.shows(delta))
-            if delta.finish_reason is not None:
-                if output.finish_reason is None:  # a stop string, of which the engine knows nothing
-                    self._aborts.append(output.seq_id)
-                self._finish(live, delta.finish_reason, now)
+        gains, num_tokens = outputs.gains, 0
+        for output in gains.outputs:
+            num_tokens += self._take(output, now, intervals)
+        for seq_id, token_id in zip(gains.seq_ids, gains.token_ids, strict=True):
+            num_tokens += self._take(SequenceOutput(seq_id, [token_id]), now, intervals)
         self.metrics.take_step(outputs.stats, now, num_tokens, intervals)
+
+    def _take(self, output: SequenceOutput, now: float, intervals: dict[float, int]) -> int:
+        """The number of tokens that count."""
+        self._recovery.take_output(output.seq_id)
+        live = self._live.get(output.seq_id)
+        if live is None:  # aborted while the engine computed it
+            return 0
+        if output.token_ids:
+            self._count_latency(live, now, intervals)
+        delta = live.take(output)
+        live.request.answer.put(delta, shows=live.shows(delta))
+        if delta.finish_reason is not None:
+            if output.finish_reason is None:  # a stop string, of which the engine knows nothing
+                self._aborts.append(output.seq_id)
+            self._finish(live, delta.finish_reason, now)
+        return len(delta.token_ids)
 
     def _count_latency(self, live: LiveChoice, now: float, intervals: dict[float, int]) -> None:
         opened = live.request

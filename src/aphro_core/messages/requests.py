@@ -119,8 +119,16 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     num_prefix_hits: int  # prompt tokens found there
 
 
+class Gains(msgspec.Struct, frozen=True, array_like=True):
+    """What the sequences of a step gained. Those of ``seq_ids`` gained the one of ``token_ids`` and nothing else."""
+
+    outputs: list[SequenceOutput] = []
+    seq_ids: list[int] = []
+    token_ids: list[int] = []
+
+
 class StepOutputs(msgspec.Struct, frozen=True, tag="outputs"):
-    outputs: list[SequenceOutput]
+    gains: Gains
     stats: EngineStats
 
 

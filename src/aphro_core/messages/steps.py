@@ -155,17 +155,37 @@ class ScheduledSequence(msgspec.Struct, frozen=True, array_like=True):
     samples: bool
 
 
+class RowsAgain(msgspec.Struct, frozen=True, array_like=True):
+    """The rows of the plan before, in its order, each one token on: all decode and all sample.
+
+    ``without`` those at these indexes, rising, which have left; ``new_blocks`` are (index among the rows that are left,
+    block id). Tokens that were read meanwhile are told with the next plan of another kind.
+    """
+
+    num_rows: int  # that are left
+    without: list[int] = []
+    new_blocks: list[tuple[int, int]] = []
+
+
 class StepPlan(msgspec.Struct, frozen=True, tag="plan"):
-    """One step. Workers apply it in this order: ``released``, ``new``, ``scheduled``. Plans are applied in order."""
+    """One step. Workers apply it in this order: ``released``, ``new``, ``scheduled``. Plans are applied in order.
+
+    ``again`` stands in the place of ``new`` and ``scheduled``, where workers keep the tokens that they draw.
+    """
 
     step_id: int
-    scheduled: list[ScheduledSequence]
+    scheduled: list[ScheduledSequence] = []
     new: list[NewSequence] = []
     released: list[int] = []  # seq_ids that the workers forget (finished, aborted, preempted)
+    again: RowsAgain | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.scheduled) if self.again is None else self.again.num_rows
 
     @property
     def num_tokens(self) -> int:
-        return sum(entry.num_tokens for entry in self.scheduled)
+        return sum(entry.num_tokens for entry in self.scheduled) if self.again is None else self.again.num_rows
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -176,12 +196,6 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     rank: int  # of the chosen token, 1 = most likely
 
 
-class SampledToken(msgspec.Struct, frozen=True, array_like=True):
-    seq_id: int
-    token_id: int
-    logprobs: TokenLogprobs | None = None
-
-
 class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Entries for the prompt tokens at positions ``start + 1 ...`` that rows ``start ...`` of this step predict."""
 
@@ -190,21 +204,23 @@ class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepFailure(msgspec.Struct, frozen=True, array_like=True):
-    """Why a step has no tokens, and the sequences of it that may be the reason. The group goes on."""
+    """Why a step has no tokens, and the sequences of it that may be the reason (None: any). The group goes on."""
 
     message: str
-    seq_ids: list[int]
+    seq_ids: list[int] | None
     detail: str = ""  # the traceback
 
 
 class StepResult(msgspec.Struct, frozen=True, tag="result"):
-    """From the last stage's tp rank 0: one SampledToken per scheduled sequence with ``samples``, in plan order.
+    """From the last stage's tp rank 0: a token for each scheduled sequence with ``samples``, in plan order.
 
-    With a ``failure`` nothing is sampled, and what the cache holds of the step's sequences is not to be used.
+    ``logprobs`` by index among them, where asked for. With a ``failure`` nothing is sampled, and what the cache holds
+    of the step's sequences is not to be used.
     """
 
     step_id: int
-    sampled: list[SampledToken]
+    token_ids: list[int]
+    logprobs: dict[int, TokenLogprobs] = {}
     prompt_logprobs: list[PromptLogprobs] = []
     failure: StepFailure | None = None
 

@@ -7,12 +7,13 @@ from collections.abc import Iterable
 
 from aphro_core.config import SchedulerConfig
 from aphro_core.errors import RequestError
-from aphro_core.messages.requests import AddSequence, EngineStats, SequenceOutput
-from aphro_core.messages.steps import SampledToken, StepPlan, StepResult
+from aphro_core.messages.requests import AddSequence, EngineStats, Gains, SequenceOutput
+from aphro_core.messages.steps import RowsAgain, StepPlan, StepResult, TokenLogprobs
 from aphro_core.scheduler.block_manager import BlockManager
 from aphro_core.scheduler.block_tables import BlockTables
+from aphro_core.scheduler.cohort import Cohort
 from aphro_core.scheduler.draft import Draft
-from aphro_core.scheduler.in_flight import InFlight
+from aphro_core.scheduler.in_flight import InFlight, Sent
 from aphro_core.scheduler.sequence import Sequence
 from aphro_core.scheduler.waiting import WaitingQueue, by_arrival
 
@@ -29,6 +30,9 @@ class Scheduler:
     which share the rows. Blocks are free when the last plan that holds their sequence is answered. ``released`` ids
     ride with the next plan that has rows: until then the workers keep the state of at most ``max_num_seqs`` sequences,
     which is what bounds their memory.
+
+    While the same sequences decode, plan after plan, nothing is decided anew for a row (``Cohort``), which makes steps
+    of many rows cheap. Only with ``run_ahead``, since such plans tell no tokens, and without a pipeline.
 
     A plan has ``max_num_batched_tokens`` tokens at most, and ``max_num_prefill_tokens`` if nothing decodes: then no
     stream waits for it.
@@ -62,6 +66,7 @@ class Scheduler:
         self._sequences: dict[int, Sequence] = {}  # all that wait or run
         self._waiting = WaitingQueue()
         self._running: list[Sequence] = []  # oldest first
+        self._cohort: Cohort | None = None  # the rows of the last plan, if they are all there is and all decode
         self._in_flight = InFlight()
         self._leaving: set[int] = set()  # ended in flight: they keep blocks and place until their plans are answered
         self._released: list[int] = []
@@ -78,6 +83,10 @@ class Scheduler:
     def num_in_flight(self) -> int:
         """Plans handed out and not answered."""
         return len(self._in_flight)
+
+    def seq_ids_in_flight(self, *, oldest_only: bool = False) -> list[int]:
+        """The sequences of the plans in flight, or of the oldest of them; those that were aborted too."""
+        return self._in_flight.seq_ids(oldest_only=oldest_only)
 
     def stats(self) -> EngineStats:
         """Gauges of this moment and counters since the start. ``step`` is the last answered one."""
@@ -147,6 +156,11 @@ class Scheduler:
         """
         if len(self._in_flight) >= self._max_in_flight:
             return None
+        if self._cohort is not None and not self._may_admit():
+            plan = self._schedule_again(self._cohort)
+            if plan is not None:
+                return plan
+        self._cohort = None
         decodes: list[Sequence] = []
         prefills: list[Sequence] = []
         for sequence in self._running:
@@ -162,6 +176,25 @@ class Scheduler:
                 self._tables.register(sequence)
         self._admit(draft, prefill_share)
         return self._hand_out(draft) if draft.scheduled else None
+
+    def _schedule_again(self, cohort: Cohort) -> StepPlan | None:
+        """A row of each of the cohort; None, and nothing done, if there are too few blocks."""
+        without, block_size = cohort.take_leavers(), self._blocks.block_size
+        begins = [i for i, sequence in enumerate(cohort.rows) if not sequence.num_computed % block_size]
+        if not cohort.rows or len(begins) > self._blocks.num_free:
+            return None
+        new_blocks = []
+        for index in begins:
+            self._tables.register(cohort.rows[index])
+            new_blocks += [(index, block_id) for block_id in self._tables.grow(cohort.rows[index]) or ()]
+        is_plain = cohort.advance()
+        again = RowsAgain(len(cohort.rows), without, new_blocks)
+        plan = StepPlan(self._next_step_id(), released=self._take_released(), again=again)
+        samples = [True] * len(cohort.rows)
+        self._in_flight.append(
+            Sent(plan.step_id, cohort.rows, samples, is_plain, cohort.seq_ids, cohort.stop_token_ids)
+        )
+        return plan
 
     def _may_run_ahead(self, sequence: Sequence) -> bool:
         """Also not so soon that the first stage would wait for its token from the last: the others take their turn."""
@@ -205,15 +238,9 @@ class Scheduler:
 
     def _admit(self, draft: Draft, prefill_share: int) -> None:
         """Start the oldest who wait, in order, each with blocks for all the tokens it has."""
-        while (
-            draft.tokens_left
-            and draft.num_prefill_tokens < prefill_share
-            and len(self._running) + len(self._leaving) < self._max_num_seqs
-            and not self._is_head_stuck
-        ):
+        while draft.tokens_left and draft.num_prefill_tokens < prefill_share and self._may_admit():
             sequence = self._waiting.head
-            if sequence is None or sequence.seq_id in self._leaving:  # the workers still know another by its id
-                return
+            assert sequence is not None
             # one spare block for each that runs, so that what starts now is not preempted at once
             if not self._tables.fill(sequence, num_spare=len(self._running)):
                 self._is_head_stuck = True
@@ -224,14 +251,36 @@ class Scheduler:
             draft.place_prefill(sequence, sequence.block_table.copy())
             self._tables.register(sequence)
 
+    def _may_admit(self) -> bool:
+        """Whether the oldest who waits may start as far as places go, and blocks as far as is known."""
+        if self._is_head_stuck or len(self._running) + len(self._leaving) >= self._max_num_seqs:
+            return False
+        head = self._waiting.head
+        return head is not None and head.seq_id not in self._leaving  # the workers still know another by its id
+
     def _hand_out(self, draft: Draft) -> StepPlan:
-        self._last_planned += 1
-        plan = draft.finish(self._last_planned, self._released)
+        plan = draft.finish(self._next_step_id(), self._take_released())
         for sequence in draft.sequences:
             sequence.last_planned = plan.step_id
-        self._released = []
-        self._in_flight.append(plan, draft.sequences)
+        self._in_flight.append(Sent(plan.step_id, draft.sequences, [row.samples for row in plan.scheduled]))
+        if self._run_ahead and self._num_stages == 1 and not draft.num_prefill_tokens:
+            self._form_cohort(draft.sequences)
         return plan
+
+    def _form_cohort(self, rows: list[Sequence]) -> None:
+        """Of rows that decode, unless there are others that will run, too."""
+        if any(one.needs_its_tokens for one in rows):
+            return
+        if all(one.last_planned == self._last_planned or one.is_full for one in self._running):
+            self._cohort = Cohort(rows)
+
+    def _next_step_id(self) -> int:
+        self._last_planned += 1
+        return self._last_planned
+
+    def _take_released(self) -> list[int]:
+        released, self._released = self._released, []
+        return released
 
     def _preempt(self, sequence: Sequence) -> None:
         self._stop_running(sequence)
@@ -250,41 +299,69 @@ class Scheduler:
 
     def _stop_running(self, sequence: Sequence) -> None:
         del self._running[bisect_left(self._running, sequence.arrival, key=by_arrival)]
+        if self._cohort is not None:
+            self._cohort.leave(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         self._tables.release(sequence)
         self._released.append(sequence.seq_id)
         self._is_head_stuck = False
 
-    def update(self, result: StepResult) -> list[SequenceOutput]:
-        """Take the answer to the oldest plan in flight: what each sequence gained, in the plan's order.
+    def update(self, result: StepResult) -> Gains:
+        """Take the answer to the oldest plan in flight: what each sequence gained.
 
         Raises ValueError for a result that does not fit that plan.
         """
-        answered = self._in_flight.answer(result)
+        sent = self._in_flight.answer(result)
         self._last_answered = result.step_id
-        outputs = []
-        for sequence, sampled in answered:
+        is_plain = sent.is_plain and not self._leaving and not result.logprobs
+        if is_plain and sent.stop_token_ids.isdisjoint(result.token_ids):
+            return self._take_plain(sent, result.token_ids)
+        gains = Gains()
+        drawn = enumerate(result.token_ids)
+        for sequence, samples in zip(sent.sequences, sent.samples, strict=True):
+            index, token_id = next(drawn) if samples else (-1, -1)
+            sequence.num_in_flight -= 1
+            sequence.num_unread -= samples
             if self._leaving and sequence.seq_id in self._leaving:
                 if not sequence.is_in_flight:
                     self._leaving.remove(sequence.seq_id)
                     self._release(sequence)
-            elif sampled is not None:
-                outputs.append(self._take_token(sequence, sampled))
-        return outputs
+            elif samples:
+                output = self._take_token(sequence, token_id, result.logprobs.get(index))
+                if output is not None:
+                    gains.outputs.append(output)
+                else:
+                    gains.seq_ids.append(sequence.seq_id)
+                    gains.token_ids.append(token_id)
+        return gains
 
-    def _take_token(self, sequence: Sequence, sampled: SampledToken) -> SequenceOutput:
-        logprobs = None if sampled.logprobs is None else [sampled.logprobs]
+    def _take_plain(self, sent: Sent, token_ids: list[int]) -> Gains:
+        """Tokens that end nothing: all that most steps bring, so this is a hot loop."""
+        block_size = self._blocks.block_size
+        for sequence, token_id in zip(sent.sequences, token_ids, strict=True):
+            sequence.num_in_flight -= 1
+            sequence.num_unread -= 1
+            known = sequence.token_ids
+            known.append(token_id)
+            if not len(known) % block_size and sequence.num_in_flight:
+                self._tables.register(sequence)
+        assert sent.seq_ids is not None
+        return Gains(seq_ids=sent.seq_ids, token_ids=token_ids)
+
+    def _take_token(self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> SequenceOutput | None:
+        """None: it has gained this token and nothing else."""
         prompt_logprobs, num_cached = sequence.take_first_output() if sequence.has_first_output else (None, 0)
-        reason, stop_token_id = sequence.take_token(sampled.token_id)
+        reason, stop_token_id = sequence.take_token(token_id)
         if reason is not None:
             del self._sequences[sequence.seq_id]
             self._leave(sequence)
         elif sequence.is_in_flight and not len(sequence.token_ids) % self._blocks.block_size:
             self._tables.register(sequence)  # the row that ran ahead fills this block, and now its tokens are known
-        return SequenceOutput(
-            sequence.seq_id, [sampled.token_id], logprobs, reason, stop_token_id, prompt_logprobs, num_cached
-        )
+        if reason is None and logprobs is None and prompt_logprobs is None and not num_cached:
+            return None
+        kept = None if logprobs is None else [logprobs]
+        return SequenceOutput(sequence.seq_id, [token_id], kept, reason, stop_token_id, prompt_logprobs, num_cached)
 
 
 def _take_youngest(decodes: list[Sequence], prefills: list[Sequence], *, than: Sequence) -> Sequence | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from aphro_core.distributed import Links
 from aphro_core.layers.decoder import Decoder
-from aphro_core.messages.steps import PromptLogprobs, StepPlan, StepResult
+from aphro_core.messages.steps import PromptLogprobs, StepPlan
 from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel.shard import RankShard
 from aphro_core.worker.cuda_graphs import CudaGraphs, DecodeSteps, row_buckets
@@ -23,7 +23,7 @@ from aphro_core.worker.dues import Dues, pay, prompt_gathers
 from aphro_core.worker.paged_inputs import PagedInputs, PagedStep
 from aphro_core.worker.prompt_logprobs import prompt_logprobs
 from aphro_core.worker.returning_tokens import ReturningTokens
-from aphro_core.worker.sampler import Sampler
+from aphro_core.worker.sampler import Sampler, SamplingRow, sampled_result
 from aphro_core.worker.sequences import SequenceState, apply_plan
 from aphro_core.worker.step import FinishedStep, LaunchedStep, RunningStep, SamplingError, empty_result
 from aphro_core.worker.step_failure import failed_step
@@ -71,6 +71,9 @@ class DeviceRunner:
         self._logits = torch.zeros(max_rows * self._samples, spec.vocab_size, dtype=logits_dtype, device=device)
         self._sampler = Sampler(spec.vocab_size, device)
         self._device_sampler = DeviceSampler(spec.vocab_size, max_rows, device)
+        self._draws: list[int] = []  # of the last step, and what follows from them:
+        self._drawing: list[SamplingRow] = []
+        self._needs_host = False
         self._decode: DecodeSteps = self._decode_rows
         self._returning: ReturningTokens | None = None
         if links.tokens is not None and shard.has_embedding:
@@ -88,8 +91,9 @@ class DeviceRunner:
         step = self._inputs.stage(plan, self._sequences, self._buckets)
         if self._returning is not None:
             self._returning.take_for(plan, self._sequences)
-        if not plan.scheduled:
-            return empty_result(plan) if self._samples else None
+        if not plan.num_rows:
+            return empty_result(plan.step_id) if self._samples else None
+        self._find_rows(step.draws, is_again=plan.again is not None)
         logits, found = self._run_rows(step) if step.chunks is None else self._run_mixed(step)
         if self._returning is not None:
             self._returning.expect(step)
@@ -97,13 +101,21 @@ class DeviceRunner:
             return None
         return self._draw(plan, step, logits, found)
 
+    def _find_rows(self, draws: list[int], *, is_again: bool) -> None:
+        if draws is not self._draws:
+            self._draws, self._drawing = draws, [self._sequences[seq_id].row for seq_id in draws]
+            self._needs_host = any(row.needs_host for row in self._drawing)
+        if is_again and self._needs_host:  # others do not ask where they are
+            for row in self._drawing:
+                row.position += 1
+
     def settle(self, plan: StepPlan) -> bool:
         """After an exception in ``launch``: let the peers end the step. Whether this rank is fit for the next one."""
         if self._shard.pp_size > 1:  # tokens on their way between stages
             return False
-        if plan.scheduled:
+        if plan.num_rows:
             has_chunks = any(entry.num_tokens > 1 for entry in plan.scheduled)
-            draws = sum(entry.samples for entry in plan.scheduled) if has_chunks else len(plan.scheduled)
+            draws = sum(entry.samples for entry in plan.scheduled) if has_chunks else plan.num_rows
             num_rows = plan.num_tokens if has_chunks else next(size for size in self._buckets if size >= draws)
             gathers = [*prompt_gathers(plan, self._sequences), *([draws if has_chunks else num_rows] if draws else [])]
             dues = Dues(num_rows, gathers, num_handed_out=draws)
@@ -158,14 +170,13 @@ class DeviceRunner:
     def _draw(
         self, plan: StepPlan, step: PagedStep, logits: Tensor, found: list[PromptLogprobs]
     ) -> LaunchedStep | None:
-        rows = [self._sequences[entry.seq_id].row for entry in step.draws]
+        rows = self._drawing
         result: LaunchedStep | None = None
         tokens = torch.empty(len(rows), dtype=torch.int64, device=self._device)
-        if self._samples and not any(row.needs_host for row in rows):
+        if self._samples and not self._needs_host:
             if rows:
                 tokens = self._device_sampler.draw(logits, step.draw_positions, rows)
-            wanted = [entry.seq_id if entry.samples else None for entry in step.draws]
-            result = RunningStep(plan, wanted, tokens, found)
+            result = RunningStep(plan.step_id, step.draws, tokens, found, step.wanted)
         elif self._samples:
             result = self._draw_with_host(plan, step, logits, tokens, found)
         if rows:
@@ -180,12 +191,12 @@ class DeviceRunner:
     ) -> FinishedStep:
         """Rows of every kind, into ``tokens`` too; it waits. The other ranks wait for tokens even if there are none."""
         tokens.zero_()
-        kept = [i for i, entry in enumerate(step.draws) if entry.samples]
-        rows = [self._sequences[step.draws[i].seq_id].row for i in kept]
+        kept = list(range(len(step.draws))) if step.wanted is None else step.wanted
+        rows = [self._drawing[i] for i in kept]
         wanted = logits if len(kept) == len(step.draws) else logits[kept]
         try:
             sampled = self._sampler.sample(wanted.float(), rows)
         except SamplingError as error:
-            return FinishedStep(failed_step(plan, error, error.seq_ids))
+            return FinishedStep(failed_step(plan.step_id, error, error.seq_ids))
         tokens[kept] = torch.tensor([one.token_id for one in sampled], dtype=torch.int64, device=self._device)
-        return FinishedStep(StepResult(plan.step_id, sampled, found))
+        return FinishedStep(sampled_result(plan.step_id, sampled, found))

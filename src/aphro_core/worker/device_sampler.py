@@ -22,7 +22,6 @@ class DeviceSampler:
         self._device = device
         self._workspace = build_sample_workspace(max_rows, vocab_size, device)
         self._rows: list[SamplingRow] = []
-        self._row_ids: list[int] = []
         self._all_greedy = True
         self._greedy = self._send(max_rows * [SamplingRow(-1, SamplingParams(temperature=0.0), 0, 0, [], 0)])
         self._dials = self._greedy
@@ -31,10 +30,10 @@ class DeviceSampler:
         """Token ids ``[rows]`` int64, -1 for a row without a finite largest logit.
 
         ``logits`` [rows, vocab]; ``positions`` [rows] int64 of the tokens that were read: one comes behind each.
+        ``rows``: the list of the call before where it says the same.
         """
-        ids = list(map(id, rows))
-        if ids != self._row_ids:  # the rows are kept, so that no other can have their ids
-            self._rows, self._row_ids = rows, ids
+        if rows is not self._rows:
+            self._rows = rows
             self._all_greedy = all(row.sampling.is_greedy for row in rows)
             self._dials = first_rows(self._greedy, len(rows)) if self._all_greedy else self._send(rows)
         tokens, is_bad = sample(

@@ -16,7 +16,7 @@ from aphro_core.parallel.shard import RankShard
 from aphro_core.worker.batch import BatchBuilder
 from aphro_core.worker.dues import Dues, pay, prompt_gathers
 from aphro_core.worker.prompt_logprobs import prompt_logprobs
-from aphro_core.worker.sampler import Sampler
+from aphro_core.worker.sampler import SampledToken, Sampler, sampled_result
 from aphro_core.worker.sequences import SequenceState, apply_plan
 from aphro_core.worker.step import FinishedStep
 
@@ -63,9 +63,10 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult | None:
         """A result only from tp rank 0 of the last stage."""
+        assert plan.again is None, "tokens that are drawn here are told, not kept"
         apply_plan(plan, self._sequences)
         if not plan.scheduled:
-            return StepResult(step_id=plan.step_id, sampled=[]) if self._sampler is not None else None
+            return StepResult(plan.step_id, []) if self._sampler is not None else None
         batch = self._batches.build(plan, self._sequences)
         hidden_states = None
         if not self._shard.has_embedding:
@@ -85,7 +86,7 @@ class ModelRunner:
                 first = batch.first_rows[entry.seq_id]
                 found.append(prompt_logprobs(self._decoder, hidden_states[first:], entry, row))
         sampling = [entry for entry in plan.scheduled if entry.samples]
-        sampled = []
+        sampled: list[SampledToken] = []
         if sampling:
             logits = self._decoder.logits(hidden_states.index_select(0, batch.sampled_rows))
             if self._sampler is not None:
@@ -94,4 +95,4 @@ class ModelRunner:
         if self._sampler is None:
             return None
         entries = [entry for entry in found if entry is not None]
-        return StepResult(step_id=plan.step_id, sampled=sampled, prompt_logprobs=entries)
+        return sampled_result(plan.step_id, sampled, entries)

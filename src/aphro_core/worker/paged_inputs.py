@@ -18,7 +18,7 @@ from aphro_kernels.step_rows import BLOCK, DRAW_SLOT, POSITION, ROW_FIELDS, TOKE
 from torch import Tensor
 
 from aphro_core.layers.batch import Batch, PagedPart, PagedRows
-from aphro_core.messages.steps import ScheduledSequence, StepPlan
+from aphro_core.messages.steps import RowsAgain, ScheduledSequence, StepPlan
 from aphro_core.worker.sequences import SequenceState
 
 # Triton compiles a kernel again for a pointer that is not a multiple of 16 bytes: sections begin at multiples of this
@@ -42,13 +42,17 @@ class Chunks:
 
 @dataclass(frozen=True, slots=True)
 class PagedStep:
-    """One plan, sent. ``draws`` are the entries of the rows that get logits, ``draw_slots`` where their tokens go."""
+    """One plan, sent. ``draws`` are the sequences of the rows that get logits, ``draw_slots`` where their tokens go.
+
+    It is the same list as in the step before if nothing about them has changed.
+    """
 
     num_rows: int  # of one token
     padded_rows: int
     chunks: Chunks | None
     first_rows: dict[int, int]  # seq_id -> its first row of hidden states; only with chunks
-    draws: list[ScheduledSequence]
+    draws: list[int]
+    wanted: list[int] | None  # those of them whose tokens count, by index; None: all
     draw_rows: Tensor | None  # [draws] int64 rows of the hidden states; None: the first num_rows, all of them
     draw_slots: Tensor
     draw_positions: Tensor  # [draws] int64 of the tokens that are read; decode steps: where the step puts them
@@ -78,6 +82,7 @@ class PagedInputs:
         self._device = device
         self._num_kv_heads, self._works, self._keeps_tokens = num_kv_heads, works, keeps_tokens
         self._no_slot = max_rows  # the place of padding
+        self._padding = (self._no_slot, -1, 0, -1, self._no_slot, 0)
         self._slots: dict[int, int] = {}  # seq_id -> slot
         self._steady: tuple[list[int], np.ndarray] | None = None  # a decode step's sequences, and what was sent of them
         self._free = list(range(max_rows - 1, -1, -1))
@@ -90,8 +95,8 @@ class PagedInputs:
                 self._free.append(slot)
         for new in plan.new:
             self._slots[new.seq_id] = self._free.pop()
-        if self._steady is not None and (step := self._stage_again(plan)) is not None:
-            return step
+        if plan.again is not None:
+            return self._stage_again(plan.again, sequences, pad)
         self._steady = None
         decode = [entry for entry in plan.scheduled if entry.num_tokens == 1]
         chunks = [entry for entry in plan.scheduled if entry.num_tokens > 1]
@@ -106,35 +111,47 @@ class PagedInputs:
         if not chunks:
             if table_at:
                 self._write_tables(*self._send([table_at, table_blocks]))
-            if self._keeps_tokens and all(entry.samples for entry in decode):
-                self._steady = [entry.seq_id for entry in decode], values
-            return self._decode_step(decode, padded)
+            seq_ids = [entry.seq_id for entry in decode]
+            wanted = [index for index, entry in enumerate(decode) if entry.samples]
+            if len(wanted) == num_rows:
+                self._steady = seq_ids, values
+                return self._decode_step(seq_ids, padded)
+            return self._decode_step(seq_ids, padded, wanted)
         return self._send_chunks(plan, decode, chunks, sequences, table_at, table_blocks)
 
-    def _stage_again(self, plan: StepPlan) -> PagedStep | None:
-        """The step of the same rows as before, each one token on: its numbers are those sent last, but for three."""
-        assert self._steady is not None
+    def _stage_again(self, again: RowsAgain, sequences: dict[int, SequenceState], pad: Sequence[int]) -> PagedStep:
+        """The rows of the step before, each one token on: their numbers are those sent last, but for three."""
+        assert self._steady is not None, "only rows that all decoded may come again"
+        assert self._keeps_tokens
+        if again.without:
+            self._steady = self._leave_out(again.without, *self._steady, pad)
         seq_ids, values = self._steady
-        rows = plan.scheduled
-        if plan.new or plan.released or [row.seq_id for row in rows] != seq_ids:
-            return None
-        if not all(row.num_tokens == 1 and row.samples for row in rows):
-            return None
-        ours = values[: len(rows)]
+        assert len(seq_ids) == again.num_rows
+        ours = values[: again.num_rows]
         ours[:, POSITION] += 1
         ours[:, TOKEN] = -1  # drawn by the step before, and kept here
         ours[:, BLOCK] = -1
-        for index, row in enumerate(rows):
-            if row.new_block_ids:
-                (ours[index, BLOCK],) = row.new_block_ids
-        assert ours[0, POSITION] == rows[0].start
+        for index, block in again.new_blocks:
+            ours[index, BLOCK] = block
+            sequences[seq_ids[index]].block_table.append(block)
         self._send_rows(values)
-        return self._decode_step(rows, len(values))
+        return self._decode_step(seq_ids, len(values))
 
-    def _decode_step(self, decode: list[ScheduledSequence], padded: int) -> PagedStep:
-        num_rows = len(decode)
+    def _leave_out(
+        self, without: list[int], seq_ids: list[int], values: np.ndarray, pad: Sequence[int]
+    ) -> tuple[list[int], np.ndarray]:
+        kept = seq_ids.copy()
+        for index in reversed(without):
+            del kept[index]
+        padded = np.empty((next(size for size in pad if size >= len(kept)), ROW_FIELDS), dtype=np.int64)
+        padded[: len(kept)] = np.delete(values[: len(seq_ids)], without, axis=0)
+        padded[len(kept) :] = self._padding
+        return kept, padded
+
+    def _decode_step(self, draws: list[int], padded: int, wanted: list[int] | None = None) -> PagedStep:
+        num_rows = len(draws)
         sent, positions = self._sent[:num_rows], self._rows.positions[:num_rows]
-        return PagedStep(num_rows, padded, None, {}, decode, None, sent[:, DRAW_SLOT], positions)
+        return PagedStep(num_rows, padded, None, {}, draws, wanted, None, sent[:, DRAW_SLOT], positions)
 
     def _row_values(
         self,
@@ -157,7 +174,7 @@ class PagedInputs:
                     self._note_blocks(entry, state, table_at, table_blocks)
             token = known[entry.start] if entry.start < len(known) else -1
             values += (slot, entry.start, token, block, slot if entry.samples else self._no_slot, 0)
-        values += (self._no_slot, -1, 0, -1, self._no_slot, 0) * (padded - len(decode))
+        values += self._padding * (padded - len(decode))
         return np.array(values, dtype=np.int64).reshape(padded, ROW_FIELDS)
 
     def _send_rows(self, values: np.ndarray) -> None:
@@ -227,7 +244,8 @@ class PagedInputs:
                 max_seq_len=max(seq_lens),
             ),
             first_rows=first_rows,
-            draws=draws,
+            draws=[entry.seq_id for entry in draws],
+            wanted=None,
             draw_rows=sent[3],
             draw_slots=sent[4],
             draw_positions=sent[10],

@@ -30,7 +30,7 @@ class ReturningTokens:
         if not step.draws:
             return
         self._num_steps += 1
-        self._drawn_in.update((entry.seq_id, self._num_steps) for entry in step.draws)
+        self._drawn_in.update((seq_id, self._num_steps) for seq_id in step.draws)
         work, tokens = self._link.expect(len(step.draws), self._last_token_ids.device)
         # a copy: where the slots of a decode step were sent, those of the next one will be
         self._due.append((self._num_steps, work, tokens, step.draw_slots.clone()))

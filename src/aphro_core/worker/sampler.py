@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from aphro_core.messages.steps import SampledToken, TokenLogprobs
+from aphro_core.messages.steps import PromptLogprobs, StepResult, TokenLogprobs
 from aphro_core.parallel.memory import SAMPLED_ROWS
 from aphro_core.request import SamplingParams
 from aphro_core.worker.gumbel import GumbelNoise, draw_keys
@@ -22,6 +22,13 @@ from aphro_core.worker.penalties import TokenCounts, add_biases_, apply_penaltie
 from aphro_core.worker.reductions import argmax
 from aphro_core.worker.step import SamplingError
 from aphro_core.worker.truncation import build_truncation, draw_truncated, is_truncated
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    seq_id: int
+    token_id: int
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(slots=True)
@@ -152,6 +159,12 @@ class Sampler:
         where = f"sequence {first.seq_id} at position {first.position}"
         others = f" (and {len(bad) - 1} more sequences of this step)" if len(bad) > 1 else ""
         return SamplingError(f"{where} has no token to draw: {found}{others}", [rows[i].seq_id for i in bad], hint=hint)
+
+
+def sampled_result(step_id: int, sampled: list[SampledToken], prompt_logprobs: list[PromptLogprobs]) -> StepResult:
+    """The answer to a step whose tokens, in the plan's order, are these."""
+    logprobs = {index: token.logprobs for index, token in enumerate(sampled) if token.logprobs is not None}
+    return StepResult(step_id, [token.token_id for token in sampled], logprobs, prompt_logprobs)
 
 
 def _has_penalty(params: SamplingParams) -> bool:

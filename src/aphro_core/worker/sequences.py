@@ -22,7 +22,10 @@ class SequenceState:
 
 
 def apply_plan(plan: StepPlan, sequences: dict[int, SequenceState]) -> None:
-    """Forget what is released, learn what is new, extend what is scheduled: in this order."""
+    """Forget what is released, learn what is new, extend what is scheduled: in this order.
+
+    Of rows that come again (``plan.again``) nothing is noted but their blocks, by whoever keeps their order.
+    """
     for seq_id in plan.released:
         sequences.pop(seq_id, None)
     for new in plan.new:

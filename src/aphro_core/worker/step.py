@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from aphro_core.errors import AphroError, ExitCode
-from aphro_core.messages.steps import PromptLogprobs, SampledToken, StepPlan, StepResult
+from aphro_core.messages.steps import PromptLogprobs, StepResult
 from aphro_core.worker.step_failure import failed_step
 
 
@@ -32,11 +31,20 @@ class RunningStep:
     """A step on a GPU: its tokens are on the way into pinned memory, and an event says when they are there."""
 
     def __init__(
-        self, plan: StepPlan, seq_ids: Sequence[int | None], tokens: Tensor, prompt_logprobs: list[PromptLogprobs]
+        self,
+        step_id: int,
+        seq_ids: list[int],
+        tokens: Tensor,
+        prompt_logprobs: list[PromptLogprobs],
+        wanted: list[int] | None = None,
     ) -> None:
-        """``tokens`` [rows] int64 on the device, -1 where none could be drawn; None in ``seq_ids``: not wanted."""
-        self._plan = plan
+        """``tokens`` [rows] int64 on the device, -1 where none could be drawn, of the sequences ``seq_ids``.
+
+        ``wanted``: which of them are, by index; None: all.
+        """
+        self._step_id = step_id
         self._seq_ids = seq_ids
+        self._wanted = wanted
         self._prompt_logprobs = prompt_logprobs
         self._event: torch.cuda.Event | None = None
         if tokens.is_cuda:
@@ -51,21 +59,22 @@ class RunningStep:
     def result(self) -> StepResult:
         if self._event is not None:
             self._event.synchronize()
+        seq_ids: list[int] = self._seq_ids
         token_ids: list[int] = self._tokens.tolist()
-        drawn = [
-            SampledToken(seq_id, token_id)
-            for seq_id, token_id in zip(self._seq_ids, token_ids, strict=True)
-            if seq_id is not None
-        ]
-        if bad := [token.seq_id for token in drawn if token.token_id < 0]:
-            others = f" (and {len(bad) - 1} more sequences of this step)" if len(bad) > 1 else ""
-            message = f"sequence {bad[0]} has no token to draw: its logits are not finite{others}"
-            return failed_step(self._plan, SamplingError(message, bad, hint="try --dtype float32 or bfloat16"), bad)
-        return StepResult(self._plan.step_id, drawn, self._prompt_logprobs)
+        if self._wanted is not None:
+            seq_ids, token_ids = [seq_ids[i] for i in self._wanted], [token_ids[i] for i in self._wanted]
+        if token_ids and min(token_ids) < 0:
+            return self._without_tokens([i for i, token in zip(seq_ids, token_ids, strict=True) if token < 0])
+        return StepResult(self._step_id, token_ids, prompt_logprobs=self._prompt_logprobs)
+
+    def _without_tokens(self, bad: list[int]) -> StepResult:
+        others = f" (and {len(bad) - 1} more sequences of this step)" if len(bad) > 1 else ""
+        message = f"sequence {bad[0]} has no token to draw: its logits are not finite{others}"
+        return failed_step(self._step_id, SamplingError(message, bad, hint="try --dtype float32 or bfloat16"), bad)
 
 
-def empty_result(plan: StepPlan) -> FinishedStep:
-    return FinishedStep(StepResult(step_id=plan.step_id, sampled=[]))
+def empty_result(step_id: int) -> FinishedStep:
+    return FinishedStep(StepResult(step_id, []))
 
 
 class SamplingError(AphroError):

@@ -5,15 +5,15 @@ from __future__ import annotations
 import traceback
 from collections.abc import Sequence
 
-from aphro_core.messages.steps import StepFailure, StepPlan, StepResult
+from aphro_core.messages.steps import StepFailure, StepResult
 
 
-def failed_step(plan: StepPlan, error: Exception, seq_ids: Sequence[int] | None = None) -> StepResult:
+def failed_step(step_id: int, error: Exception, seq_ids: Sequence[int] | None = None) -> StepResult:
     """``seq_ids`` may be the reason; None: any of the step's. The traceback goes along, for the log alone."""
-    suspects = [row.seq_id for row in plan.scheduled] if seq_ids is None else list(seq_ids)
     detail = "".join(traceback.format_exception(error))
+    suspects = None if seq_ids is None else list(seq_ids)
     failure = StepFailure(f"{type(error).__name__}: {error}"[:500], suspects, detail[-8000:])
-    return StepResult(step_id=plan.step_id, sampled=[], failure=failure)
+    return StepResult(step_id, [], failure=failure)
 
 
 def is_survivable(error: Exception) -> bool:

@@ -138,11 +138,11 @@ class Worker:
         try:
             return self._runner.launch(plan)
         except SamplingError as error:  # all ranks have computed the step, this one draws
-            return FinishedStep(failed_step(plan, error, error.seq_ids))
+            return FinishedStep(failed_step(plan.step_id, error, error.seq_ids))
         except Exception as error:
             if not is_survivable(error):
                 raise
-            failed = failed_step(plan, error)
+            failed = failed_step(plan.step_id, error)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # memory that ran out in pieces may be whole again
         if self._config.parallel.world_size > 1:

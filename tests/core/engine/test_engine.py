@@ -30,7 +30,7 @@ from aphro_core.messages.requests import (
     StopEngine,
     ToEngine,
 )
-from aphro_core.messages.steps import SampledToken, StepFailure, StepPlan, StepResult, WorkerLoaded
+from aphro_core.messages.steps import StepFailure, StepPlan, StepResult, WorkerLoaded
 from aphro_core.request import SamplingParams
 from aphro_core.scheduler.scheduler import Scheduler
 
@@ -64,8 +64,8 @@ class FakeGroup:
         if self.hangs and any(rows):
             return
         failure = StepFailure("MemoryError: no", rows) if self.broken & set(rows) else None
-        sampled = [] if failure else [SampledToken(row.seq_id, 1) for row in plan.scheduled if row.samples]
-        await self.answer(StepResult(plan.step_id, sampled, failure=failure))
+        token_ids = [] if failure else [1 for row in plan.scheduled if row.samples]
+        await self.answer(StepResult(plan.step_id, token_ids, failure=failure))
 
     async def answer(self, result: StepResult) -> None:
         await self._send.send(result)
@@ -123,8 +123,10 @@ async def outputs_until(
     while not is_enough(got):
         message = await next_of(api, StepOutputs)
         assert isinstance(message, StepOutputs)
-        for output in message.outputs:
+        for output in message.gains.outputs:
             got.setdefault(output.seq_id, []).extend(output.token_ids)
+        for seq_id, token_id in zip(message.gains.seq_ids, message.gains.token_ids, strict=True):
+            got.setdefault(seq_id, []).append(token_id)
     return got
 
 
@@ -172,7 +174,7 @@ async def test_a_sequence_that_has_all_its_tokens_is_answered() -> None:
         await api.send(add(1, max_tokens=2, outputs=(1, 1)))
         message = await next_of(api, StepOutputs)
         assert isinstance(message, StepOutputs)
-        assert [(output.seq_id, output.finish_reason) for output in message.outputs] == [(1, "length")]
+        assert [(output.seq_id, output.finish_reason) for output in message.gains.outputs] == [(1, "length")]
 
 
 async def test_a_step_that_does_not_end_is_a_hang_and_its_sequences_are_known() -> None:

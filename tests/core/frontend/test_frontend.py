@@ -18,6 +18,7 @@ from aphro_core.messages.requests import (
     EnginePulse,
     EngineReady,
     EngineStats,
+    Gains,
     SequenceOutput,
     StepOutputs,
     ToEngine,
@@ -54,7 +55,7 @@ class FakeEngine:
     def step(self, *outputs: SequenceOutput) -> None:
         assert self.frontend is not None
         self.num_steps += 1
-        self.frontend.on_outputs(StepOutputs(list(outputs), EngineStats(self.num_steps, 1, 0, 1, 0, 0, 0)))
+        self.frontend.on_outputs(StepOutputs(Gains(list(outputs)), EngineStats(self.num_steps, 1, 0, 1, 0, 0, 0)))
 
     @property
     def added(self) -> list[AddSequence]:

@@ -6,7 +6,6 @@ from aphro_core.messages.requests import AddSequence
 from aphro_core.messages.steps import (
     NewSequence,
     PromptLogprobs,
-    SampledToken,
     ScheduledSequence,
     StepPlan,
     StepResult,
@@ -81,11 +80,36 @@ class FakeWorker:
         self._vocab_size = vocab_size
         self._cache: dict[tuple[int, int], int] = {}
         self._last_step_id = 0
+        self._last_rows: list[ScheduledSequence] = []
         self.known: dict[int, _Known] = {}
         self.num_tokens_computed = 0
 
+    def spell_out(self, plan: StepPlan) -> StepPlan:
+        """The plan with its rows, if it only says which of the plan before come again."""
+        again = plan.again
+        if again is None:
+            return plan
+        assert not plan.new
+        assert not plan.scheduled
+        assert again.without == sorted(set(again.without))
+        assert all(row.samples for row in self._last_rows), "rows that come again draw"
+        left = [row for index, row in enumerate(self._last_rows) if index not in again.without]
+        assert len(self._last_rows) - len(again.without) == len(left) == again.num_rows
+        blocks = dict(again.new_blocks)
+        assert len(blocks) == len(again.new_blocks)
+        assert not blocks or max(blocks) < len(left)
+        scheduled = [
+            ScheduledSequence(
+                row.seq_id, row.start + row.num_tokens, 1, [], [blocks[i]] if i in blocks else [], samples=True
+            )
+            for i, row in enumerate(left)
+        ]
+        return StepPlan(plan.step_id, scheduled, released=plan.released)
+
     def execute(self, plan: StepPlan, salts: dict[int, str]) -> StepResult:
-        """The answer to a plan. ``salts`` are the cache salts of its new sequences, which real workers do not need."""
+        """The answer to a plan with all its rows. ``salts`` are the cache salts of its new sequences, which real
+        workers do not need."""
+        self._last_rows = plan.scheduled
         assert plan.step_id == self._last_step_id + 1
         self._last_step_id = plan.step_id
         assert 1 <= len(plan.scheduled) <= self._max_num_seqs
@@ -105,7 +129,8 @@ class FakeWorker:
         for state in self.known.values():
             state.extend_histories()
         prompt_logprobs = [entries for row in plan.scheduled if (entries := self._prompt_logprobs(row)) is not None]
-        return StepResult(plan.step_id, [token for token in sampled if token is not None], prompt_logprobs)
+        drawn = [token for token in sampled if token is not None]
+        return StepResult(plan.step_id, drawn, prompt_logprobs=prompt_logprobs)
 
     def _write(self, row: ScheduledSequence, *, is_new: bool) -> None:
         state = self.known[row.seq_id]
@@ -127,7 +152,7 @@ class FakeWorker:
         for position in range(row.start, stop):
             self._cache[self._slot(state, position)] = state.histories[position + 1]
 
-    def _read(self, row: ScheduledSequence) -> SampledToken | None:
+    def _read(self, row: ScheduledSequence) -> int | None:
         state = self.known[row.seq_id]
         for position in range(state.num_computed):
             found = self._cache.get(self._slot(state, position))
@@ -138,7 +163,7 @@ class FakeWorker:
         if state.needs_counts:
             assert state.num_told == len(state.token_ids), "penalties without a token that was drawn"
         state.token_ids.append(token_id)
-        return SampledToken(row.seq_id, token_id)
+        return token_id
 
     def _prompt_logprobs(self, row: ScheduledSequence) -> PromptLogprobs | None:
         state = self.known[row.seq_id]

@@ -12,7 +12,7 @@ from aphro_core.scheduler.sequence import Sequence
 
 def check_state(scheduler: Scheduler, max_num_seqs: int) -> None:
     waiting = scheduler._waiting
-    places = [sequence for _, sequences in scheduler._in_flight._plans for sequence in sequences]
+    places = [sequence for sent in scheduler._in_flight._plans for sequence in sent.sequences]
     in_flight = list({id(sequence): sequence for sequence in places}.values())
     leaving = [sequence for sequence in in_flight if scheduler._sequences.get(sequence.seq_id) is not sequence]
     assert {sequence.seq_id for sequence in leaving} == scheduler._leaving
@@ -30,9 +30,9 @@ def check_state(scheduler: Scheduler, max_num_seqs: int) -> None:
 
     draws = Counter(
         id(one)
-        for plan, rows in scheduler._in_flight._plans
-        for row, one in zip(plan.scheduled, rows, strict=True)
-        if row.samples
+        for sent in scheduler._in_flight._plans
+        for samples, one in zip(sent.samples, sent.sequences, strict=True)
+        if samples
     )
     for sequence in in_flight:
         assert 1 <= sequence.num_in_flight == sum(one is sequence for one in places) <= 1 + scheduler._run_ahead

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from aphro_core.config import SchedulerConfig
-from aphro_core.messages.requests import AddSequence, SequenceOutput
+from aphro_core.messages.requests import AddSequence, Gains, SequenceOutput
 from aphro_core.messages.steps import StepPlan, StepResult
 from aphro_core.request import SamplingParams
 from aphro_core.scheduler.scheduler import Scheduler
@@ -101,7 +101,7 @@ class Simulation:
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.clients: dict[int, Client] = {}  # without those that aborted
-        self.num_preemptions = 0
+        self.num_preemptions = self.num_again = 0
         self._start_engine()
 
     def _start_engine(self) -> None:
@@ -140,6 +140,8 @@ class Simulation:
         is_ready = oldest is not None and not oldest.is_in_flight and not (self.setup.run_ahead and self.in_flight)
         plan = self.scheduler.schedule()
         if plan is not None:
+            self.num_again += plan.again is not None
+            plan = self.worker.spell_out(plan)
             assert len(self.in_flight) < self.setup.max_in_flight
             self._check_places(plan)
             assert not is_ready or oldest.seq_id in _rows(plan), "the oldest running sequence always advances"
@@ -175,8 +177,8 @@ class Simulation:
     def answer(self) -> list[SequenceOutput]:
         plan, result = self.in_flight.popleft()
         finished = {seq_id for seq_id, client in self.clients.items() if client.is_finished}
-        outputs = self.scheduler.update(result)
         drawn = [row.seq_id for row in plan.scheduled if row.samples]
+        outputs = outputs_of(self.scheduler.update(result), drawn)
         assert [output.seq_id for output in outputs] == [
             i for i in drawn if (plan.step_id, i) not in self._aborted_rows and i not in finished
         ]
@@ -236,6 +238,12 @@ class Simulation:
         else:
             assert first.prompt_logprobs is not None
             assert [entry.token_ids[0] for entry in first.prompt_logprobs] == add.prompt_token_ids[1:]
+
+
+def outputs_of(gains: Gains, order: list[int]) -> list[SequenceOutput]:
+    """All of a step, also what is told in columns, by the ``order`` of its sequences."""
+    columns = [SequenceOutput(*pair) for pair in zip(gains.seq_ids, [[i] for i in gains.token_ids], strict=True)]
+    return sorted([*gains.outputs, *columns], key=lambda output: order.index(output.seq_id))
 
 
 def _rows(plan: StepPlan) -> set[int]:

@@ -20,10 +20,14 @@ def test_the_next_row_is_planned_before_the_last_token_is_read() -> None:
     assert second.scheduled[0].token_ids == []
     assert second.scheduled[0].samples
     simulation.answer()
-    third = simulation.schedule()
-    assert rows(third) == [(0, 7, 1)]
-    assert third is not None
-    assert third.scheduled[0].token_ids == simulation.clients[0].token_ids[:1], "told when it is known"
+    assert rows(simulation.schedule()) == [(0, 7, 1)]
+    assert simulation.num_again == 1
+    simulation.add(sequence(1, prompt(1, 3)))
+    simulation.answer()
+    fourth = simulation.schedule()
+    assert rows(fourth) == [(0, 8, 1), (1, 0, 3)]
+    assert fourth is not None
+    assert fourth.scheduled[0].token_ids == simulation.clients[0].token_ids[:2], "told with rows of another kind"
 
 
 def test_a_long_prompt_does_not_wait_for_its_first_chunk() -> None:

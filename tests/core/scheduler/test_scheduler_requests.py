@@ -8,23 +8,26 @@ from msgspec.structs import replace
 from aphro_core.config import SchedulerConfig
 from aphro_core.errors import RequestError
 from aphro_core.messages.requests import SequenceOutput
-from aphro_core.messages.steps import SampledToken, StepPlan, StepResult, TokenLogprobs
+from aphro_core.messages.steps import StepPlan, StepResult, TokenLogprobs
 from aphro_core.scheduler.scheduler import Scheduler
 from tests.core.scheduler.fake_worker import run_alone
-from tests.core.scheduler.simulation import Setup, Simulation, sequence
+from tests.core.scheduler.simulation import Setup, Simulation, outputs_of, sequence
 
 
 def answer(plan: StepPlan | None, *token_ids: int) -> StepResult:
     assert plan is not None
-    sampling = [row.seq_id for row in plan.scheduled if row.samples]
-    return StepResult(
-        plan.step_id, [SampledToken(i, token_id) for i, token_id in zip(sampling, token_ids, strict=True)]
-    )
+    assert len(token_ids) == sum(row.samples for row in plan.scheduled)
+    return StepResult(plan.step_id, list(token_ids))
+
+
+def update(scheduler: Scheduler, result: StepResult) -> list[SequenceOutput]:
+    gains = scheduler.update(result)
+    return outputs_of(gains, [*(output.seq_id for output in gains.outputs), *gains.seq_ids])
 
 
 def run(scheduler: Scheduler, token_ids: list[int]) -> list[SequenceOutput]:
     """Draw these tokens, one a step, for the only sequence there is."""
-    return [output for token_id in token_ids for output in scheduler.update(answer(scheduler.schedule(), token_id))]
+    return [output for token_id in token_ids for output in update(scheduler, answer(scheduler.schedule(), token_id))]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +137,7 @@ def test_logprobs_are_passed_on() -> None:
     plan = scheduler.schedule()
     assert plan is not None
     logprobs = TokenLogprobs([7, 8], [-0.5, -1.5], 1)
-    (output,) = scheduler.update(StepResult(plan.step_id, [SampledToken(1, 7, logprobs)]))
+    (output,) = update(scheduler, StepResult(plan.step_id, [7], {0: logprobs}))
     assert output.logprobs == [logprobs]
 
 
@@ -145,12 +148,12 @@ def test_an_answer_that_does_not_belong_to_its_plan_changes_nothing() -> None:
     scheduler.add(sequence(1, [5]))
     plan = scheduler.schedule()
     with pytest.raises(ValueError, match="a result of step 2, expected: of step 1"):
-        scheduler.update(StepResult(2, [SampledToken(1, 7)]))
-    with pytest.raises(ValueError, match=r"tokens of sequences \[\], expected: of \[1\]"):
+        scheduler.update(StepResult(2, [7]))
+    with pytest.raises(ValueError, match="step 1 has 0 tokens, expected: 1"):
         scheduler.update(StepResult(1, []))
-    with pytest.raises(ValueError, match=r"tokens of sequences \[2\], expected: of \[1\]"):
-        scheduler.update(StepResult(1, [SampledToken(2, 7)]))
-    assert scheduler.update(answer(plan, 7)) == [SequenceOutput(1, [7])]
+    with pytest.raises(ValueError, match="step 1 has 2 tokens, expected: 1"):
+        scheduler.update(StepResult(1, [7, 7]))
+    assert update(scheduler, answer(plan, 7)) == [SequenceOutput(1, [7])]
 
 
 def test_a_plan_shares_no_list_with_the_scheduler() -> None:
@@ -212,7 +215,7 @@ def test_an_abort_in_flight_keeps_blocks_and_place_until_the_answer_and_gives_no
     assert scheduler.has_work
     assert scheduler.stats().num_blocks_used == 1
     assert scheduler.schedule() is None, "the workers have state for one sequence only"
-    assert scheduler.update(answer(plan, 7)) == []
+    assert update(scheduler, answer(plan, 7)) == []
     assert scheduler.stats().num_blocks_used == 0
     plan = scheduler.schedule()
     assert plan is not None
@@ -226,12 +229,12 @@ def test_an_id_that_comes_back_while_its_old_sequence_is_in_flight_waits_for_it(
     scheduler.abort([1])
     scheduler.add(sequence(1, [8, 9]))
     assert scheduler.schedule() is None
-    assert scheduler.update(answer(plan, 7)) == []
+    assert update(scheduler, answer(plan, 7)) == []
     plan = scheduler.schedule()
     assert plan is not None
     assert plan.released == [1]
     assert [new.token_ids for new in plan.new] == [[8, 9]]
-    assert scheduler.update(answer(plan, 3)) == [SequenceOutput(1, [3])]
+    assert update(scheduler, answer(plan, 3)) == [SequenceOutput(1, [3])]
 
 
 def test_an_abort_of_the_stuck_head_lets_the_next_one_start() -> None:
@@ -256,7 +259,7 @@ def test_a_resumed_sequence_computes_prompt_and_output_and_draws_the_next_token(
     assert plan is not None
     assert (plan.new[0].token_ids, plan.new[0].num_prompt_tokens) == ([5, 6, 7, 8, 9], 3)
     assert [row.samples for row in plan.scheduled] == [False]
-    assert scheduler.update(answer(plan)) == []
+    assert update(scheduler, answer(plan)) == []
     assert run(scheduler, [1, 2]) == [SequenceOutput(1, [1]), SequenceOutput(1, [2], None, "length")]
 
 

@@ -66,6 +66,7 @@ class Planner:
         self._computed: dict[int, int] = {}
         self._known_tokens: dict[int, int] = {}  # to the workers
         self._known_blocks: dict[int, int] = {}
+        self.drawing: list[int] = []  # the sequences that the last plan draws for
 
     def add(
         self,
@@ -99,14 +100,15 @@ class Planner:
         self._step += 1
         scheduled = [self._schedule(seq_id, count) for seq_id, count in shares.items()]
         plan = StepPlan(self._step, scheduled, self._new, self._released)
+        self.drawing = [row.seq_id for row in scheduled if row.samples]
         self._new, self._released = [], []
         return plan
 
     def take(self, result: StepResult | None) -> StepResult:
         assert result is not None
         assert result.step_id == self._step
-        for sampled in result.sampled:
-            self.tokens[sampled.seq_id].append(sampled.token_id)
+        for seq_id, token_id in zip(self.drawing, result.token_ids, strict=True):
+            self.tokens[seq_id].append(token_id)
         return result
 
     def _schedule(self, seq_id: int, count: int) -> ScheduledSequence:

@@ -41,8 +41,8 @@ Found = dict[int, list[tuple[int, list[float]]]]
 def note(planner: Planner, found: Found, result: Any) -> None:
     if result is None:
         return
-    for token in planner.take(result).sampled:
-        found.setdefault(token.seq_id, []).append((token.token_id, token.logprobs.logprobs))
+    for index, token_id in enumerate(planner.take(result).token_ids):
+        found.setdefault(planner.drawing[index], []).append((token_id, result.logprobs[index].logprobs))
 
 
 def alone(runner: ModelRunner) -> Found:
@@ -126,10 +126,12 @@ def _as_rank(runner: ModelRunner) -> bool:
             planner.add(seq_id, others[(2 + n) % len(others)], GREEDY)
         cut = planner.plan({seq_id: min(planner.remaining(seq_id), 50 * round_ + 1) for seq_id in ids})
         rest = {seq_id: planner.remaining(seq_id) for seq_id in ids if planner.remaining(seq_id)}
-        results = [runner.execute(cut), runner.execute(planner.plan(rest))]
-        if results[0] is None:
+        steps = [(planner.drawing, runner.execute(cut))]
+        rest_plan = planner.plan(rest)
+        steps.append((planner.drawing, runner.execute(rest_plan)))
+        if steps[0][1] is None:
             continue
-        found.append([t.logprobs.logprobs for result in results for t in result.sampled if t.seq_id == ids[0]])
+        found.append([one.logprobs[drawing.index(ids[0])].logprobs for drawing, one in steps if ids[0] in drawing])
     return all(one == found[0] for one in found)
 
 

@@ -15,7 +15,7 @@ from aphro_core import distributed
 from aphro_core.checkpoint.open import open_checkpoint
 from aphro_core.distributed import Links, StageLink, TensorParallelGroup
 from aphro_core.layers.decoder import Decoder
-from aphro_core.messages.steps import ScheduledSequence, StepPlan, StepResult
+from aphro_core.messages.steps import RowsAgain, ScheduledSequence, StepPlan, StepResult
 from aphro_core.models.registry import load_spec
 from aphro_core.request import SamplingParams
 from aphro_core.worker.cuda_graphs import row_buckets
@@ -104,14 +104,48 @@ def test_plans_run_ahead_of_their_tokens(llama: Model) -> None:
     steps.append(runner.launch(planner.plan({5: planner.remaining(5)})))
     steps += [runner.launch(ahead(planner, (5, 4))) for _ in range(3)]
     drawn: dict[int, list[int]] = {3: [], 4: [], 5: []}
-    for step in steps:
+    for step, drawing in zip(steps, [*4 * [[3, 4]], [5], *3 * [[5, 4]]], strict=True):
         assert step is not None
-        for token in step.result().sampled:
-            drawn[token.seq_id].append(token.token_id)
+        for seq_id, token_id in zip(drawing, step.result().token_ids, strict=True):
+            drawn[seq_id].append(token_id)
     assert {seq_id: len(tokens) for seq_id, tokens in drawn.items()} == {3: 4, 4: 7, 5: 4}
     for seq_id, tokens in drawn.items():
         start = len(llama.prompts[seq_id])
         assert tokens == llama.tokens[seq_id][start : start + len(tokens)]
+
+
+@pytest.mark.parametrize("dials", [PLAIN, SamplingParams(temperature=0.0, logprobs=1)], ids=["device", "host"])
+def test_rows_come_again_until_they_leave(llama: Model, dials: SamplingParams) -> None:
+    """A plan names no row of those that come again; two leave, then one, and another takes the freed place."""
+    planner, runner = Planner(), device_runner(llama)
+    ids = [3, 4, 5, 1]
+    for seq_id in ids:
+        planner.add(seq_id, llama.prompts[seq_id], dials if seq_id == 4 else PLAIN)
+    plans = [planner.plan({seq_id: planner.remaining(seq_id) for seq_id in ids}), ahead(planner, ids)]
+    drawing = [ids, ids]
+    for leavers in ([], [5, 3], [], [1]):
+        without = sorted(ids.index(seq_id) for seq_id in leavers)
+        ids = [seq_id for seq_id in ids if seq_id not in leavers]
+        drawing.append(ids)
+        spelled = ahead(planner, ids)
+        blocks = [(i, block) for i, row in enumerate(spelled.scheduled) for block in row.new_block_ids]
+        plans.append(StepPlan(spelled.step_id, released=spelled.released, again=RowsAgain(len(ids), without, blocks)))
+        for seq_id in leavers:
+            planner.release(seq_id)
+    planner.add(6, llama.prompts[3], PLAIN)
+    plans.append(planner.plan({6: planner.remaining(6)}))
+    drawing.append([6])
+    steps = [runner.launch(plan) for plan in plans]
+    drawn: dict[int, list[int]] = {}
+    for seq_ids, step in zip(drawing, steps, strict=True):
+        assert step is not None
+        for seq_id, token_id in zip(seq_ids, step.result().token_ids, strict=True):
+            drawn.setdefault(seq_id, []).append(token_id)
+    assert {seq_id: len(tokens) for seq_id, tokens in drawn.items()} == {3: 3, 4: 6, 5: 3, 1: 5, 6: 1}
+    for seq_id, tokens in drawn.items():
+        prompt = 3 if seq_id == 6 else seq_id
+        start = len(llama.prompts[prompt])
+        assert tokens == llama.tokens[prompt][start : start + len(tokens)]
 
 
 def test_tokens_that_the_host_draws_are_there_for_the_next_step(llama: Model) -> None:
@@ -122,8 +156,8 @@ def test_tokens_that_the_host_draws_are_there_for_the_next_step(llama: Model) ->
     steps = [runner.launch(planner.plan({3: planner.remaining(3), 4: planner.remaining(4)}))]
     steps += [runner.launch(ahead(planner, (3, 4))) for _ in range(4)]
     results = [step.result() for step in steps if step is not None]
-    for seq_id in (3, 4):
-        tokens = [token.token_id for result in results for token in result.sampled if token.seq_id == seq_id]
+    for index, seq_id in enumerate((3, 4)):
+        tokens = [result.token_ids[index] for result in results]
         start = len(llama.prompts[seq_id])
         assert tokens == llama.tokens[seq_id][start : start + 5]
 
@@ -181,9 +215,9 @@ def test_prompt_logprobs(llama: Model) -> None:
 def test_a_step_without_work_and_a_sequence_that_is_forgotten(llama: Model) -> None:
     planner, runner = Planner(), device_runner(llama)
     planner.add(0, [3, 4, 5], PLAIN)
-    assert planner.take(execute(runner, planner.plan({0: 2}))).sampled == []
+    assert planner.take(execute(runner, planner.plan({0: 2}))).token_ids == []
     planner.release(0)
-    assert execute(runner, planner.plan({})) == StepResult(step_id=2, sampled=[])
+    assert execute(runner, planner.plan({})) == StepResult(2, [])
     with pytest.raises(KeyError):
         runner.launch(StepPlan(3, [ScheduledSequence(0, 2, 1, [], [], True)]))
 
@@ -228,7 +262,13 @@ def test_plans_run_ahead_in_a_group(tmp_path: Path, tp: int, pp: int) -> None:
         plans = [planner.plan({0: 40}), planner.plan({1: planner.remaining(1)})]
         plans += [ahead(planner, (0,)), ahead(planner, (1,)), *(ahead(planner, (0, 1)) for _ in range(3))]
         steps = [runner.launch(plan) for plan in plans]
-        return [(token.seq_id, token.token_id) for step in steps if step for token in step.result().sampled]
+        drawing = [[row.seq_id for row in plan.scheduled if row.samples] for plan in plans]
+        return [
+            pair
+            for seq_ids, step in zip(drawing, steps, strict=True)
+            if step
+            for pair in zip(seq_ids, step.result().token_ids, strict=True)
+        ]
 
     drawn = run_ranks(tmp_path, sharding, rank_of_group)[tp * (pp - 1)]
     for seq_id, prompt in ((0, 4), (1, 3)):

@@ -75,7 +75,7 @@ def test_a_step_that_fails_on_one_rank_ends_on_all(tmp_path: Path, family: str, 
                 with failing(links, fault):
                     try:
                         result = runner.execute(plan)
-                        found.append(None if result is None else [token.token_id for token in result.sampled])
+                        found.append(None if result is None else result.token_ids)
                     except SamplingError:
                         found.append("no token")
                     except RuntimeError as error:
@@ -138,4 +138,4 @@ def launched(runner: DeviceRunner, links: Links, plan: StepPlan) -> Any:
     if step is None:
         return "not told"
     result = step.result()
-    return "no token" if result.failure else [token.token_id for token in result.sampled]
+    return "no token" if result.failure else result.token_ids

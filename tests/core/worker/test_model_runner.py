@@ -62,11 +62,10 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def check_logprobs(result: StepResult, planner: Planner, model: Model) -> None:
-    for sampled in result.sampled:
-        assert sampled.logprobs is not None
-        expected = model.logprobs(planner.tokens[sampled.seq_id][:-1])[-1]
-        got = torch.tensor(sampled.logprobs.logprobs)
-        torch.testing.assert_close(got, expected[sampled.logprobs.token_ids], atol=1e-4, rtol=0)
+    assert list(result.logprobs) == list(range(len(planner.drawing)))
+    for seq_id, entry in zip(planner.drawing, result.logprobs.values(), strict=True):
+        expected = model.logprobs(planner.tokens[seq_id][:-1])[-1]
+        torch.testing.assert_close(torch.tensor(entry.logprobs), expected[entry.token_ids], atol=1e-4, rtol=0)
 
 
 # constants of the gathered attention: as they are, and such that tiny models meet all of its ways
@@ -149,9 +148,9 @@ def test_a_sequence_comes_back_after_a_preemption(llama: Model) -> None:
 def test_plans_without_work(llama: Model) -> None:
     planner, runner = Planner(), llama.runner()
     planner.add(0, [3, 4, 5])
-    assert planner.take(runner.execute(planner.plan({0: 2}))).sampled == []
+    assert planner.take(runner.execute(planner.plan({0: 2}))).token_ids == []
     planner.release(0)
-    assert planner.take(runner.execute(planner.plan({}))) == StepResult(step_id=2, sampled=[])
+    assert planner.take(runner.execute(planner.plan({}))) == StepResult(2, [])
     with pytest.raises(KeyError):  # it is forgotten
         runner.execute(StepPlan(3, [ScheduledSequence(0, 2, 1, [], [], True)]))
 

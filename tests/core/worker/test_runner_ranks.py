@@ -42,10 +42,14 @@ def test_log_probabilities_of_a_group(tmp_path: Path, family: str, tp: int, pp: 
     results = answers[speaker]
     assert [result.step_id for result in results] == [step.step_id for step in steps]
     found = [entries for result in results for entries in result.prompt_logprobs]
-    sampled = {token.seq_id: token for result in results for token in result.sampled}
+    sampled = {
+        row.seq_id: token_id
+        for step, result in zip(steps, results, strict=True)
+        for row, token_id in zip((row for row in step.scheduled if row.samples), result.token_ids, strict=True)
+    }
     for seq_id, prompt in enumerate(PROMPTS):
         with torch.inference_mode():
             rows = model(torch.tensor([prompt]), use_cache=False).logits[0].log_softmax(dim=-1)
         got = torch.tensor([e.logprobs[0] for part in found if part.seq_id == seq_id for e in part.entries])
         torch.testing.assert_close(got, rows[torch.arange(len(prompt) - 1), prompt[1:]], atol=1e-4, rtol=0)
-        assert sampled[seq_id].token_id == int(rows[-1].argmax())
+        assert sampled[seq_id] == int(rows[-1].argmax())
