@@ -27,7 +27,8 @@ _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 class TensorParallelGroup:
     """The ranks of one stage. With one rank every call is the identity.
 
-    ``num_...`` count the collectives of a step: what its peers still wait for when it fails (worker/dues.py).
+    ``num_...`` count the collectives of a step that this rank has taken part in: when it fails, the peers wait for the
+    others (worker/dues.py). So each is counted behind the call, which may find no memory for what it needs.
     """
 
     def __init__(self, rank: int, size: int, process_group: dist.ProcessGroup | None = None) -> None:
@@ -62,17 +63,19 @@ class TensorParallelGroup:
         by peer memory all ranks add in the same order."""
         if self.size == 1:
             return x
-        self.num_sums += 1
-        if (peers := self._peers_for(x)) is not None:
-            return peer_all_reduce(x, peers, is_fatal=True, out=x)
         if self.adds_in_order and self.size > 2:
             return self._add_in_order_(x)
-        dist.all_reduce(x, group=self._group)
+        if (peers := self._peers_for(x)) is not None:
+            peer_all_reduce(x, peers, is_fatal=True, out=x)
+        else:
+            dist.all_reduce(x, group=self._group)
+        self.num_sums += 1
         return x
 
     def _add_in_order_(self, x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(self.size)]
         dist.all_gather(parts, x.contiguous(), group=self._group)
+        self.num_sums += 1
         x.copy_(parts[0])
         for part in parts[1:]:
             x += part
@@ -83,8 +86,9 @@ class TensorParallelGroup:
         done, where the sum does not go by peer memory."""
         if self.size == 1 or not residual.is_contiguous() or (peers := self._peers_for(x)) is None:
             return None
+        normed = peer_all_reduce(x, peers, residual=residual, gain=weight, eps=eps, is_fatal=True)
         self.num_sums += 1
-        return peer_all_reduce(x, peers, residual=residual, gain=weight, eps=eps, is_fatal=True)
+        return normed
 
     def _peers_for(self, x: Tensor) -> PeerMemory | None:
         """The memory by which ``x`` can be summed."""
@@ -109,17 +113,17 @@ class TensorParallelGroup:
     def broadcast_(self, x: Tensor) -> Tensor:
         """What tp rank 0 has in ``x``, on every rank, in place."""
         if self.size > 1:
-            self.num_broadcasts += 1
             dist.broadcast(x, src=self._first_rank(), group=self._group)
+            self.num_broadcasts += 1
         return x
 
     def gather_columns(self, x: Tensor) -> Tensor | None:
         """``[rows, columns]`` of every rank side by side on tp rank 0, None on the others; equal shapes."""
         if self.size == 1:
             return x
-        self.num_gathers += 1
         parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
         dist.gather(x.contiguous(), parts, dst=self._first_rank(), group=self._group)
+        self.num_gathers += 1
         return None if parts is None else torch.cat(parts, dim=-1)
 
     def _first_rank(self) -> int:
@@ -148,8 +152,8 @@ class StageLink:
     def receive(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """What the stage before sent, in its order. Raises RuntimeError when it is gone or silent too long."""
         x = torch.empty(shape, dtype=dtype, device=device)
-        self.has_received = True
         dist.recv(x, src=self._previous)
+        self.has_received = True
         return x
 
     def send(self, x: Tensor) -> None:
@@ -158,8 +162,8 @@ class StageLink:
             # Gloo calls a send complete only when somebody has waited for it, and holds its tensor until then
             self._sending.popleft()[0].wait()
         x = x.contiguous()
-        self.has_sent = True
         work = dist.isend(x, dst=self._next)
+        self.has_sent = True
         assert work is not None
         self._sending.append((work, x))
 
@@ -174,12 +178,17 @@ class TokenLink:
         self._peer = peer
         self._group = group
         self._sending: deque[tuple[dist.Work, Tensor]] = deque()
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        self.has_passed = False  # this step's tokens have been sent, or are expected
 
     def send(self, tokens: Tensor) -> None:
         """Without waiting; ``tokens`` must not be written again. The first stage expects each in this order."""
         while self._sending and self._sending[0][0].is_completed():
             self._sending.popleft()
         work = dist.isend(tokens, dst=self._peer, group=self._group)
+        self.has_passed = True
         assert work is not None
         self._sending.append((work, tokens))
 
@@ -187,6 +196,7 @@ class TokenLink:
         """The next tokens that come: a buffer, and whom to ask to wait (on a GPU its stream waits, not the host)."""
         tokens = torch.empty(count, dtype=torch.int64, device=device)
         work = dist.irecv(tokens, src=self._peer, group=self._group)
+        self.has_passed = True
         assert work is not None
         return work, tokens
 
@@ -204,6 +214,8 @@ class Links:
         """Count its collectives from here on."""
         self.tensor.begin_step()
         self.stage.begin_step()
+        if self.tokens is not None:
+            self.tokens.begin_step()
 
     def close(self) -> None:
         if dist.is_initialized():

@@ -56,7 +56,6 @@ class Engine:
         self._watch = watch
         self._progress = Progress(executor.ranks, time.monotonic)
         self._plans: deque[StepPlan] = deque()  # in flight
-        self._known: set[int] = set()  # the sequences that the workers keep
         self._results: list[StepResult] = []
         self._refused: list[SequenceOutput] = []
         self._owes_stats = False
@@ -163,9 +162,6 @@ class Engine:
     async def _submit(self, plan: StepPlan) -> None:
         self._plans.append(plan)
         self._watch.submitted(plan.num_tokens)
-        if plan.new or plan.released:
-            self._known.difference_update(plan.released)
-            self._known.update(new.seq_id for new in plan.new)
         await self._executor.submit(plan)
 
     async def _wait_for_news(self) -> None:
@@ -203,7 +199,7 @@ class Engine:
             await self._wait_answer()
         self._scheduler = self._build_scheduler()
         self._refused.clear()
-        await self._submit(StepPlan(step_id=0, scheduled=[], released=sorted(self._known)))
+        await self._submit(StepPlan(step_id=0, scheduled=[], forgets_all=True))
         await self._wait_answer()
 
     async def _try_out(self) -> None:

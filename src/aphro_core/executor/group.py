@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Final
 
 import anyio
+import msgspec
 from anyio.abc import ObjectReceiveStream, ObjectSendStream
 
 from aphro_core.channel import ChannelClosedError
@@ -68,6 +69,8 @@ class GroupExecutor:
         self._on_progress = on_progress
         self.workers: list[WorkerHandle] = []
         self._send_result, self.results = _result_stream()
+        self._speaker = config.parallel.world_size - config.parallel.tensor_parallel_size
+        self._failed: StepResult | None = None  # elsewhere than at the rank that speaks
         self._changed = anyio.Event()
         self._is_stopping = False
 
@@ -105,7 +108,16 @@ class GroupExecutor:
         )
 
     async def submit(self, plan: StepPlan) -> None:
+        if plan.forgets_all:
+            self._failed = None
         await self._broadcast(plan)
+
+    def _as_it_is(self, result: StepResult) -> StepResult:
+        """With the failure of another rank in this step or before it: its cause, and what the cause may be."""
+        failed = self._failed
+        if failed is None or result.step_id < failed.step_id:
+            return result
+        return msgspec.structs.replace(failed, step_id=result.step_id)
 
     async def dump_stacks(self) -> None:
         for worker in self.workers:
@@ -131,8 +143,10 @@ class GroupExecutor:
     async def _take(self, worker: WorkerHandle, message: FromWorker) -> None:
         worker.heard_at = time.monotonic()
         match message:
+            case StepResult() if worker.rank != self._speaker:
+                self._failed = self._failed or message
             case StepResult():
-                await self._send_result.send(message)
+                await self._send_result.send(self._as_it_is(message))
             case WorkerProgress():
                 worker.has_come = True
                 self._on_progress(message)

@@ -55,6 +55,7 @@ class InProcessExecutor:
         step = self._worker.launch(plan)
         assert step is not None, "a single rank is its own last stage"
         self.waiting.put(step)
+        self._worker.settle()
 
     async def dump_stacks(self) -> None:
         faulthandler.dump_traceback(all_threads=True)
@@ -65,6 +66,7 @@ class InProcessExecutor:
             step = await self._call(lambda plan=plan: self._worker.launch(plan))  # type: ignore[misc]
             assert step is not None, "a single rank is its own last stage"
             await self._send_result.send(step.result())
+            self._worker.settle()
 
     async def raise_failure(self) -> None:
         await self._failed.wait()

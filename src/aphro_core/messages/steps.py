@@ -171,12 +171,15 @@ class StepPlan(msgspec.Struct, frozen=True, tag="plan"):
     """One step. Workers apply it in this order: ``released``, ``new``, ``scheduled``. Plans are applied in order.
 
     ``again`` stands in the place of ``new`` and ``scheduled``, where workers keep the tokens that they draw.
+
+    ``forgets_all``: whatever the workers keep of any sequence is void. The first plan after a step that failed.
     """
 
     step_id: int
     scheduled: list[ScheduledSequence] = []
     new: list[NewSequence] = []
     released: list[int] = []  # seq_ids that the workers forget (finished, aborted, preempted)
+    forgets_all: bool = False
     again: RowsAgain | None = None
 
     @property
@@ -215,7 +218,7 @@ class StepResult(msgspec.Struct, frozen=True, tag="result"):
     """From the last stage's tp rank 0: a token for each scheduled sequence with ``samples``, in plan order.
 
     ``logprobs`` by index among them, where asked for. With a ``failure`` nothing is sampled, and what the cache holds
-    of the step's sequences is not to be used.
+    of the step's sequences is not to be used. Other ranks send one with the failure of a step that failed there, alone.
     """
 
     step_id: int

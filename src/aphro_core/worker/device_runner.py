@@ -47,6 +47,7 @@ class DeviceRunner:
         self._shard, self._decoder, self._caches, self._links = shard, decoder, caches, links
         self._dtype, self._device = dtype, device
         self._sequences: dict[int, SequenceState] = {}
+        self._applied: StepPlan | None = None  # the last one
         heads = {"num_heads": len(shard.heads), "num_kv_heads": len(shard.kv_heads), "head_dim": spec.head_dim}
         windows = {spec.window_of(layer) for layer in shard.layers} if device.type == "cuda" else set()
         self._inputs = PagedInputs(
@@ -87,7 +88,7 @@ class DeviceRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> LaunchedStep | None:
         """A step only on tp rank 0 of the last stage."""
-        apply_plan(plan, self._sequences)
+        self._apply(plan)
         step = self._inputs.stage(plan, self._sequences, self._buckets)
         if self._returning is not None:
             self._returning.take_for(plan, self._sequences)
@@ -109,18 +110,26 @@ class DeviceRunner:
             for row in self._drawing:
                 row.position += 1
 
-    def settle(self, plan: StepPlan) -> bool:
-        """After an exception in ``launch``: let the peers end the step. Whether this rank is fit for the next one."""
-        if self._shard.pp_size > 1:  # tokens on their way between stages
-            return False
-        if plan.num_rows:
-            has_chunks = any(entry.num_tokens > 1 for entry in plan.scheduled)
-            draws = sum(entry.samples for entry in plan.scheduled) if has_chunks else plan.num_rows
-            num_rows = plan.num_tokens if has_chunks else next(size for size in self._buckets if size >= draws)
-            gathers = [*prompt_gathers(plan, self._sequences), *([draws if has_chunks else num_rows] if draws else [])]
-            dues = Dues(num_rows, gathers, num_handed_out=draws)
-            pay(dues, self._links, self._shard, self._hidden.shape[1], self._dtype, self._device)
-        return True
+    def _apply(self, plan: StepPlan) -> None:
+        self._applied = plan
+        apply_plan(plan, self._sequences)
+        if plan.forgets_all and self._returning is not None:
+            self._returning.forget_all()
+
+    def settle(self, plan: StepPlan) -> None:
+        """``launch`` raised, or was not tried at all: let the peers end the step."""
+        if self._applied is not plan:
+            self._apply(plan)
+        if not plan.num_rows:
+            return
+        has_chunks = any(entry.num_tokens > 1 for entry in plan.scheduled)
+        draws = sum(entry.samples for entry in plan.scheduled) if has_chunks else plan.num_rows
+        num_rows = plan.num_tokens if has_chunks else next(size for size in self._buckets if size >= draws)
+        gathers = [*prompt_gathers(plan, self._sequences), *([draws if has_chunks else num_rows] if draws else [])]
+        dues = Dues(num_rows, gathers, num_handed_out=draws)
+        pay(dues, self._links, self._shard, self._hidden.shape[1], self._dtype, self._device)
+        if self._returning is not None:
+            self._returning.expect_void(draws)
 
     def _run_rows(self, step: PagedStep) -> tuple[Tensor, list[PromptLogprobs]]:
         size = step.padded_rows

@@ -1,7 +1,9 @@
 """What a rank whose step failed still owes its peers: the collectives that they wait in, filled with NaN.
 
 So a failed step ends on every rank, and no process has to. NaN makes sure that no token of it counts: whatever adds one
-of these sums is NaN to the end, where nothing can be drawn from it, and the step is answered as failed.
+of these sums is NaN to the end, where nothing can be drawn from it, and the step is answered as failed. A step that
+draws nothing says nothing, and one may fail when all its sums are made: so the rank pays in the same way for every step
+that follows, until all are told to forget. What it lacks in its cache is never read.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ class Dues:
 
     num_tokens: int  # rows of hidden states, padding included
     gathers: Sequence[int]  # rows of logits of each
-    num_handed_out: int = 0  # tokens that tp rank 0 tells the others
+    num_handed_out: int = 0  # tokens that tp rank 0 tells the others, and the last stage the first
 
 
 def prompt_gathers(plan: StepPlan, sequences: dict[int, SequenceState]) -> list[int]:
@@ -54,5 +56,10 @@ def pay(dues: Dues, links: Links, shard: RankShard, hidden_size: int, dtype: tor
         return
     for rows in dues.gathers[tensor.num_gathers :]:
         tensor.gather_columns(torch.full((rows, len(shard.vocab)), torch.nan, dtype=dtype, device=device))
-    if dues.num_handed_out and not tensor.num_broadcasts:
-        tensor.broadcast_(torch.zeros(dues.num_handed_out, dtype=torch.int64, device=device))
+    if not dues.num_handed_out:
+        return
+    tokens = torch.zeros(dues.num_handed_out, dtype=torch.int64, device=device)
+    if not tensor.num_broadcasts:
+        tensor.broadcast_(tokens)
+    if links.tokens is not None and not links.tokens.has_passed:
+        links.tokens.send(tokens)

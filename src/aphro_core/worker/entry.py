@@ -84,6 +84,7 @@ def serve(
                     step = worker.launch(plan)
                     if step is not None:
                         results.put(step)
+                    worker.settle()
                 case AllocateCache(num_blocks=num_blocks):
                     worker.allocate(num_blocks)
                     channel.send(WorkerReady(rank=start.rank))

@@ -43,6 +43,7 @@ class ModelRunner:
         self._dtype = dtype
         self._device = device
         self._sequences: dict[int, SequenceState] = {}
+        self._applied: StepPlan | None = None  # the last one
         self._batches = BatchBuilder(spec, shard, block_size, dtype, is_deterministic=is_deterministic)
         self._sampler = Sampler(spec.vocab_size, device) if shard.has_head and shard.tp_rank == 0 else None
 
@@ -51,20 +52,25 @@ class ModelRunner:
         result = self.execute(plan)
         return None if result is None else FinishedStep(result)
 
-    def settle(self, plan: StepPlan) -> bool:
-        """After an exception in ``launch``: let the peers end the step. Whether this rank is fit for the next one."""
+    def settle(self, plan: StepPlan) -> None:
+        """``launch`` raised, or was not tried at all: let the peers end the step."""
+        if self._applied is not plan:
+            self._apply(plan)
         sampled = sum(entry.samples for entry in plan.scheduled)
         gathers = [*prompt_gathers(plan, self._sequences), *([sampled] if sampled else [])]
         if plan.scheduled:
             dues = Dues(plan.num_tokens, gathers)
             pay(dues, self._links, self._shard, self._hidden_size, self._dtype, self._device)
-        return True
+
+    def _apply(self, plan: StepPlan) -> None:
+        self._applied = plan
+        apply_plan(plan, self._sequences)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult | None:
         """A result only from tp rank 0 of the last stage."""
         assert plan.again is None, "tokens that are drawn here are told, not kept"
-        apply_plan(plan, self._sequences)
+        self._apply(plan)
         if not plan.scheduled:
             return StepResult(plan.step_id, []) if self._sampler is not None else None
         batch = self._batches.build(plan, self._sequences)

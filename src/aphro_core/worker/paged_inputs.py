@@ -85,11 +85,20 @@ class PagedInputs:
         self._padding = (self._no_slot, -1, 0, -1, self._no_slot, 0)
         self._slots: dict[int, int] = {}  # seq_id -> slot
         self._steady: tuple[list[int], np.ndarray] | None = None  # a decode step's sequences, and what was sent of them
-        self._free = list(range(max_rows - 1, -1, -1))
+        self._max_rows = max_rows
+        self.forget_all()
+
+    def forget_all(self) -> None:
+        """No sequence has a slot."""
+        self._slots.clear()
+        self._steady = None
+        self._free = list(range(self._max_rows - 1, -1, -1))
 
     def stage(self, plan: StepPlan, sequences: dict[int, SequenceState], pad: Sequence[int]) -> PagedStep:
         """Send what a plan changes. It was applied to ``sequences``; a step without chunks is padded to one of
         ``pad``, rising numbers of rows."""
+        if plan.forgets_all:
+            self.forget_all()
         for seq_id in plan.released:
             if (slot := self._slots.pop(seq_id, None)) is not None:
                 self._free.append(slot)

@@ -29,11 +29,27 @@ class ReturningTokens:
         """``step`` has been launched here; its tokens will come."""
         if not step.draws:
             return
+        slots = step.draw_slots.clone()  # where those of a decode step were sent, the next one's will be
         self._num_steps += 1
         self._drawn_in.update((seq_id, self._num_steps) for seq_id in step.draws)
-        work, tokens = self._link.expect(len(step.draws), self._last_token_ids.device)
-        # a copy: where the slots of a decode step were sent, those of the next one will be
-        self._due.append((self._num_steps, work, tokens, step.draw_slots.clone()))
+        self._expect(slots)
+
+    def expect_void(self, count: int) -> None:
+        """A step that draws ``count`` tokens has failed here; they will come all the same."""
+        if count and not self._link.has_passed:
+            self._num_steps += 1
+            self._expect(self._last_token_ids.new_full((count,), len(self._last_token_ids) - 1))
+
+    def _expect(self, slots: Tensor) -> None:
+        work, tokens = self._link.expect(len(slots), self._last_token_ids.device)
+        self._due.append((self._num_steps, work, tokens, slots))
+
+    def forget_all(self) -> None:
+        """Nobody reads what is due; it is waited for, so that what comes next is the next step's."""
+        for _, work, _, _ in self._due:
+            work.wait()
+        self._due.clear()
+        self._drawn_in.clear()
 
     def take_for(self, plan: StepPlan, sequences: Mapping[int, SequenceState]) -> None:
         """Put the tokens in place that rows of ``plan`` read, and all that were drawn before them."""

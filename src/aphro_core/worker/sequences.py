@@ -26,6 +26,8 @@ def apply_plan(plan: StepPlan, sequences: dict[int, SequenceState]) -> None:
 
     Of rows that come again (``plan.again``) nothing is noted but their blocks, by whoever keeps their order.
     """
+    if plan.forgets_all:
+        sequences.clear()
     for seq_id in plan.released:
         sequences.pop(seq_id, None)
     for new in plan.new:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import torch
 from aphro_kernels.float8 import FLOAT8
 from torch.distributed import FileStore, Store  # type: ignore[attr-defined]
@@ -17,7 +18,6 @@ from aphro_core import distributed
 from aphro_core.checkpoint.cache_scales import read_cache_scales
 from aphro_core.checkpoint.checkpoint import Checkpoint
 from aphro_core.checkpoint.open import open_checkpoint, read_hf_config
-from aphro_core.errors import EngineDeadError
 from aphro_core.layers.cache_format import CacheFormat
 from aphro_core.layers.decoder import Decoder
 from aphro_core.messages.steps import LinkCost, StartWorker, StepPlan, StepResult, WorkerLoaded, WorkerProgress
@@ -60,6 +60,8 @@ class Worker:
         self._device = torch.device("cpu" if start.config.device == "cpu" else f"cuda:{start.local_rank}")
         self._decoder: Decoder | None = None
         self._runner: ModelRunner | DeviceRunner | None = None
+        self._failed: StepResult | None = None  # the step that failed here since all was forgotten
+        self._unsettled: StepPlan | None = None  # a failed step that peers still wait in
 
     def load(self) -> WorkerLoaded:
         """Join the group and put this rank's slices of the weights in place."""
@@ -129,12 +131,19 @@ class Worker:
         self._runner = runner
 
     def launch(self, plan: StepPlan) -> LaunchedStep | None:
-        """Begin one step; on a GPU it is not done when this returns. Only from tp rank 0 of the last stage.
+        """Begin one step; on a GPU it is not done when this returns. From tp rank 0 of the last stage, and from any
+        rank where it fails. ``settle`` comes next, once that is told.
 
-        A step that fails is answered as failed if the group can go on; whatever it cannot survive is raised.
+        A step that fails is answered as failed if the group can go on; whatever it cannot survive is raised. So are
+        those behind it, until all is forgotten: what they would read is not there.
         """
         assert self._runner is not None, "allocate() comes first"
         self._links.begin_step()
+        if plan.forgets_all:
+            self._failed = None
+        if self._failed is not None:
+            self._unsettled = plan
+            return FinishedStep(msgspec.structs.replace(self._failed, step_id=plan.step_id)) if self._speaks else None
         try:
             return self._runner.launch(plan)
         except SamplingError as error:  # all ranks have computed the step, this one draws
@@ -142,20 +151,28 @@ class Worker:
         except Exception as error:
             if not is_survivable(error):
                 raise
-            failed = failed_step(plan.step_id, error)
+            self._failed = failed_step(plan.step_id, error)
+        self._unsettled = plan
+        return FinishedStep(self._failed)
+
+    def settle(self) -> None:
+        """Let the peers end a step that failed here, if one has. Raises RuntimeError when one of them is gone."""
+        plan, self._unsettled = self._unsettled, None
+        if plan is None:
+            return
+        assert self._runner is not None
+        assert self._failed is not None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # memory that ran out in pieces may be whole again
-        if self._config.parallel.world_size > 1:
-            self._settle(plan, failed)
-        return FinishedStep(failed) if self._shard.has_head and self._shard.tp_rank == 0 else None
+        if self._config.parallel.world_size == 1:
+            return
+        if plan.step_id == self._failed.step_id and self._failed.failure is not None:
+            _LOG.warning("rank %d: a step failed here:\n%s", self._start.rank, self._failed.failure.detail)
+        self._runner.settle(plan)
 
-    def _settle(self, plan: StepPlan, failed: StepResult) -> None:
-        """Let the peers end a step that failed here. Raises EngineDeadError if that cannot be."""
-        assert self._runner is not None
-        assert failed.failure is not None
-        _LOG.warning("rank %d: a step failed here:\n%s", self._start.rank, failed.failure.detail)
-        if not self._runner.settle(plan):
-            raise EngineDeadError(f"a step failed: {failed.failure.message}", hint="the traceback is above")
+    @property
+    def _speaks(self) -> bool:
+        return self._shard.has_head and self._shard.tp_rank == 0
 
     @property
     def is_asynchronous(self) -> bool:

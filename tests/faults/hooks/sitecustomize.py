@@ -1,7 +1,8 @@
 """Faults inside a worker, for tests: a request whose prompt has a trigger token meets its fault in every step of it.
 
 Python imports this by its name when the folder is on PYTHONPATH. It waits for the model runner to be imported and wraps
-it; ``FAULTS`` in the environment says ``token=fault,...``.
+it; ``FAULTS`` in the environment says ``token=fault,...``. ``pace=SECONDS`` lengthens every step of a request, so that
+a fault hits it however fast the device is.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 _FAULTS = dict(pair.split("=") for pair in os.environ.get("FAULTS", "").split(",") if pair)
 _LOADS = [fault for token, fault in _FAULTS.items() if token == "load"]
+_PACE = float(_FAULTS.get("pace", "0"))
 
 
 def _fail(fault: str) -> None:
@@ -45,7 +47,7 @@ def _arm_unpickler(module: ModuleType) -> None:
 
 
 def _run_out_of_memory_in_the_middle(runner: Any) -> None:
-    """On one rank alone: when it comes to its second sum of this step."""
+    """On one rank alone: when it comes to its second sum of this step. In a graph it does not come to one."""
     tensor, num_sums = runner._links.tensor, 0
     all_reduce = tensor.all_reduce_
 
@@ -53,7 +55,6 @@ def _run_out_of_memory_in_the_middle(runner: Any) -> None:
         nonlocal num_sums
         num_sums += 1
         if num_sums == 2:
-            del tensor.all_reduce_
             raise MemoryError("a fault of the allocator")
         return all_reduce(x)
 
@@ -80,7 +81,12 @@ def _wrap_runner(module: ModuleType) -> None:
             if fault == "memory-of-one":
                 _run_out_of_memory_in_the_middle(self)
             _fail(fault)
-        return launch(self, plan)
+        if _PACE and plan.step_id:  # a trial step has no number
+            time.sleep(_PACE)
+        try:
+            return launch(self, plan)
+        finally:  # another step must not meet it
+            self._links.tensor.__dict__.pop("all_reduce_", None)
 
     runner.launch = launch_or_fail
     if "nan" in _FAULTS.values():
