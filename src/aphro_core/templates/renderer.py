@@ -54,7 +54,7 @@ class ChildRenderer:
     def _ask(self, asked: Render) -> FromRenderer:
         """Once more where the child was killed or stopped by somebody else: that is not the template's fault."""
         for may_repeat in (True, False):
-            process = self._take()
+            process = self._take(may_be_idle=may_repeat)
             try:
                 answer = process.ask(asked, RENDER_SECONDS)
             except ChannelClosedError:
@@ -84,9 +84,9 @@ class ChildRenderer:
             if self._link is not None:
                 self._link.close()
 
-    def _take(self) -> _Process:
+    def _take(self, *, may_be_idle: bool) -> _Process:
         with self._lock:
-            while self._idle:
+            while self._idle and may_be_idle:  # else a fresh one: whoever stopped one may have stopped all
                 process = self._idle.pop()
                 if not process.has_ended:
                     return process

@@ -8,6 +8,7 @@ others know nothing (no token is drawn of it, or it failed behind the last sum) 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path

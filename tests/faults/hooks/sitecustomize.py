@@ -20,6 +20,7 @@ from typing import Any
 _FAULTS = dict(pair.split("=") for pair in os.environ.get("FAULTS", "").split(",") if pair)
 _LOADS = [fault for token, fault in _FAULTS.items() if token == "load"]
 _PACE = float(_FAULTS.get("pace", "0"))
+_IS_LIKE_A_GPU = "gpu-loop" in _FAULTS  # on a CPU: the GPU's runner, a step ahead, with its links
 
 
 def _fail(fault: str) -> None:
@@ -131,6 +132,44 @@ def _wrap_worker(module: ModuleType) -> None:
     module.Worker.load = load_or_fail
 
 
+def _let_steps_run_ahead(module: ModuleType) -> None:
+    module.EngineConfig.run_ahead = property(lambda self: 1)  # type: ignore[assignment]
+
+
+def _link_last_to_first_stage(module: ModuleType) -> None:
+    join = module.join
+
+    def join_as_a_gpu(plan: Any, rank: int, *arguments: Any) -> Any:
+        links = join(plan, rank, *arguments)
+        if plan.pp_size == 1:
+            return links
+        return module.Links(links.tensor, links.stage, module._token_link(plan, rank), links.store)
+
+    module.join = join_as_a_gpu
+
+
+def _run_like_a_gpu(module: ModuleType) -> None:
+    def allocate(self: Any, num_blocks: int) -> None:
+        block_size = self._config.cache.block_size
+        caches = module.allocate_kv_cache(
+            self._shard, self._spec, num_blocks, block_size, self._cache_dtype, self._device
+        )
+        self._runner = module.DeviceRunner(
+            self._spec,
+            self._shard,
+            self._decoder,
+            caches,
+            self._links,
+            block_size=block_size,
+            max_rows=self._config.scheduler.max_num_seqs,
+            max_model_len=self._config.model.max_model_len,
+            dtype=self._dtype,
+            device=self._device,
+        )
+
+    module.Worker.allocate = allocate
+
+
 _WRAPPERS = {"aphro_core.worker.model_runner": _wrap_runner, "aphro_core.worker.device_runner": _wrap_runner}
 if "nan" in _FAULTS.values():
     _WRAPPERS["aphro_core.worker.device_sampler"] = _wrap_device_sampler
@@ -138,6 +177,10 @@ if "pickle" in _FAULTS:
     _WRAPPERS["aphro_core.server.serve"] = _arm_unpickler
 if _LOADS:
     _WRAPPERS["aphro_core.worker.worker"] = _wrap_worker
+if _IS_LIKE_A_GPU:
+    _WRAPPERS["aphro_core.config"] = _let_steps_run_ahead
+    _WRAPPERS["aphro_core.distributed"] = _link_last_to_first_stage
+    _WRAPPERS["aphro_core.worker.worker"] = _run_like_a_gpu
 
 
 class _Finder(importlib.abc.MetaPathFinder):

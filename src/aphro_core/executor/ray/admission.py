@@ -23,7 +23,8 @@ _RANK_BYTES: Final = 4
 _PROOF_SECONDS: Final = 5.0
 _MAX_STRANGERS: Final = 64  # connections at once that have proved nothing yet
 _CONNECT_SECONDS: Final = 10.0
-_LOST_MILLISECONDS: Final = 8000  # without an acknowledgement from the other host, which is asked every 2 s
+# without an acknowledgement from the other host, which is asked every 2 s; the kernel's fifth try comes after 6.2 s
+_LOST_MILLISECONDS: Final = 6500
 
 
 class NotAdmittedError(Exception):

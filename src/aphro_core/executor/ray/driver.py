@@ -6,10 +6,12 @@ end of the Ray job: when its input closes, or it dies in any way, Ray ends the a
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
@@ -45,7 +47,8 @@ from aphro_core.lifeline import exit_on_hangup, name_process
 _RESOURCES: Final[tuple[Resource, ...]] = ("GPU", "aphro_slot", "CPU")
 _UNEXPECTED: Final = 2  # Ray's DeathReason of a node that was not taken away by somebody
 _GCS_SECONDS: Final = 5.0
-_PROBE_SECONDS: Final = 1.0
+_PROBE_SECONDS: Final = 1.5  # the kernel asks again after one: a lost packet is no dead host
+_SILENT_SECONDS: Final = 6.0  # a node that has not answered is not asked again for so long
 _GRACE_SECONDS: Final = 1.0  # to end the agents before this process ends and Ray does it
 _MAX_WORDS: Final = 600
 
@@ -58,6 +61,7 @@ class Driver:
         self._group: PlacementGroup | None = None
         self._agents: list[Any] = []
         self._agent_of: dict[int, Any] = {}  # by rank
+        self._silent_since: dict[str, float] = {}  # by node id
 
     def take(self, request: ToDriver) -> None:
         match request:
@@ -97,7 +101,7 @@ class Driver:
         nodes.sort(key=lambda node: (node["NodeID"] != own, _sort_key(node["NodeManagerAddress"])))
         offers = self._bundle_offers() if self._group is not None else _node_offers(nodes)
         with ThreadPoolExecutor(max_workers=max(1, len(nodes))) as pool:
-            reachable = list(pool.map(_is_reachable, nodes))
+            reachable = list(pool.map(self._is_reachable, nodes))
         found = [
             RayNode(
                 id=node["NodeID"],
@@ -109,6 +113,18 @@ class Driver:
             for node, is_reachable in zip(nodes, reachable, strict=True)
         ]
         return Cluster(ray.util.get_node_ip_address(), found)
+
+    def _is_reachable(self, node: dict[str, Any]) -> bool:
+        if not node["Alive"] or time.monotonic() - self._silent_since.get(node["NodeID"], -math.inf) < _SILENT_SECONDS:
+            return False
+        try:
+            socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), _PROBE_SECONDS).close()
+        except ConnectionRefusedError:
+            return False
+        except OSError:
+            self._silent_since[node["NodeID"]] = time.monotonic()
+            return False
+        return True
 
     def _bundle_offers(self) -> dict[str, list[Offer]]:
         """What the placement group has reserved, by node: nothing else may be used."""
@@ -198,21 +214,6 @@ def _node_offers(nodes: list[dict[str, Any]]) -> dict[str, list[Offer]]:
 
 def _counts(resources: dict[str, float]) -> dict[Resource, int]:
     return {name: int(resources[name]) for name in _RESOURCES if resources.get(name)}
-
-
-def _is_reachable(node: dict[str, Any]) -> bool:
-    """Asked twice: one lost packet is no dead host."""
-    if not node["Alive"]:
-        return False
-    for _ in range(2):
-        try:
-            socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), _PROBE_SECONDS).close()
-            return True
-        except ConnectionRefusedError:
-            return False
-        except OSError:
-            continue
-    return False
 
 
 def _sort_key(address: str) -> tuple[int, bytes]:

@@ -13,7 +13,7 @@ from aphro_core.executor.ray.link import RayLink
 from aphro_core.executor.ray.protocol import Cluster, RayNode, Resource
 from aphro_core.executor.ray.seats import choose_resource, describe, too_few
 
-_LOOK_SECONDS: Final = 1.0
+_LOOK_SECONDS: Final = 0.3
 _SAY_SECONDS: Final = 10.0
 BUSY_SECONDS: Final = 15.0  # for devices of ranks that have just ended to be free again
 
