@@ -29,6 +29,13 @@ FAMILIES = {
     "granite": "granite",
     "llama-4": "llama4_text",
 }
+_RESULT = dict.fromkeys(
+    ("gpu_blocks", "kv_cache_tokens", "kv_cache_gib", "weights_gib_per_gpu", "activation_peak_gib", "non_torch_gib")
+)
+_EMPTY: dict[str, Any] = dict.fromkeys(
+    ("engine_version", "engine_mode", "dtype", "kv_cache_dtype", "quantization", "gpu_memory_utilization", "lora",
+     "max_model_len", "max_num_batched_tokens", "max_num_seqs", "enforce_eager", "extra")
+) | {"engine": "vllm", "tp": 1, "pp": 1, "block_size": 16, "tags": []}  # fmt: skip
 SKIPPED_TAGS = {"incomplete", "weights-only", "kv-rate-only", "arch-unknown", "sglang"}
 
 
@@ -55,7 +62,7 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="a line a case, before the table")
     arguments = parser.parse_args()
     text = json.loads(arguments.cases.read_text())
-    rows = [judge(case, text["architectures"]) for case in text["cases"]]
+    rows = [judge(complete(case), text["architectures"]) for case in text["cases"]]
     if arguments.json:
         for row in rows:
             print(json.dumps({"id": row.case["id"], "error": row.error, "fits": row.fits, "why": row.why}))
@@ -64,6 +71,12 @@ def main() -> None:
         for row in rows:
             print(describe(row))
     print_table(rows)
+
+
+def complete(case: Mapping[str, Any]) -> dict[str, Any]:
+    """With None for what its source does not show."""
+    gpu = {"name": None, "total_gib_printed": None, "label_gib": None} | case["gpu"]
+    return _EMPTY | dict(case) | {"gpu": gpu, "result": _RESULT | {"fits": None} | case["result"]}
 
 
 def judge(case: Mapping[str, Any], architectures: Mapping[str, Any]) -> Row:
@@ -97,7 +110,7 @@ def question_of(case: Mapping[str, Any], config: Mapping[str, Any]) -> Question:
     lora = case["lora"] or {}
     extra = case["extra"] or {}
     return Question(
-        source=ModelSource(name=case["model"], facts=read_facts(config)),
+        source=ModelSource(name=case["model"], facts=read_facts(config), file_bytes=extra.get("file_bytes")),
         device=device_of(case),
         version=parse_engine(f"vllm:{engine}"),
         dtype=case["dtype"] or "auto",
@@ -111,7 +124,9 @@ def question_of(case: Mapping[str, Any], config: Mapping[str, Any]) -> Question:
         enforce_eager=bool(case["enforce_eager"]),
         max_loras=(lora.get("max_loras") or 1) if lora.get("enabled") else 0,
         max_lora_rank=lora.get("max_rank") or 16,
+        prefix_caching=extra.get("prefix_caching"),
         draft_layers=extra.get("extra_kv_layers", 0),
+        draft_tokens=extra.get("draft_tokens", 0),
         pp_layers=tuple(extra["pp_layers"]) if extra.get("pp_layers") else None,
     )
 

@@ -6,22 +6,28 @@ Dummy weights of published shapes go the way of ``aphro run``: prepare, load, si
 blocks as estimated and as the worker sizes them; what the process holds outside torch (context, then communicators
 and peers' buffers, then modules and graphs of the warm-up); torch's peak besides weights and cache against the bound
 that is kept free for it; and what was left of the budget at the end. GiB unless named otherwise.
+
+What each rank does is told on stderr. One that takes longer than --patience writes where it stands and ends all.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
+import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from aphro_core.config import EngineConfig
-from aphro_core.messages.steps import StartWorker
+from aphro_core.host import available_memory_bytes
+from aphro_core.messages.steps import StartWorker, WorkerProgress
 from aphro_core.parallel import memory
 from aphro_core.prepare import EngineOptions, prepare
 from aphro_core.reporter import SilentReporter
@@ -38,6 +44,7 @@ def _shape(base: dict[str, Any], vocab_size: int, *sizes: int, **more: Any) -> d
 
 
 SHAPES = {
+    "trial": _shape(_QWEN, 1024, 256, 2, 4, 2, 512),  # of this script itself, with --device cpu
     "0.5b": _shape(_QWEN, 151_936, 896, 24, 14, 2, 4864, tie_word_embeddings=True),  # Qwen2.5-0.5B
     "7b": _shape(_QWEN, 152_064, 3584, 28, 28, 4, 18_944),  # Qwen2.5-7B
     "8b": _shape(_DENSE, 128_256, 4096, 32, 32, 8, 14_336, head_dim=128, rope_theta=5e5),  # Llama-3.1-8B
@@ -50,30 +57,41 @@ COLUMNS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shapes", nargs="*", metavar="SHAPE", default=[], help=f"of {', '.join(SHAPES)}; default: all")
+    parser.add_argument(
+        "shapes", nargs="*", metavar="SHAPE", default=[], help=f"of {', '.join(SHAPES)}; default: all but the first"
+    )
     parser.add_argument("-tp", type=int, default=1)
     parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--patience", type=int, default=90, metavar="SECONDS", help="for each shape; default: 90")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a trial of the script itself")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--expected", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--foreign", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank is not None:
-        print(json.dumps(measure(arguments.folder, arguments.rank, arguments.expected, arguments.foreign)))
-        return
-    print("  ".join(COLUMNS))
-    for shape in arguments.shapes or SHAPES:
-        for row in run_shape(shape, arguments.tp, arguments.enforce_eager):
+        faulthandler.dump_traceback_later(arguments.patience, exit=True)
+        row = measure(arguments.folder, arguments.rank, arguments.expected, arguments.foreign)
+        print(json.dumps(row), flush=True)
+        os._exit(0)  # as workers end: the teardown of process groups would wait for peers that end, too
+    print("  ".join(COLUMNS), flush=True)
+    for shape in arguments.shapes or list(SHAPES)[1:]:
+        for row in run_shape(shape, arguments):
             print("  ".join(f"{row[column]:>{len(column)}}" for column in COLUMNS), flush=True)
 
 
-def run_shape(shape: str, tp: int, eager: bool) -> list[dict[str, str]]:
+def run_shape(shape: str, arguments: argparse.Namespace) -> list[dict[str, str]]:
     """A process a rank, as a start has them."""
+    tp = arguments.tp
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps(SHAPES[shape]))
         options = EngineOptions(
-            model=name, load_format="dummy", tensor_parallel_size=tp, device="cuda", enforce_eager=eager
+            model=name,
+            load_format="dummy",
+            tensor_parallel_size=tp,
+            device=arguments.device,
+            enforce_eager=arguments.enforce_eager,
         )
         prepared = prepare(options, SilentReporter())
         if prepared.expected is None:
@@ -82,13 +100,19 @@ def run_shape(shape: str, tp: int, eager: bool) -> list[dict[str, str]]:
         limiting = min(prepared.expected, key=lambda balance: balance.num_blocks)
         foreign = limiting.overhead_bytes - memory.outside_bytes(tp)
         known = ["--folder", name, "--expected", str(limiting.num_blocks), "--foreign", str(foreign)]
-        command = [sys.executable, __file__, *known]
+        command = [sys.executable, __file__, *known, "--patience", str(arguments.patience)]
         ranks = [
             subprocess.Popen([*command, "--rank", str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(tp)
         ]
+        while any(rank.poll() is None for rank in ranks):
+            if any(rank.poll() for rank in ranks):
+                time.sleep(2)  # for the others' own words
+                for rank in ranks:
+                    rank.kill()
+            time.sleep(0.1)
         answers = [rank.communicate()[0] for rank in ranks]
     if any(rank.returncode for rank in ranks):
-        raise SystemExit(f"{shape}: a rank ended with {[rank.returncode for rank in ranks]}")
+        raise SystemExit(f"{shape}: ranks ended with {[rank.returncode for rank in ranks]}; the reasons are above")
     return [{"shape": shape, "tp": str(tp)} | json.loads(answer.splitlines()[-1]) for answer in answers]
 
 
@@ -100,27 +124,44 @@ def measure(folder: Path, rank: int, expected: int, foreign: int) -> dict[str, s
 
     config = msgspec.json.decode((folder / "engine.json").read_bytes(), type=EngineConfig)
     tp = config.parallel.tensor_parallel_size
-    device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
+    began = time.monotonic()
+
+    def tell(text: str) -> None:
+        print(f"{time.monotonic() - began:6.1f} s  rank {rank}: {text}", file=sys.stderr, flush=True)
+
+    def follow(progress: WorkerProgress) -> None:
+        if progress.done in (0, progress.total):
+            tell(f"{progress.phase} {progress.done}/{progress.total}")
+
+    on_gpu = config.device == "cuda"
+    device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     torch.zeros(1, device=device)
+    tell("has a context")
 
     def outside() -> int:
+        if not on_gpu:
+            return 0
         free, total = torch.cuda.mem_get_info(device)
         return int(total - free - torch.cuda.memory_reserved(device) - foreign)
 
     context = outside()
-    worker = Worker(StartWorker(config, rank, rank, str(folder / "store"), 0), lambda progress: None)
+    share = 0 if on_gpu else int(available_memory_bytes() * config.cache.cpu_memory_utilization / tp)
+    worker = Worker(StartWorker(config, rank, rank, str(folder / "store"), share), follow)
     loaded = worker.load()
     groups = outside() - context
     blocks = loaded.num_blocks
     if tp > 1:  # the engine would tell all ranks the least of their numbers
         blocks = _least(blocks, device)
+    tell(f"{blocks} blocks")
     worker.allocate(blocks)
+    tell("allocated and warm")
+    if not on_gpu:
+        return dict.fromkeys(COLUMNS, "-") | {"rank": str(rank), "blocks got": str(loaded.num_blocks)}
     torch.cuda.synchronize(device)
     free, total = torch.cuda.mem_get_info(device)
     held = loaded.weights_bytes + blocks * loaded.block_bytes
     spare = total * config.cache.gpu_memory_utilization - (total - free)
-    row = {
+    return {
         "rank": str(rank),
         "blocks est": str(expected),
         "blocks got": str(loaded.num_blocks),
@@ -134,8 +175,6 @@ def measure(folder: Path, rank: int, expected: int, foreign: int) -> dict[str, s
         "reserved": _gib(torch.cuda.memory_reserved(device) - held),
         "spare": _gib(spare),
     }
-    worker.close()
-    return row
 
 
 def _least(number: int, device: Any) -> int:

@@ -26,6 +26,7 @@ class Law:
     ``hidden_copies``: [T, H] tensors that live at the forward's peak. ``keeps_expert_space``: experts' work space is
     kept, instead of being part of the forward. ``samples_beside_tower``: whether the peak that is printed for a model
     with an encoder has the sampler in it (from 0.17 on it has; before, the prints of such models lack it).
+    ``reduced_copies``: [T, H] more with tp > 1, where all-reduces are out of place.
     """
 
     logits_copies: float
@@ -33,6 +34,7 @@ class Law:
     hidden_copies: float
     keeps_expert_space: bool
     samples_beside_tower: bool = True
+    reduced_copies: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,7 @@ def _forward(mlp: MlpFacts, hidden: int, run: Run, law: Law, element: int) -> fl
     width = mlp.num_matrices * columns
     quantised = columns if run.scheme in ("int8", "fp8", "fp8-block") else 0
     copies = law.hidden_copies + (_LORA_HIDDEN if run.has_lora else 0.0)
+    copies += law.reduced_copies if run.tp > 1 else 0.0
     if not mlp.num_experts:
         unpacked = hidden * columns * element if run.unpacks_weights else 0
         summands = _SUMMANDS * tokens * (mlp.num_matrices - 1) * columns * element if run.splits_k else 0
@@ -141,6 +144,6 @@ def _encoder(facts: ModelFacts, run: Run, element: int) -> float:
     """An encoder's block over the largest image that the model takes, and the embeddings that come of it."""
     tower = facts.tower
     assert tower is not None
-    tokens = min(tower.max_tokens, run.max_model_len)
+    tokens = tower.max_tokens  # however short requests may be
     width = (tower.num_matrices * tower.columns / run.tp) + _TOWER_HIDDEN * tower.width
     return tokens * element * (_PATCHES_PER_TOKEN * width + facts.hidden_size)

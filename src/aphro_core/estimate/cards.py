@@ -71,6 +71,7 @@ CARDS: Final[tuple[Card, ...]] = (
     Card("RTX 5000 Ada", 31.49, 576, 261, 8.9),
     Card("RTX 6000 Ada", 47.5, 960, 364, 8.9),
     Card("RTX PRO 6000", 95.0, 1792, 500, 12.0),
+    Card("GB10", 121.63, 273, 125, 12.1),  # DGX Spark: one memory for CPU and GPU
     Card("A2", 14.54, 200, 18, 8.6),
     Card("A16", 14.54, 200, 18, 8.6),
     Card("L4", 22.05, 300, 121, 8.9),
@@ -144,6 +145,10 @@ _ALIASES: Final[dict[str, str]] = {
     "rtx6000": "RTX 6000 Ada",
     "rtxpro6000blackwell": "RTX PRO 6000",
     "teslat4": "T4",
+    "dgxspark": "GB10",
+    "spark": "GB10",
+    "rtx5090d": "RTX 5090",
+    "5090d": "RTX 5090",
     "1080": "GTX 1080",
 }
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 from aphro_core.errors import ModelError
 from aphro_core.models.hf_config import HfConfig
 
-_TEXT_SECTIONS: Final = ("text_config", "llm_config", "language_config", "thinker_config")
+_TEXT_SECTIONS: Final = ("thinker_config", "text_config", "llm_config", "language_config")  # an outer one first
 
 # What checkpoints of a type omit because transformers' config class has it (values of transformers 5).
 _OMITTED: Final[dict[str, dict[str, Any]]] = {

@@ -10,6 +10,7 @@ from typing import Final
 from aphro_core.estimate.facts import AttentionFacts, ModelFacts
 from aphro_core.estimate.parameters import rank_heads
 
+_WHOLE_HEAD: Final = 256  # what keys and values of latent attention were padded to before servers cached them latent
 _EVEN_ENOUGH: Final = 1.5  # the commoner kind has less than so many times the layers of the rarer: one group each
 
 
@@ -73,16 +74,19 @@ class KvLayout:
 
     def printed_tokens(self, num_blocks: int, max_model_len: int, max_num_batched_tokens: int) -> int:
         """What servers print as the cache's size: for hybrids blocks // groups x block, or concurrency x length."""
-        has_state = any(group.kind == "linear" for group in self.groups)
-        if self.num_groups > 1 and (self.prints_by_concurrency and has_state):
+        if self.num_groups > 1 and self.prints_by_concurrency:
             return int(num_blocks / self.blocks_per_request(max_model_len, max_num_batched_tokens) * max_model_len)
         return num_blocks // self.num_groups * self.block_tokens
 
 
-def layer_token_bytes(attention: AttentionFacts, tp: int, tp_rank: int, cache_bytes: int) -> int:
+def layer_token_bytes(
+    attention: AttentionFacts, tp: int, tp_rank: int, cache_bytes: int, *, has_latent: bool = True
+) -> int:
     """Bytes that one token takes in one layer on a rank; a latent row is whole on every rank."""
     if attention.kind in ("linear", "none") or attention.shares_cache:
         return 0
+    if attention.latent is not None and not has_latent:
+        return 2 * ceil(attention.num_heads / tp) * _WHOLE_HEAD * cache_bytes
     if attention.latent is not None:
         return (attention.latent.kv_rank + attention.latent.rope_dim) * cache_bytes + attention.index_bytes
     _, kv_heads = rank_heads(attention.num_heads, attention.num_kv_heads, tp, tp_rank)
@@ -108,6 +112,7 @@ def build_layout(
     dtype_bytes: int,
     has_groups: bool = True,
     pads_latent: bool = False,
+    has_latent: bool = True,
     extra_layers: int = 0,
     states_per_request: int = 1,
     draft_tokens: int = 0,
@@ -116,7 +121,8 @@ def build_layout(
     """The cache of ``layers`` on one rank.
 
     ``has_groups`` False: every layer keeps everything, as before hybrids had managers of their own. ``pads_latent``:
-    latent rows are multiples of 256 bytes (the old engine). ``extra_layers`` are a draft model's, like the first layer.
+    latent rows are multiples of 256 bytes (the old engine); ``has_latent`` False: the
+    cache holds whole keys and values instead. ``extra_layers`` are a draft model's, like the first layer.
     """
     attentions = [facts.layers[layer].attention for layer in layers]
     kinds: Counter[tuple[str, int | None]] = Counter(
@@ -126,8 +132,8 @@ def build_layout(
         kinds[attentions[0].kind, attentions[0].window] += extra_layers
     if not has_groups:
         kinds = Counter({("full", None): sum(n for (kind, _), n in kinds.items() if kind != "linear")})
-    rows = [layer_token_bytes(a, tp, tp_rank, cache_bytes) for a in attentions]
-    if pads_latent:
+    rows = [layer_token_bytes(a, tp, tp_rank, cache_bytes, has_latent=has_latent) for a in attentions]
+    if pads_latent and has_latent:
         rows = [ceil(row / 256) * 256 if a.latent else row for row, a in zip(rows, attentions, strict=True)]
     widest = max(rows, default=0)
     tokens = block_size

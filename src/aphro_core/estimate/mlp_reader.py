@@ -52,7 +52,9 @@ def _of_block(hidden: int, dense: MlpFacts, block: object) -> MlpFacts:
 def _dense(keys: ConfigKeys) -> MlpFacts:
     hidden = keys.integer("hidden")
     default = hidden * keys.integer("expansion_ratio", 4)
-    is_known = keys.model_type in _PLAIN or keys.list("block_configs")
+    is_known = keys.model_type in _PLAIN or bool(keys.list("block_configs"))
+    if not is_known and keys.has("expert_size"):  # all layers have experts: some configs then name no other width
+        default, is_known = keys.integer("expert_size"), True
     size = keys.integer("intermediate", default if is_known else None)
     if keys.model_type == "qwen":  # the first Qwen counts both halves of the gated pair
         size //= 2

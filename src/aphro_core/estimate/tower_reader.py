@@ -43,7 +43,12 @@ _MERGING: Final = ("qwen", "mistral3", "kimi_vl", "internvl", "llama4")
 
 def read_tower(keys: ConfigKeys) -> TowerFacts | None:
     """The encoder with its projector, None for a model of text alone."""
-    section = keys.whole.get("vision_config") or keys.whole.get("visual") or keys.whole.get("vision_tower_config")
+    section = (
+        keys.whole.get("vision_config")
+        or keys.values.get("vision_config")
+        or keys.whole.get("visual")
+        or keys.whole.get("vision_tower_config")
+    )
     kind = keys.whole_type.removesuffix("_text")
     is_whole = keys.whole_type in _SHAPES or keys.architecture.endswith("ForConditionalGeneration")
     if not isinstance(section, Mapping) and not (is_whole and kind in _SHAPES):
@@ -65,12 +70,23 @@ def read_tower(keys: ConfigKeys) -> TowerFacts | None:
     merged = width * (_MERGED if kind.startswith(_MERGING) else 1)
     projector = merged * merged + merged * hidden if merged != width else width * hidden + hidden * hidden
     return TowerFacts(
-        parameters=layers * block + 3 * patch * patch * width + projector,
+        parameters=_audio_parameters(keys.values) + layers * block + 3 * patch * patch * width + projector,
         width=width,
         columns=columns,
         num_matrices=shape[3],
         max_tokens=_ANY_SIZE if kind.startswith("qwen") else _ONE_IMAGE,
     )
+
+
+def _audio_parameters(text: Mapping[str, Any]) -> int:
+    """Of a Whisper-like encoder beside the one for images; 0 without one."""
+    found = text.get("audio_config")
+    if not isinstance(found, Mapping):
+        return 0
+    width = _first(found, ("d_model", "hidden_size"), 1280)
+    columns = _first(found, ("encoder_ffn_dim", "intermediate_size"), 4 * width)
+    layers = _first(found, ("encoder_layers", "num_hidden_layers"), 32)
+    return layers * (4 * width * width + 2 * width * columns)
 
 
 def _first(section: Mapping[str, Any], names: tuple[str, ...], default: int) -> int:

@@ -93,11 +93,18 @@ class VllmServer:
             num_kv_heads=kv_heads,
             budget_bytes=round(self.total_bytes * sizes.utilization),
             weights_bytes=self._weights_bytes(part),
-            activation_bytes=round(peak.total * generation.slack),
+            activation_bytes=round((peak.total + self._retained_bytes(part)) * generation.slack),
             overhead_bytes=other + (graphs if generation.counts_graphs else 0),
             layout=self._layout(part),
             after_sizing_bytes=0 if generation.counts_graphs else graphs,
         )
+
+    def _retained_bytes(self, part: RankSlice) -> int:
+        """Of two all-reduces a layer: torch gives a block that another stream has used back only after that stream."""
+        if not self.generation.retains_reduced or part.tp == 1:
+            return 0
+        tokens, hidden = self.sizes.max_num_batched_tokens, self.facts.hidden_size
+        return 2 * len(part.layers) * tokens * hidden * DTYPE_BYTES[self.sizes.dtype]
 
     @property
     def _scheme(self) -> str | None:
@@ -122,6 +129,7 @@ class VllmServer:
             dtype_bytes=DTYPE_BYTES[sizes.dtype],
             has_groups=generation.has_kv_groups,
             pads_latent=not generation.is_v1,
+            has_latent=generation.has_latent_cache,
             extra_layers=sizes.draft_layers if part.has_head else 0,
             states_per_request=(2 if sizes.prefix_caching else 1) + sizes.draft_tokens,
             draft_tokens=sizes.draft_tokens,

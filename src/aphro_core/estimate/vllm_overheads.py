@@ -10,6 +10,7 @@ from aphro_core.estimate.facts import ModelFacts
 from aphro_core.estimate.vllm_versions import Generation
 
 _GRAPH_SIZES: Final = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
+_MORE_PEERS: Final = round(0.26 * GIB)  # of a communicator: 2.1 GiB are printed for tp 8 on A100s
 _MXFP4_AFTER_SIZING: Final = round(1.82 * GIB)  # its kernels' modules and work space, loaded by the first steps
 
 
@@ -19,11 +20,13 @@ def has_fused_all_reduce(card: Card | None) -> bool:
 
 def kernel_bytes(card: Card | None) -> int:
     """What loading kernels costs outside torch: more on chips with more multiprocessors (T4 0.03, 4090 0.07, A100
-    0.09, H100 0.13 GiB as printed)."""
+    0.09, H100 0.13 GiB as printed, less again on consumer Blackwell), half a GiB with ROCm."""
+    if card is not None and not card.is_nvidia:
+        return round(0.5 * GIB)
     capability = card.capability if card is not None else 8.0
     if capability < 8.0:
         return round(0.03 * GIB)
-    if capability >= 9.0:
+    if 9.0 <= capability < 12.0:
         return round(0.13 * GIB)
     return round((0.09 if capability == 8.0 else 0.07) * GIB)
 
@@ -40,7 +43,12 @@ def non_torch_bytes(generation: Generation, card: Card | None, facts: ModelFacts
     if generation.has_fused_all_reduce and has_fused_all_reduce(card):
         width = facts.hidden_size / 1024  # work space for every peer, as wide as the hidden states
         return round((2.0 + 0.015 * sizes.tp + 0.0045 * sizes.tp * width) * GIB)
-    return generation.group_non_torch
+    return generation.group_non_torch + (_MORE_PEERS * (min(sizes.tp, 8) - 2) if _is_switched(card) else 0)
+
+
+def _is_switched(card: Card | None) -> bool:
+    """Whether boards with that card connect all its peers by NVLink: communicators then have buffers for each."""
+    return card is not None and card.is_nvidia and (card.capability == 8.0 or 9.0 <= card.capability < 12.0)
 
 
 def context_bytes(generation: Generation, card: Card | None, facts: ModelFacts, sizes: Sizes) -> int:

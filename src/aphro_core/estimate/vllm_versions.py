@@ -17,7 +17,7 @@ _MIB: Final = 2**20
 # Triton top-k/top-p kernel with its small buffers. Hidden copies: inputs, residual, norm, attention's output and
 # (without a compiled graph) the tensors that Python still names. Read off the printed peaks of estimate_cases.
 _OLDEST: Final = Law(9.6, 0, 5.0, keeps_expert_space=False)
-_SORTING_V0: Final = Law(9.6, 0, 4.0, keeps_expert_space=False)
+_SORTING_V0: Final = Law(9.6, 0, 4.0, keeps_expert_space=False, reduced_copies=1.9)
 _SORTING_V1: Final = Law(9.6, 0, 4.25, keeps_expert_space=False, samples_beside_tower=False)
 _TRITON: Final = Law(3.61, 50 * _MIB, 4.25, keeps_expert_space=True)
 
@@ -44,19 +44,33 @@ class Generation:
     has_fused_all_reduce: bool = False
     has_kv_groups: bool = False
     prints_by_concurrency: bool = False
+    has_latent_cache: bool = True  # else latent attention keeps whole keys and values, in heads of 256
+    retains_reduced: bool = False  # outputs of all-reduces wait for their stream and are not used again in a step
     mxfp4_padding: float = 1.0627
     splits_awq: bool = False  # AWQ products of every size in eight parts of K, summed afterwards
     utilization: float = 0.90
 
 
 _OLD: Final = Generation(
-    (0, 4, 0), False, _OLDEST, slack=1.2, counts_context=True, group_non_torch=0, graph_gib_per_layer=0.006
+    (0, 4, 0),
+    False,
+    _OLDEST,
+    slack=1.2,
+    counts_context=True,
+    group_non_torch=0,
+    graph_gib_per_layer=0.006,
+    has_latent_cache=False,
 )
 GENERATIONS: Final[tuple[Generation, ...]] = (
-    Generation((0, 0, 0), False, _OLDEST, counts_non_torch=False, has_graphs=False, splits_awq=True),
-    replace(_OLD, since=(0, 2, 5), splits_awq=True),
+    Generation(
+        (0, 0, 0), False, _OLDEST, counts_non_torch=False, has_graphs=False, has_latent_cache=False, splits_awq=True
+    ),
+    replace(_OLD, since=(0, 2, 5), splits_awq=True, retains_reduced=True),
+    replace(_OLD, since=(0, 3, 0), splits_awq=True),
     _OLD,
-    Generation((0, 6, 4), False, _SORTING_V0, graph_gib_per_layer=0.006),
+    replace(_OLD, since=(0, 6, 4), law=replace(_SORTING_V0, hidden_copies=3.0), slack=1.0),
+    Generation((0, 6, 5), False, _SORTING_V0, graph_gib_per_layer=0.006, has_latent_cache=False),
+    Generation((0, 7, 1), False, _SORTING_V0, graph_gib_per_layer=0.006),
     Generation((0, 8, 0), True, _SORTING_V1, group_non_torch=round(0.545 * GIB)),
     Generation((0, 9, 1), True, _SORTING_V1, group_non_torch=round(0.545 * GIB), has_kv_groups=True),
     Generation(
@@ -104,7 +118,7 @@ _NAMED: Final[dict[str, tuple[int, int, int]]] = {
     "": (0, 21, 0),
     "latest": (0, 21, 0),
     "main": (0, 21, 0),
-    "v0": (0, 6, 4),
+    "v0": (0, 7, 1),
     "v1": (0, 11, 0),
 }
 
@@ -143,7 +157,7 @@ def parse_version(text: str) -> Version:
     if found_mode:
         mode, spelled = found_mode[1], spelled[: found_mode.start()].strip("-:/ ")
         if not spelled:
-            which = "0.6.4 to 0.7" if mode == "v0" else "0.11"
+            which = "0.7.1 to 0.10" if mode == "v0" else "0.11"
             return Version(text, _NAMED[mode], mode, f"vLLM {mode.upper()} without a version: taken as {which}")
     if spelled in _NAMED:
         return Version(text or "latest", _NAMED[spelled], mode)

@@ -113,3 +113,26 @@ def test_no_config_is_a_fault_of_ours(change: dict[str, Any]) -> None:
     except ModelError:
         return
     assert facts.num_layers >= 1
+
+
+def test_a_decoder_two_sections_deep_with_two_towers() -> None:
+    """Qwen2.5-Omni: the thinker's text model, its vision tower and an audio tower."""
+    text = {key: value for key, value in LLAMA_8B.items() if key != "architectures"} | {
+        "model_type": "qwen2_5_omni_text"
+    }
+    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "patch_size": 14}
+    thinker = {"model_type": "qwen2_5_omni_thinker", "text_config": text, "vision_config": vision}
+    one, two = (
+        read_facts({"model_type": "qwen2_5_omni", "thinker_config": thinker | more})
+        for more in ({}, {"audio_config": {"d_model": 1280, "encoder_layers": 32, "encoder_ffn_dim": 5120}})
+    )
+    assert (one.num_layers, one.hidden_size) == (32, 4096)
+    assert one.tower is not None
+    assert two.tower is not None
+    assert two.tower.parameters - one.tower.parameters == 32 * (4 * 1280**2 + 2 * 1280 * 5120)
+
+
+def test_experts_in_every_layer_need_no_other_width() -> None:
+    config = {key: value for key, value in LLAMA_8B.items() if key != "intermediate_size"}
+    facts = read_facts(config | {"model_type": "qwen3_moe", "num_experts": 8, "moe_intermediate_size": 512})
+    assert {layer.mlp.intermediate_size for layer in facts.layers} == {512}

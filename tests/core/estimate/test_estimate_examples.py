@@ -96,3 +96,30 @@ def test_aphro_allocates_no_more_blocks_than_its_requests_can_use() -> None:
     assert any("the memory would hold" in note for note in assumptions(found))
     servers = ask(LLAMA_8B, max_num_seqs=4, max_model_len=1000)
     assert servers.num_blocks == servers.limiting.num_blocks > 4 * 63
+
+
+def test_latent_attention_was_cached_whole_before_its_rows_were() -> None:
+    before, since = (ask(DEEPSEEK_LITE, engine=f"vllm:{version}", max_model_len=8192) for version in ("0.6.6", "0.7.1"))
+    assert before.limiting.layout.block_bytes == 16 * DEEPSEEK_LITE["num_hidden_layers"] * 2 * 16 * 256 * 2
+    assert since.limiting.layout.block_bytes < before.limiting.layout.block_bytes / 10
+
+
+def test_the_first_profiler_of_free_memory_counts_reduced_activations_of_all_layers() -> None:
+    """Llama-2-70B on 4 x A100 printed 20,865 blocks with it, and 31,615 without (vllm#2031)."""
+    llama_70b = LLAMA_8B | {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64,
+                            "vocab_size": 32000, "intermediate_size": 28672,
+                            "max_position_embeddings": 4096}  # fmt: skip
+    blocks = [ask(llama_70b, 4, gpu="A100", engine=f"vllm:{version}").num_blocks for version in ("0.2.4", "0.2.5")]
+    assert blocks == [pytest.approx(31_615, rel=0.01), pytest.approx(20_865, rel=0.02)]
+
+
+@pytest.mark.parametrize(("version", "by_concurrency"), [("0.19.0", False), ("0.22.0", True)])
+def test_printed_size_of_hybrids(version: str, by_concurrency: bool) -> None:
+    found = ask(GEMMA3_27B, engine=f"vllm:{version}", **H100)
+    expected = found.max_concurrency * 8192 if by_concurrency else found.num_blocks // 7 * 16
+    assert found.tokens == pytest.approx(expected, abs=1)
+
+
+def test_an_encoder_runs_its_largest_image_however_short_requests_are() -> None:
+    long, short = (ask(GEMMA3_27B, **H100 | {"max_model_len": length}) for length in (8192, 512))
+    assert short.limiting.activation_bytes == long.limiting.activation_bytes
