@@ -7,15 +7,15 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
 from aphro_cli.console import LogLevel
-from aphro_cli.effective import load_config
-from aphro_core.client.address import is_loopback
-from aphro_core.config import HostSlots
 from aphro_core.errors import UsageError
+
+if TYPE_CHECKING:
+    from aphro_core.config import HostSlots
 
 ENVIRONMENT: Final[dict[str, str]] = {
     "APHRO_API_KEY": "API keys, separated by spaces; kept out of the process list, unlike --api-key",
@@ -181,13 +181,20 @@ JsonReady = Annotated[
     typer.Option("--json-ready", metavar="FILE", help="Written once it serves: url, pid, workers, KV blocks."),
 ]
 
+
+def _load_config(context: typer.Context, file: str | None) -> str | None:
+    from aphro_cli.effective import load_config
+
+    return load_config(context, file)
+
+
 # before the start
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print plan, memory, ports and environment, check them all, start nothing.")
 ]
 Config = Annotated[
     str | None,
-    typer.Option("--config", metavar="FILE", callback=load_config, help="Options from YAML or TOML; flags win."),
+    typer.Option("--config", metavar="FILE", callback=_load_config, help="Options from YAML or TOML; flags win."),
 ]
 PrintConfig = Annotated[
     bool, typer.Option("--print-config", help="Print every option's value and where it is from, as a --config file.")
@@ -261,6 +268,8 @@ def _parse_host(entry: str) -> HostSlots:
             f"--hosts entry {entry!r} is not HOST:DEVICES",
             hint="--hosts a:2,b:2; another port or user of ssh goes into ~/.ssh/config",
         )
+    from aphro_core.config import HostSlots
+
     return HostSlots(name, int(number))
 
 
@@ -312,6 +321,8 @@ def check_access(host: str, api_keys: tuple[str, ...], allow_anonymous: bool) ->
                 f"API key {number} of {len(api_keys)} is empty or has characters that a header cannot carry",
                 hint="use letters, digits and punctuation without spaces",
             )
+    from aphro_core.client.address import is_loopback
+
     if not (api_keys or allow_anonymous or is_loopback(host)):
         raise UsageError(
             f"--host {host} can be reached from other machines, and there is no API key",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +98,14 @@ def crowd(home: Path) -> None:
 
 @pytest.mark.parametrize(("words", "count"), [(("run", ""), 303), (("doctor", "--hosts", "gpu1,"), 4003)])
 def test_answers_at_once_also_with_much_to_offer(words: tuple[str, ...], count: int, home: Path) -> None:
-    """In the best of a few runs: other work on the machine is not what is measured."""
+    """In processor time, in the best of a few runs: other work on the machine is not what is measured."""
     crowd(home)
     taken = []
     for _ in range(8):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert len(complete(home, *words)) == count
-        taken.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         if taken[-1] <= 0.15:
             return
     pytest.fail(f"the fastest of 8 took {min(taken):.3f} s")
