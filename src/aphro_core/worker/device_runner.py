@@ -81,6 +81,12 @@ class DeviceRunner:
             self._returning = ReturningTokens(links.tokens, self._inputs.last_token_ids)
 
     @torch.inference_mode()
+    def run_every_size(self) -> None:
+        """The decode step of each number of rows that steps are padded to, whatever stands in its inputs."""
+        for size in self._buckets:
+            self._decode_rows(size)
+
+    @torch.inference_mode()
     def capture_graphs(self, on_progress: Callable[[int, int], None]) -> None:
         """From here on decode steps are replayed graphs."""
         self._decode = CudaGraphs(self._decode_rows, self._buckets, self._device, on_progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from itertools import count
 
@@ -10,6 +11,7 @@ import torch
 from aphro_core.config import EngineConfig
 from aphro_core.messages.steps import NewSequence, ScheduledSequence, StepPlan
 from aphro_core.request import SamplingParams
+from aphro_core.worker.compile_ahead import can_compile_ahead, compiling_ahead
 from aphro_core.worker.device_runner import DeviceRunner
 
 _DIALS = (SamplingParams(temperature=0.0), SamplingParams(), SamplingParams(top_k=20, top_p=0.9))
@@ -20,22 +22,33 @@ def warm_up(
 ) -> None:
     """Runs steps of every kind through the runner, in cache blocks that are given back, then captures its graphs.
 
-    The steps: prompts of a few tokens and of as many as a step may have, alone and beside rows that decode, for each
-    way of sampling. Tokens are all 0: what they are costs nothing.
+    Before that all their kernels are compiled, by as many processes as this rank has cores for.
     """
+    steps = count(1)
     most = min(
         config.scheduler.most_tokens, config.model.max_model_len - 2, (num_blocks - 1) * config.cache.block_size - 2
     )
-    steps = count(1)
-    for length in dict.fromkeys((min(20, most), most)):
-        if length < 2:
-            continue
-        for dials in _DIALS:
-            _run_pair(runner, steps, length, dials, config.cache.block_size)
+    cores = len(os.sched_getaffinity(0)) // config.parallel.world_size
+    if can_compile_ahead():
+        with compiling_ahead(cores):
+            _run_steps(runner, steps, most, config.cache.block_size)
+            if not config.enforce_eager:
+                runner.run_every_size()
+        torch.cuda.synchronize()  # of what was computed there nothing is used
+    _run_steps(runner, steps, most, config.cache.block_size)
     if not config.enforce_eager:
         runner.capture_graphs(on_progress)
     _reserve_pinned_memory()
     torch.cuda.synchronize()
+
+
+def _run_steps(runner: DeviceRunner, steps: count[int], most: int, block_size: int) -> None:
+    """Prompts of a few tokens and of as many as a step may have, alone and beside rows that decode, for each way of
+    sampling. Tokens are all 0: what they are costs nothing."""
+    few = min(20, most)
+    for length, dials in [*((few, dials) for dials in _DIALS), (most, _DIALS[0])]:
+        if length > 1:
+            _run_pair(runner, steps, length, dials, block_size)
 
 
 def _reserve_pinned_memory() -> None:
