@@ -73,6 +73,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048  # of a step in which sequences decode: they wait for all of it
     max_num_prefill_tokens: int | None = None  # of a step in which none does; None = the same
+    context_per_token: int | None = None  # tokens of context that take as long to read as one of a prompt to compute
 
     @property
     def most_tokens(self) -> int:

@@ -35,7 +35,8 @@ class Scheduler:
     of many rows cheap. Only with ``run_ahead``, since such plans tell no tokens, and without a pipeline.
 
     A plan has ``max_num_batched_tokens`` tokens at most, and ``max_num_prefill_tokens`` if nothing decodes: then no
-    stream waits for it.
+    stream waits for it. What rows that decode have to read takes time too: for ``context_per_token`` tokens of context
+    there is room for one token of a prompt less, down to a quarter of the plan.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Scheduler:
         self._max_num_batched_tokens = config.max_num_batched_tokens
         self._max_model_len = max_model_len
         self._max_num_prefill_tokens = config.max_num_prefill_tokens or config.max_num_batched_tokens
+        self._context_per_token = config.context_per_token
         self._num_stages = num_stages
         self._run_ahead = run_ahead
         self._max_in_flight = max_in_flight
@@ -169,6 +171,10 @@ class Scheduler:
                 (decodes if sequence.num_pending == 1 else prefills).append(sequence)
         draft = Draft(self._max_num_batched_tokens if decodes else self._max_num_prefill_tokens)
         self._schedule_decodes(draft, decodes, prefills)
+        if self._context_per_token is not None and draft.scheduled:
+            taken = sum(row.start for row in draft.scheduled) // self._context_per_token
+            least = max(self._max_num_batched_tokens // 4, 1)
+            draft.tokens_left = min(draft.tokens_left, max(draft.tokens_left - taken, least))
         prefill_share = self._prefill_share(prefills)
         for sequence in prefills:
             if draft.tokens_left and draft.num_prefill_tokens < prefill_share:

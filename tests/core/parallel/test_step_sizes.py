@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aphro_core.parallel.step_sizes import GPU_TOKENS, default_step_sizes
+from aphro_core.parallel.step_sizes import GPU_TOKENS, context_per_token, default_step_sizes
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,12 @@ def test_bounds_and_order(first: int, second: int) -> None:
     assert GPU_TOKENS[0] <= more.decode_tokens <= less.decode_tokens <= GPU_TOKENS[1]
     assert less.prefill_tokens == max(less.decode_tokens, 8192)
     assert less.decode_tokens % 256 == 0
+
+
+def test_context_counts_by_the_bytes_of_its_keys_and_values() -> None:
+    assert context_per_token(8_030_000_000, 131_072) == 612
+    assert context_per_token(8_030_000_000, 65_536) == 1225
+    assert context_per_token(0, 0) == 1
 
 
 def test_cpus_have_one_size() -> None:

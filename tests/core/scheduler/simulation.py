@@ -26,6 +26,7 @@ class Setup:
     max_in_flight: int = 1
     run_ahead: int = 0
     max_num_prefill_tokens: int | None = None
+    context_per_token: int | None = None
     enable_prefix_caching: bool = True
     vocab_size: int = 1000
 
@@ -35,6 +36,7 @@ class Setup:
                 max_num_seqs=self.max_num_seqs,
                 max_num_batched_tokens=self.max_num_batched_tokens,
                 max_num_prefill_tokens=self.max_num_prefill_tokens,
+                context_per_token=self.context_per_token,
             ),
             num_blocks=self.num_blocks,
             block_size=self.block_size,

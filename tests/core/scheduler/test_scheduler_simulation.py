@@ -24,6 +24,7 @@ def random_setup(rng: random.Random) -> Setup:
         max_num_seqs=rng.choice([1, 2, 4, 6]),
         max_num_batched_tokens=rng.choice([1, 2, 5, 8, 16, 64]),
         max_num_prefill_tokens=rng.choice([None, None, 64]),
+        context_per_token=rng.choice([None, None, 1, 6]),
         run_ahead=(run_ahead := rng.choice([0, 1, 1, 2])),
         max_in_flight=run_ahead + rng.randint(1, 4),
         enable_prefix_caching=rng.random() < 0.7,

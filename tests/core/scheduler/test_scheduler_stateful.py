@@ -18,6 +18,7 @@ setups = st.builds(
     max_model_len=st.integers(4, 24),
     max_num_seqs=st.integers(1, 4),
     max_num_batched_tokens=st.sampled_from([1, 3, 8, 32]),
+    context_per_token=st.sampled_from([None, 1, 5]),
     num_stages=st.integers(1, 3),
     run_ahead=st.integers(0, 2),
     enable_prefix_caching=st.booleans(),

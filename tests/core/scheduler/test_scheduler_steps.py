@@ -255,3 +255,20 @@ def test_one_large_micro_batch_spreads_over_the_stages() -> None:
     while simulation.schedule():
         pass
     assert [len(plan) for plan in in_flight(simulation)] == [3, 3]
+
+
+def test_context_that_is_read_takes_room_from_prompts_down_to_a_quarter() -> None:
+    setup = Setup(
+        max_num_batched_tokens=32, max_num_prefill_tokens=64, context_per_token=4, block_size=8, num_blocks=32
+    )
+    simulation = started(setup, [24, 8])
+    simulation.step()
+    simulation.add(sequence(2, prompt(2, 40)))
+    assert rows(simulation.schedule()) == [(0, 24, 1), (1, 8, 1), (2, 0, 22)]  # 32 - 2 rows - 32 / 4
+    simulation.answer()
+    simulation.add(sequence(3, prompt(3, 40)))
+    longer = started(Setup(**{**vars(setup), "context_per_token": 1}), [24, 8])
+    longer.step()
+    longer.add(sequence(2, prompt(2, 40)))
+    assert rows(longer.schedule()) == [(0, 24, 1), (1, 8, 1), (2, 0, 8)]
+    longer.drain()

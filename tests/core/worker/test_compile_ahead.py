@@ -1,0 +1,70 @@
+"""Kernels compiled beforehand: each once, in processes that may fail or die, and none of them launched meanwhile."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from aphro_kernels.language import triton
+from triton.runtime._async_compile import active_mode
+
+from aphro_core.worker import compile_ahead
+from aphro_core.worker.compile_ahead import can_compile_ahead, compiling_ahead
+
+
+def launch(folder: Path, name: str, made: dict[str, Any], compiled_here: list[str]) -> None:
+    """What Triton does for a kernel: compile it once, by the cache on disk if it is there, and launch it."""
+
+    def compile_() -> str:
+        if not (folder / name).exists():
+            (folder / name).write_text(str(os.getpid()))
+            if name == "deadly":
+                os._exit(9)
+            if name == "broken" and os.getpid() != PID:
+                raise ValueError("cannot be compiled there")
+        if os.getpid() == PID:
+            compiled_here.append(name)
+        return name
+
+    if name not in made:
+        mode = active_mode.get()
+        assert mode is not None
+        kernel = mode.submit(name, compile_, lambda kernel: made.__setitem__(name, kernel))
+        assert made[name] is kernel
+    made[name].run(made[name].function, made[name].packed_metadata, made[name].launch_metadata(None))
+
+
+PID = os.getpid()
+
+
+@pytest.mark.parametrize("num_processes", [1, 3])
+def test_each_kernel_is_compiled_once_and_launched_by_nobody(tmp_path: Path, num_processes: int) -> None:
+    assert can_compile_ahead() == hasattr(triton, "AsyncCompileMode")
+    made: dict[str, Any] = {}
+    here: list[str] = []
+    names = ["a", "b", "broken", "deadly", *"cdefgh"] if num_processes > 1 else list("abc")
+    with compiling_ahead(num_processes):
+        for name in names * 2:
+            launch(tmp_path, name, made, here)
+        assert here == []
+    assert made == {name: name for name in names}, "each is there, and no stand-in is left"
+    assert here == names
+    pids = {int((tmp_path / name).read_text()) for name in names}
+    assert pids == {PID} if num_processes == 1 else PID not in pids
+    assert active_mode.get() is None
+
+
+def test_processes_that_do_not_end_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_ahead, "_SECONDS", 0.2)
+    rank, wait = os.getpid(), os.pipe()
+    jobs = [lambda: os.getpid() == rank or os.read(wait[0], 1), lambda: None]
+    compile_ahead._run_forked(jobs, 2)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+    for end in wait:
+        os.close(end)
