@@ -30,9 +30,8 @@ from aphro_core.executor.choice import Wanted, choose_placement
 from aphro_core.models.quantization import expands_gguf, is_int4
 from aphro_core.models.registry import load_spec
 from aphro_core.models.spec import DecoderSpec
-from aphro_core.parallel.memory import kv_block_bytes, weights_bytes
 from aphro_core.parallel.shard import ShardingPlan, build_plan
-from aphro_core.parallel.step_sizes import context_per_token, default_step_sizes
+from aphro_core.parallel.step_sizes import context_per_token, default_step_sizes, parameters_on_the_way
 from aphro_core.reporter import Reporter
 
 
@@ -244,16 +243,15 @@ def _check_deterministic(spec: DecoderSpec, device: Device, dtype: DType, report
 def _choose_steps(
     options: EngineOptions, spec: DecoderSpec, plan: ShardingPlan, device: Device, reporter: Reporter
 ) -> SchedulerConfig:
-    parameters = [weights_bytes(spec, shard, 1) for shard in plan.ranks]
-    default = default_step_sizes(device, max(parameters))
-    kv_bytes = max(kv_block_bytes(spec, shard, 1, 1 if options.kv_cache_dtype != "auto" else 2) for shard in plan.ranks)
+    default = default_step_sizes(device, parameters_on_the_way(spec, plan))
+    kv_dtype_bytes = 2 if options.kv_cache_dtype == "auto" else 1
     tokens = options.max_num_batched_tokens or default.decode_tokens
     steps = SchedulerConfig(
         max_num_seqs=options.max_num_seqs or default.max_num_seqs,
         max_num_batched_tokens=tokens,
         max_num_prefill_tokens=options.max_num_prefill_tokens
         or (max(default.prefill_tokens, tokens) if device == "cuda" else None),
-        context_per_token=context_per_token(max(parameters), kv_bytes) if device == "cuda" else None,
+        context_per_token=context_per_token(spec, plan, kv_dtype_bytes) if device == "cuda" else None,
     )
     if device == "cuda":
         reporter.line(

@@ -13,9 +13,14 @@ from aphro_core.estimate.facts import ModelFacts, QuantizationFacts
 from aphro_core.estimate.vllm_versions import Generation, Version, batch_defaults, parse_version
 from aphro_core.estimate.weights import DTYPE_BYTES, StoredTensor
 from aphro_core.models.spec import DecoderSpec
-from aphro_core.parallel.memory import weights_bytes
 from aphro_core.parallel.shard import build_plan
-from aphro_core.parallel.step_sizes import CPU_TOKENS, GPU_PREFILL_TOKENS, MAX_NUM_SEQS, default_step_sizes
+from aphro_core.parallel.step_sizes import (
+    CPU_TOKENS,
+    GPU_PREFILL_TOKENS,
+    MAX_NUM_SEQS,
+    default_step_sizes,
+    parameters_on_the_way,
+)
 
 CACHE_DTYPES: Final[dict[str, int | None]] = {
     "auto": None,
@@ -176,7 +181,7 @@ def _largest_step(question: Question, tp: int, pp: int) -> int:
         plan = build_plan(spec, tp, pp, question.pp_layers, expert_parallel=question.expert_parallel)
     except PlacementError:  # whoever asks for the balance of these ranks is told
         return GPU_PREFILL_TOKENS
-    return default_step_sizes("cuda", max(weights_bytes(spec, shard, 1) for shard in plan.ranks[::tp])).most_tokens
+    return default_step_sizes("cuda", parameters_on_the_way(spec, plan)).most_tokens
 
 
 def _dtype(question: Question) -> str:

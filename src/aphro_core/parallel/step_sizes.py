@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from aphro_core.models.spec import DecoderSpec
+from aphro_core.parallel.memory import kv_block_bytes, weights_bytes
+from aphro_core.parallel.shard import ShardingPlan
+
 MAX_NUM_SEQS: Final = {"cpu": 256, "cuda": 512}
 CPU_TOKENS: Final = 2048
 # At least and at most. Beyond 8,192 linears gain nothing, but a host takes 14 ms and more to launch a step of any size.
@@ -26,8 +30,13 @@ class StepSizes:
         return max(self.decode_tokens, self.prefill_tokens)
 
 
-def default_step_sizes(device: str, rank_parameters: int) -> StepSizes:
-    """For ``rank_parameters`` parameters on the rank that has most, on ``cpu`` or ``cuda``.
+def parameters_on_the_way(spec: DecoderSpec, plan: ShardingPlan) -> int:
+    """Parameters that a token meets one after the other: those of a rank of each stage of a pipeline."""
+    return sum(weights_bytes(spec, shard, 1) for shard in plan.ranks if not shard.tp_rank)
+
+
+def default_step_sizes(device: str, parameters: int) -> StepSizes:
+    """For ``parameters`` that a token meets one after the other, on ``cpu`` or ``cuda``.
 
     While anything decodes its streams wait for the whole of a step, its own attention included: about 50 ms, so as
     many tokens as a GPU reads in 45, in inverse proportion to the parameters. Where nothing decodes, large steps are
@@ -35,11 +44,12 @@ def default_step_sizes(device: str, rank_parameters: int) -> StepSizes:
     """
     if device == "cpu":
         return StepSizes(MAX_NUM_SEQS["cpu"], CPU_TOKENS, CPU_TOKENS)
-    fitting = int(_GPU_PARAMETER_TOKENS / max(rank_parameters, 1)) // _GPU_TOKENS_UNIT * _GPU_TOKENS_UNIT
+    fitting = int(_GPU_PARAMETER_TOKENS / max(parameters, 1)) // _GPU_TOKENS_UNIT * _GPU_TOKENS_UNIT
     decode_tokens = min(max(fitting, GPU_TOKENS[0]), GPU_TOKENS[1])
     return StepSizes(MAX_NUM_SEQS["cuda"], decode_tokens, max(decode_tokens, GPU_PREFILL_TOKENS))
 
 
-def context_per_token(rank_parameters: int, kv_bytes_per_token: int) -> int:
-    """Tokens of context that a GPU reads while it computes one of a prompt; ``kv_bytes_per_token`` on the same rank."""
-    return max(2 * rank_parameters // (max(kv_bytes_per_token, 1) * _GPU_FLOPS_PER_BYTE), 1)
+def context_per_token(spec: DecoderSpec, plan: ShardingPlan, kv_dtype_bytes: int) -> int:
+    """Tokens of context that GPUs read while they compute one of a prompt."""
+    kv_bytes = sum(kv_block_bytes(spec, shard, 1, kv_dtype_bytes) for shard in plan.ranks if not shard.tp_rank)
+    return max(2 * parameters_on_the_way(spec, plan) // (max(kv_bytes, 1) * _GPU_FLOPS_PER_BYTE), 1)

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aphro_core.parallel.step_sizes import GPU_TOKENS, context_per_token, default_step_sizes
+from aphro_core.parallel.shard import build_plan
+from aphro_core.parallel.step_sizes import GPU_TOKENS, context_per_token, default_step_sizes, parameters_on_the_way
+from tests.core.parallel.test_memory import LLAMA_8B
 
 
 @pytest.mark.parametrize(
@@ -24,10 +26,13 @@ def test_bounds_and_order(first: int, second: int) -> None:
     assert less.decode_tokens % 256 == 0
 
 
-def test_context_counts_by_the_bytes_of_its_keys_and_values() -> None:
-    assert context_per_token(8_030_000_000, 131_072) == 612
-    assert context_per_token(8_030_000_000, 65_536) == 1225
-    assert context_per_token(0, 0) == 1
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 4), (3, 2)])
+def test_stages_are_on_the_way_and_ranks_beside_each_other_are_not(tp: int, pp: int) -> None:
+    spec, whole, plan = LLAMA_8B, build_plan(LLAMA_8B, 1, 1), build_plan(LLAMA_8B, tp, pp)
+    share = parameters_on_the_way(spec, plan) / parameters_on_the_way(spec, whole)
+    assert share == pytest.approx(1 / tp, rel=0.15)
+    assert context_per_token(spec, whole, 2) == 2 * parameters_on_the_way(spec, whole) // (131_072 * 200) == 612
+    assert context_per_token(spec, plan, 1) == pytest.approx(2 * 612, rel=0.1)
 
 
 def test_cpus_have_one_size() -> None:
