@@ -12,17 +12,22 @@ from numba import carray, cfunc, njit, types
 from torch import Tensor
 
 from aphro_kernels import openmp
+from aphro_kernels.vector_attention import (
+    block_pair_scores,
+    block_scores,
+    block_values,
+    clear,
+    multiplies_pairs,
+    narrow_sums,
+)
 from aphro_kernels.vector_blocks import (
     BFLOAT16,
     FLOAT8,
     FLOAT16,
     FLOAT32,
     SOURCE_DIGEST,
-    block_scores,
-    block_values,
     element_bytes,
     float_of,
-    narrow,
     pointer_to,
     take_number,
     widen,
@@ -36,6 +41,8 @@ _KINDS: Final = {
     torch.float8_e4m3fn: FLOAT8,
 }
 _NUM_ARGUMENTS: Final = 15
+_AHEAD: Final = 4  # blocks from the one that is read to the one that is fetched from memory meanwhile
+_LANES: Final = 16  # of a vector of float32
 
 
 def decode_attention_reference(
@@ -129,6 +136,7 @@ def _compile(kind: int, cache_kind: int, group: int, head_dim: int) -> Any:
     """
     row_bytes, version = head_dim * element_bytes(kind), SOURCE_DIGEST
     key_bytes = head_dim * element_bytes(cache_kind)
+    by_pairs = multiplies_pairs(cache_kind, head_dim)
 
     @cfunc(types.void(types.voidptr), cache=True)
     def thread(pointer):  # type: ignore[no-untyped-def]
@@ -141,19 +149,26 @@ def _compile(kind: int, cache_kind: int, group: int, head_dim: int) -> Any:
         value_scale = float_of(np.int32(a[14]))
         head_bytes = block_size * key_bytes
         num_tasks = num_rows * num_kv_heads
+        queries = np.empty((group, head_dim), np.float32)
+        sums = np.empty((group, head_dim), np.float32)
+        scores = np.empty(group * (max_blocks * block_size + _LANES), np.float32)
         task = take_number(a.ctypes.data)
         while task < num_tasks:
+            after = take_number(a.ctypes.data)  # taken early: its first keys are fetched meanwhile
             row, head = task // num_kv_heads, task % num_kv_heads
+            next_row, next_head = min(after, num_tasks - 1) // num_kv_heads, after % num_kv_heads
             heads = head * group * row_bytes
-            after = min(task + 1, num_tasks - 1)
-            next_keys = (tables[after // num_kv_heads, 0] * 2 * num_kv_heads + after % num_kv_heads) * head_bytes
             _attend(
                 kind,
                 cache_kind,
+                by_pairs,
                 group,
                 head_dim,
                 row_bytes,
                 key_bytes,
+                queries.ctypes.data,
+                sums.ctypes.data,
+                scores,
                 a[1] + row * a[2] + heads,
                 a[6] + row * num_kv_heads * group * row_bytes + heads,
                 a[3] + head * head_bytes,
@@ -165,9 +180,10 @@ def _compile(kind: int, cache_kind: int, group: int, head_dim: int) -> Any:
                 scale,
                 softcap,
                 value_scale,
-                a[3] + next_keys,
+                a[3] + next_head * head_bytes,
+                tables[next_row, max(seq_lens[next_row] - window, 0) // block_size :],
             )
-            task = take_number(a.ctypes.data)
+            task = after
 
     return thread
 
@@ -176,10 +192,14 @@ def _compile(kind: int, cache_kind: int, group: int, head_dim: int) -> Any:
 def _attend(  # type: ignore[no-untyped-def]
     kind,
     cache_kind,
+    by_pairs,
     group,
     head_dim,
     row_bytes,
     key_bytes,
+    queries,
+    sums,
+    scores,
     q,
     out,
     cache,
@@ -191,48 +211,69 @@ def _attend(  # type: ignore[no-untyped-def]
     scale,
     softcap,
     value_scale,
-    next_keys,
+    next_cache,
+    next_table,
 ):
-    """One KV head of one row. ``cache`` is where that head's keys in block 0 are, ``next_keys`` what is read next."""
-    queries = np.empty((group, head_dim), np.float32)
-    sums = np.zeros((group, head_dim), np.float32)
-    stride = stop - first
-    scores = np.empty((group, stride), np.float32)
-    for g in range(group):
-        widen(kind, head_dim, q + g * row_bytes, queries.ctypes.data + g * head_dim * 4, scale)
+    """One KV head of a row. ``cache`` is where that head's keys in block 0 are, ``next_cache`` those of the next task,
+    whose blocks are ``next_table``.
+
+    Blocks are multiplied whole: scores of keys that are not to be seen are there and mean nothing.
+    """
     begin, end = first // block_size, (stop - 1) // block_size + 1
-    half = block_bytes // 2  # from the keys of a block to its values
-    for block in range(begin, end):
-        low, high = max(first, block * block_size), min(stop, (block + 1) * block_size)
-        keys = cache + table[block] * block_bytes + (low - block * block_size) * key_bytes
-        ahead = cache + (table[block + 1] * block_bytes if block + 1 < end else table[begin] * block_bytes + half)
-        target = scores.ctypes.data + (low - first) * 4
-        block_scores(cache_kind, group, head_dim, queries.ctypes.data, keys, target, stride, high - low, ahead)
+    base, num_blocks, half = begin * block_size, end - begin, block_bytes // 2  # from a block's keys to its values
+    stride = num_blocks * block_size + _LANES
+    if not by_pairs:
+        for g in range(group):
+            widen(kind, head_dim, q + g * row_bytes, queries + g * head_dim * 4, scale)
+    for at in range(num_blocks):
+        keys, target = cache + table[begin + at] * block_bytes, scores.ctypes.data + at * block_size * 4
+        ahead = _read_at(at + _AHEAD, cache, half, table[begin:end], next_cache, next_table)
+        count = min(stop - (begin + at) * block_size, block_size)
+        if by_pairs:
+            count = min((count + _LANES - 1) // _LANES * _LANES, block_size)
+            block_pair_scores(group, head_dim, q, keys, target, stride, count, scale, ahead)
+        else:
+            block_scores(cache_kind, group, head_dim, queries, keys, target, stride, count, ahead)
     for g in range(group):
         if softcap > 0:
-            for i in range(stride):
-                scores[g, i] = math.tanh(scores[g, i] / softcap) * softcap
-        _softmax(scores[g], value_scale)
-    for block in range(begin, end):
-        low, high = max(first, block * block_size), min(stop, (block + 1) * block_size)
-        values = cache + table[block] * block_bytes + half + (low - block * block_size) * key_bytes
-        ahead = cache + table[block + 1] * block_bytes + half if block + 1 < end else next_keys
-        weights = scores.ctypes.data + (low - first) * 4
-        block_values(cache_kind, group, head_dim, weights, values, sums.ctypes.data, stride, high - low, ahead)
+            for i in range(first - base, stop - base):
+                scores[g * stride + i] = math.tanh(scores[g * stride + i] / softcap) * softcap
+        _softmax(scores[g * stride + first - base : (g + 1) * stride], stop - first, value_scale)
+        clear(head_dim, sums + g * head_dim * 4)
+    for at in range(num_blocks):
+        low, high = max(first - base - at * block_size, 0), min(stop - base - at * block_size, block_size)
+        values = cache + table[begin + at] * block_bytes + half + low * key_bytes
+        weights = scores.ctypes.data + (at * block_size + low) * 4
+        ahead = _read_at(num_blocks + at + _AHEAD, cache, half, table[begin:end], next_cache, next_table)
+        block_values(cache_kind, group, head_dim, weights, values, sums, stride, high - low, ahead)
     for g in range(group):
-        narrow(kind, head_dim, sums.ctypes.data + g * head_dim * 4, out + g * row_bytes)
+        narrow_sums(kind, cache_kind, head_dim, sums + g * head_dim * 4, out + g * row_bytes)
+
+
+@njit(inline="always")
+def _read_at(position, cache, half, table, next_cache, next_table):  # type: ignore[no-untyped-def]
+    """Where a block is in the order of reading: a task's keys, its values, the keys of the next task."""
+    if position < len(table):
+        return cache + table[position] * 2 * half
+    position -= len(table)
+    if position < len(table):
+        return cache + table[position] * 2 * half + half
+    return next_cache + next_table[min(position - len(table), len(next_table) - 1)] * 2 * half
 
 
 @njit(fastmath=True, error_model="numpy")
-def _softmax(scores, factor=np.float32(1)):  # type: ignore[no-untyped-def]  # noqa: B008
-    """In place over a vector of float32, times ``factor``."""
+def _softmax(scores, count, factor):  # type: ignore[no-untyped-def]
+    """In place over the first ``count`` float32, times ``factor``; those up to a whole vector are written, too."""
+    whole = (count + _LANES - 1) // _LANES * _LANES
     peak = np.float32(-np.inf)
-    for i in range(len(scores)):
+    for i in range(count):
         peak = max(peak, scores[i])
+    for i in range(count, whole):
+        scores[i] = np.float32(-np.inf)
     total = np.float32(0)
-    for i in range(len(scores)):
+    for i in range(whole):
         scores[i] = exponential(scores[i] - peak)
         total += scores[i]
     scale = factor / total
-    for i in range(len(scores)):
+    for i in range(whole):
         scores[i] *= scale

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numba import njit
 
@@ -14,7 +12,7 @@ from aphro_kernels.vector_blocks import bits_of, float_of
 def exponential(x):  # type: ignore[no-untyped-def]
     """``e ** x`` for ``x <= 0``: a whole power of 2 by its bits, Cephes' exp2f polynomial for the rest, -1/2 to 1/2."""
     power = max(x * np.float32(1.4426950408889634), np.float32(-126))
-    whole = np.float32(math.floor(power + np.float32(0.5)))
+    whole = np.floor(power + np.float32(0.5))
     rest = power - whole
     value = np.float32(1.535336188319500e-4)
     value = value * rest + np.float32(1.339887440266574e-3)

@@ -26,8 +26,11 @@ def allocate_kv_cache(
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Pages that the kernel zeroes when they are first written: what no request uses costs no memory and no time."""
-    buffer = mmap.mmap(-1, prod(shape) * dtype.itemsize)
+    """Pages that the kernel zeroes when they are first written: what no request uses costs no memory and no time.
+
+    Private ones: of memory that could be shared the kernel makes no huge pages unless it is set up to.
+    """
+    buffer = mmap.mmap(-1, prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         buffer.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(buffer, dtype=dtype).view(shape)
