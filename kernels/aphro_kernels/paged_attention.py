@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from aphro_kernels import hopper_attention
 from aphro_kernels.attention_kernels import attention_kernel
 from aphro_kernels.decode_attention import decode_attention
 from aphro_kernels.decode_work import DecodeWork, build_decode_work, plan_decode_
@@ -146,6 +147,18 @@ def _launch(
     assert k_cache.stride() == v_cache.stride()
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     if not num_tokens:
+        return out
+    if value_scale == 1.0 and hopper_attention.suits(q, k_cache, window, softcap):
+        hopper_attention.hopper_attention(
+            q,
+            k_cache,
+            v_cache,
+            out,
+            block_tables=block_tables,
+            seq_lens=seq_lens,
+            query_start_loc=query_start_loc,
+            scale=scale,
+        )
         return out
     group, group_padded = num_heads // num_kv_heads, next_power_of_2(num_heads // num_kv_heads)
     dims = max(next_power_of_2(head_dim), 16)  # the least that tl.dot takes

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
+from aphro_kernels import hopper_attention
+from aphro_kernels.hopper import suits_hopper
 from aphro_kernels.skinny_linear import SkinnyConfig, build_skinny_workspace, rows_bucket
 
 from tests.kernels.comparisons import (
     compare_attention,
+    compare_gated_linear,
     compare_grouped_linear,
     compare_grouped_packed_linear,
     compare_packed_linear,
@@ -73,6 +78,30 @@ def test_skinny_linear(num_rows: int, n: int, k: int, dtype: torch.dtype) -> Non
         compare_skinny_linear(num_rows, n, k, config, dtype, "cuda")
         half = SkinnyConfig(rows_bucket(num_rows), columns // 2, inputs, programs, 4, 3, 2, programs == 264)
         compare_skinny_linear(num_rows, n, k, half, dtype, "cuda", is_gated=True, has_bias=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("num_rows", "n", "k"), [(1, 64, 64), (77, 4864, 896), (1000, 1504, 1000), (2500, 8, 4096)])
+def test_gated_linear(num_rows: int, n: int, k: int, dtype: torch.dtype) -> None:
+    if not suits_hopper(torch.empty(1, device="cuda", dtype=dtype)):
+        pytest.skip("a kernel for Hopper, in the Gluon of Triton 3.6")
+    compare_gated_linear(num_rows, n, k, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim"), [(9, 3, 64), (14, 2, 64), (32, 8, 128), (3, 1, 128)]
+)
+def test_chunks_on_hopper(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    """Of any size, by the kernel that takes large ones: more sequences than it looks at at once, and empty ones."""
+    if not suits_hopper(torch.empty(1, device="cuda", dtype=dtype)):
+        pytest.skip("a kernel for Hopper, in the Gluon of Triton 3.6")
+    heads = (num_heads, num_kv_heads, head_dim, dtype, "cuda")
+    with mock.patch.object(hopper_attention, "_FEWEST_ROWS", 0):
+        compare_attention([2], [2], *heads)
+        compare_attention([63, 1, 300, 0, 1], [63, 500, 1100, 40, 1], *heads)
+        compare_attention([1500], [1500], *heads)
+        compare_attention([7, 2] * 100, [7, 300] * 100, *heads)
 
 
 HEADS = [(9, 3, 64), (32, 8, 128), (28, 4, 128), (4, 4, 80), (7, 1, 96), (4, 2, 256), (40, 1, 64), (4, 2, 8)]

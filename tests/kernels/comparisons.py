@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from aphro_kernels import (
+    gated_gemm,
     grouped_gemm,
     grouped_packed,
     packed_linear,
@@ -146,6 +147,16 @@ def compare_rotary(
     torch.testing.assert_close(v_cache, v_expected, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(k_cache.isnan(), k_expected.isnan())  # nothing beside the slots was written
     assert_close(k_cache.nan_to_num(0), k_expected.nan_to_num(0))
+
+
+def compare_gated_linear(num_rows: int, n: int, k: int, dtype: torch.dtype) -> None:
+    """On a GPU only: Gluon has no interpreter."""
+    x = random(num_rows, k, dtype=dtype, device="cuda")
+    weight = random(2 * n, k, dtype=dtype, device="cuda", seed=1) / k**0.5
+    expected = gated_gemm.gated_linear_reference(x, weight)
+    for _ in range(2):
+        out = gated_gemm.gated_linear(x, weight, nans(num_rows, n, dtype=dtype, device="cuda"))
+        assert_close(out, expected)
 
 
 def compare_attention(

@@ -7,6 +7,7 @@ from typing import Final
 import torch
 from aphro_kernels import cpu_linear
 from aphro_kernels.cpu_linear import CpuLinear
+from aphro_kernels.gated_gemm import gated_linear, is_faster
 from aphro_kernels.silu_and_mul import silu_and_mul
 from aphro_kernels.skinny_linear import SkinnyWorkspace, skinny_linear
 from aphro_kernels.tuned import skinny_config
@@ -78,6 +79,8 @@ class Linear:
             if config is not None:
                 workspace = self._workspace
                 return skinny_linear(x, self._weight, self._bias, config=config, workspace=workspace, is_gated=True)
+            if self._bias is None and is_faster(x, self._weight):
+                return gated_linear(x, self._weight)
         return silu_and_mul(self(x))
 
     def makes(self, out: Tensor) -> bool:
