@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from aphro_kernels.decode_work import build_decode_work, plan_decode_
+from aphro_kernels.gated_gemm import gated_linear, is_faster
 from aphro_kernels.language import triton
 from aphro_kernels.paged_attention import paged_attention
 from aphro_kernels.rms_norm import add_rms_norm_, rms_norm
@@ -152,6 +153,18 @@ def time_products(table: Table, shape: Shape, num_rows: int) -> None:
             table.add(f"{name}, {num_rows} rows, by table", time, num_bytes=num_bytes)
 
 
+def time_gated(table: Table, shape: Shape, num_rows: int) -> None:
+    """Gate, up and SiLU of many rows: the library's product and a kernel after it, and ours in one."""
+    weight = torch.randn(2 * shape.intermediate, shape.hidden, device="cuda", dtype=torch.bfloat16) / shape.hidden**0.5
+    x = torch.randn(num_rows, shape.hidden, device="cuda", dtype=torch.bfloat16)
+    flops = 4 * num_rows * shape.intermediate * shape.hidden
+    time = seconds_per_call(lambda _: silu_and_mul(linear(x, weight)), 1, calls=10)
+    table.add(f"gate, up, SiLU, {num_rows} rows, cuBLAS", time, flops=flops)
+    if is_faster(x, weight):
+        time = seconds_per_call(lambda _: gated_linear(x, weight), 1, calls=10)
+        table.add(f"gate, up, SiLU, {num_rows} rows, in one", time, flops=flops)
+
+
 def time_sampler(table: Table, shape: Shape, num_rows: int) -> None:
     """Against one read of the 16-bit logits."""
     logits = rotation(num_rows, shape.vocab_size)
@@ -229,8 +242,10 @@ def main() -> int:
     table = Table()
     for num_tokens in (1, 32, 256, 8192):
         time_rows(table, shape, num_tokens)
-    for num_rows in (1, 8, 32, 64):
+    for num_rows in (1, 8, 32, 64, 256):
         time_products(table, shape, num_rows)
+    for num_rows in (2048, 8192):
+        time_gated(table, shape, num_rows)
     for num_rows in (1, 32, 256):
         time_sampler(table, shape, num_rows)
     for batch, length in ((1, 1024), (32, 1024), (256, 1024), (1, 32768), (32, 32768), (64, 2048)):

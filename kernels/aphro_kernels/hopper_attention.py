@@ -19,16 +19,19 @@ from aphro_kernels.hopper_softmax import attend
 from aphro_kernels.language import chain_options, tl
 
 _FEWEST_ROWS: Final = 2**16  # queries times heads of a call
+_FEWEST_QUERIES: Final = 1024  # of a sequence, on average
 ROWS: Final = 128  # of a tile: queries times heads of a group, half of them for each group of warps
 KEYS: Final = 128  # of a tile
 _STAGES: Final = {64: 3, 128: 2}  # tiles of keys, and of values, in shared memory at once; by head_dim
 
 
-def suits(q: Tensor, k_cache: Tensor, window: int | None, softcap: float | None) -> bool:
-    """Whether the kernel is made for such a call, and has enough to do to be the faster one (on an H100)."""
+def suits(q: Tensor, k_cache: Tensor, num_seqs: int, window: int | None, softcap: float | None) -> bool:
+    """Whether the kernel is made for such a call of ``num_seqs`` sequences, and is the faster one (on an H100): a tile
+    of queries costs it some microseconds beside its keys, which short sequences do not earn back."""
     is_taken = suits_hopper(q) and k_cache.dtype == q.dtype and not window and not softcap
     has_shape = q.shape[2] in _STAGES and k_cache.shape[2] in (16, 32, 64, 128)
-    return is_taken and has_shape and q.shape[0] * q.shape[1] >= _FEWEST_ROWS
+    is_long = q.shape[0] >= _FEWEST_QUERIES * num_seqs and q.shape[0] * q.shape[1] >= _FEWEST_ROWS
+    return is_taken and has_shape and is_long
 
 
 def hopper_attention(

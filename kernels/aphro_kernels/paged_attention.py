@@ -148,7 +148,7 @@ def _launch(
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     if not num_tokens:
         return out
-    if value_scale == 1.0 and hopper_attention.suits(q, k_cache, window, softcap):
+    if value_scale == 1.0 and hopper_attention.suits(q, k_cache, len(seq_lens), window, softcap):
         hopper_attention.hopper_attention(
             q,
             k_cache,

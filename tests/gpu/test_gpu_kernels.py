@@ -97,7 +97,7 @@ def test_chunks_on_hopper(num_heads: int, num_kv_heads: int, head_dim: int, dtyp
     if not suits_hopper(torch.empty(1, device="cuda", dtype=dtype)):
         pytest.skip("a kernel for Hopper, in the Gluon of Triton 3.6")
     heads = (num_heads, num_kv_heads, head_dim, dtype, "cuda")
-    with mock.patch.object(hopper_attention, "_FEWEST_ROWS", 0):
+    with mock.patch.multiple(hopper_attention, _FEWEST_ROWS=0, _FEWEST_QUERIES=0):
         compare_attention([2], [2], *heads)
         compare_attention([63, 1, 300, 0, 1], [63, 500, 1100, 40, 1], *heads)
         compare_attention([1500], [1500], *heads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from itertools import count
+from typing import Final
 
 import torch
 
@@ -14,6 +15,7 @@ from aphro_core.request import SamplingParams
 from aphro_core.worker.compile_ahead import can_compile_ahead, compiling_ahead
 from aphro_core.worker.device_runner import DeviceRunner
 
+_SHORT: Final = 512  # tokens
 _DIALS = (SamplingParams(temperature=0.0), SamplingParams(), SamplingParams(top_k=20, top_p=0.9))
 
 
@@ -28,27 +30,31 @@ def warm_up(
     most = min(
         config.scheduler.most_tokens, config.model.max_model_len - 2, (num_blocks - 1) * config.cache.block_size - 2
     )
+    num_short = min(config.scheduler.max_num_seqs, config.scheduler.most_tokens // max(min(_SHORT, most), 1))
     cores = len(os.sched_getaffinity(0)) // config.parallel.world_size
     if can_compile_ahead():
         with compiling_ahead(cores):
-            _run_steps(runner, steps, most, config.cache.block_size)
+            _run_steps(runner, steps, most, num_short, config.cache.block_size)
             if not config.enforce_eager:
                 runner.run_every_size()
         torch.cuda.synchronize()  # of what was computed there nothing is used
-    _run_steps(runner, steps, most, config.cache.block_size)
+    _run_steps(runner, steps, most, num_short, config.cache.block_size)
     if not config.enforce_eager:
         runner.capture_graphs(on_progress)
     _reserve_pinned_memory()
     torch.cuda.synchronize()
 
 
-def _run_steps(runner: DeviceRunner, steps: count[int], most: int, block_size: int) -> None:
+def _run_steps(runner: DeviceRunner, steps: count[int], most: int, num_short: int, block_size: int) -> None:
     """Prompts of a few tokens and of as many as a step may have, alone and beside rows that decode, for each way of
-    sampling. Tokens are all 0: what they are costs nothing."""
+    sampling; and ``num_short`` short ones, as many as a step may have: kernels may take them otherwise than a long
+    one. Tokens are all 0: what they are costs nothing."""
     few = min(20, most)
     for length, dials in [*((few, dials) for dials in _DIALS), (most, _DIALS[0])]:
         if length > 1:
             _run_pair(runner, steps, length, dials, block_size)
+    if num_short > 1:
+        _run_short(runner, steps, num_short, min(_SHORT, most), block_size)
 
 
 def _reserve_pinned_memory() -> None:
@@ -74,3 +80,14 @@ def _run_pair(runner: DeviceRunner, steps: count[int], length: int, dials: Sampl
         if step is not None:
             step.result()
     runner.launch(StepPlan(next(steps), [], [], [0, 1]))
+
+
+def _run_short(runner: DeviceRunner, steps: count[int], num_prompts: int, length: int, block_size: int) -> None:
+    """Prompts that all write the same blocks, since what stands in them does not matter, and then leave."""
+    blocks = list(range(-(-length // block_size)))
+    new = [NewSequence(seq_id, [0] * length, length, _DIALS[0], 0) for seq_id in range(num_prompts)]
+    scheduled = [ScheduledSequence(seq_id, 0, length, [], blocks, True) for seq_id in range(num_prompts)]
+    step = runner.launch(StepPlan(next(steps), scheduled, new))
+    if step is not None:
+        step.result()
+    runner.launch(StepPlan(next(steps), [], [], list(range(num_prompts))))

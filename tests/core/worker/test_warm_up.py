@@ -1,0 +1,48 @@
+"""The steps before serving, on the GPU's runner with CPU tensors: which kinds there are, and that nothing stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+
+from aphro_core.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from aphro_core.messages.steps import StepPlan
+from aphro_core.worker import warm_up as module
+from tests.core.worker.one_rank import BLOCK_SIZE, NUM_BLOCKS
+from tests.core.worker.test_device_runner import device_runner
+from tests.tiny import write_tiny_checkpoint
+
+
+def test_steps_of_every_kind_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiny_checkpoint(tmp_path, "llama")
+    runner = device_runner(SimpleNamespace(folder=tmp_path))
+    config = EngineConfig(
+        model=ModelConfig(path=str(tmp_path), served_name="tiny", dtype="float32", max_model_len=128),
+        cache=CacheConfig(num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE),
+        scheduler=SchedulerConfig(max_num_seqs=3, max_num_batched_tokens=100),
+        device="cuda",
+        enforce_eager=True,
+    )
+    plans: list[StepPlan] = []
+    launch = runner.launch
+
+    def noted(plan: StepPlan) -> object:
+        plans.append(plan)
+        return launch(plan)
+
+    monkeypatch.setattr(runner, "launch", noted)
+    monkeypatch.setattr(module, "_reserve_pinned_memory", lambda: None)
+    monkeypatch.setattr(module, "_SHORT", 33)
+    with mock.patch.object(torch.cuda, "synchronize"):
+        module.warm_up(runner, config, NUM_BLOCKS, lambda done, total: None)
+    lengths = [sorted(entry.num_tokens for entry in plan.scheduled) for plan in plans if plan.scheduled]
+    assert [33, 33, 33] in lengths  # as many short prompts as a step may have
+    assert [20] in lengths
+    assert max(map(max, lengths)) <= 100
+    assert [1, 2] in lengths
+    assert [1, 1] in lengths
+    assert runner._sequences == {}
