@@ -94,7 +94,7 @@ def compile_candidate(job: tuple[Layer, SkinnyConfig]) -> None:
     pointers = [torch.bfloat16] * 4 + [torch.float32, torch.int32] + [torch.bfloat16] * 2
     constants = {"ROWS": config.rows, "BN": config.columns, "BK": config.inputs, "STAGES": config.num_stages}
     constants |= {"IS_EVEN": is_even(layer, config), "IS_EARLY": config.is_early, "IS_GATED": layer.is_gated}
-    constants |= {"HAS_BIAS": False, "KIND": "plain", "GROUP": 0, "SPLIT": 1, "HAS_ASM": False}
+    constants |= {"HAS_BIAS": False, "KIND": "plain", "GROUP": 0, "SPLIT": 1, "IS_TILED": False, "HAS_ASM": False}
     options = {"num_warps": config.num_warps, "CHAINED": True, "launch_pdl": True}
     numbers = (config.rows, layer.n, layer.k, layer.k, config.ahead)
     skinny_kernel.warmup(*pointers, *numbers, **constants, **options, grid=(1,))

@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from aphro_kernels.packed_linear import PackedWeight, dequantise, packed_config, packed_linear
+from aphro_kernels.packed_linear import PackedConfig, PackedWeight, dequantise, in_tiles, packed_config, packed_linear
 from aphro_kernels.rms_norm import rms_norm
 from aphro_kernels.silu_and_mul import silu_and_mul
 from aphro_kernels.skinny_kernel import skinny_kernel
 from aphro_kernels.skinny_linear import SkinnyConfig, build_skinny_workspace, rows_bucket
+from aphro_kernels.tile_kernel import tile_kernel
+from aphro_kernels.tile_linear import TileConfig
 from torch.nn.functional import linear
 from tune import ROTATED_BYTES, microseconds
 
@@ -52,14 +54,17 @@ class Layer:
         scales = torch.rand(n, groups, device=device).to(torch.bfloat16 if self.group else torch.float32) / k**0.5 / 8
         if self.kind == "int4":
             codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device)
-            return PackedWeight(codes, scales, -7.5 * scales)
+            return in_tiles(PackedWeight(codes, scales, -7.5 * scales))
         codes = torch.randint(0, 256, (n, k), dtype=torch.uint8, device=device)
         if self.kind == "int8":
             return PackedWeight(codes.view(torch.int8), scales / 16)
         return PackedWeight((codes & 0xBF).view(torch.float8_e4m3fn), scales)
 
 
-def candidates(layer: Layer, rows: int) -> Iterator[SkinnyConfig]:
+def candidates(layer: Layer, rows: int) -> Iterator[PackedConfig]:
+    if layer.kind == "int4" and rows <= 8:
+        yield from tile_candidates()
+        return
     n = SIZES[layer.name][0] // (2 if layer.is_gated else 1)
     for bucket, columns, inputs, warps, stages, splits in tiles(layer, rows):
         stripes = -(-n // columns)
@@ -87,8 +92,30 @@ def tiles(layer: Layer, rows: int) -> Iterator[tuple[int, ...]]:
         yield bucket, columns, 128 * splits, warps, stages, splits
 
 
-def compile_candidate(job: tuple[Layer, SkinnyConfig]) -> None:
+def tile_candidates() -> Iterator[TileConfig]:
+    for warps, ahead in product((4, 8), (0, 1, 2)):
+        yield TileConfig(warps, ahead, is_unrolled=False)
+    for warps, ahead in ((4, 2), (4, 4), (8, 1), (8, 2), (8, 3), (8, 4), (16, 2), (16, 3)):
+        yield TileConfig(warps, ahead, is_unrolled=True)
+    yield TileConfig(4, 1, is_unrolled=False, registers=72)
+
+
+def compile_tiles(layer: Layer, config: TileConfig) -> None:
+    n, k, _ = SIZES[layer.name]
+    constants = {"TILES": k // 128, "WARPS": config.num_warps, "IS_UNROLLED": config.is_unrolled}
+    constants |= {"AHEAD": min(config.ahead, -(-k // 128 // config.num_warps)), "IS_GATED": layer.is_gated}
+    constants |= {"HAS_BIAS": False, "HAS_ASM": True, "CHAINED": True}
+    pointers = [torch.bfloat16, torch.uint8, *[torch.bfloat16] * 3]
+    options = {"num_warps": config.num_warps, "launch_pdl": True}
+    options |= {} if config.registers is None else {"maxnreg": config.registers}
+    tile_kernel.warmup(*pointers, 1, n, k, **constants, **options, grid=(1,))
+
+
+def compile_candidate(job: tuple[Layer, PackedConfig]) -> None:
     layer, config = job
+    if isinstance(config, TileConfig):
+        compile_tiles(layer, config)
+        return
     n, k, _ = SIZES[layer.name]
     codes = {"int4": torch.uint8, "int8": torch.int8, "fp8": torch.uint8}[layer.kind]
     scale = torch.bfloat16 if layer.group else torch.float32
@@ -96,6 +123,7 @@ def compile_candidate(job: tuple[Layer, SkinnyConfig]) -> None:
     constants = {"ROWS": config.rows, "BN": config.columns, "BK": config.inputs, "STAGES": config.num_stages}
     constants |= {"IS_EVEN": k % config.inputs == 0, "IS_EARLY": config.is_early, "IS_GATED": layer.is_gated}
     constants |= {"HAS_BIAS": False, "KIND": layer.kind, "GROUP": layer.group, "SPLIT": config.splits, "HAS_ASM": True}
+    constants |= {"IS_TILED": layer.kind == "int4"}
     options = {"num_warps": config.num_warps, "CHAINED": True, "launch_pdl": True}
     try:
         skinny_kernel.warmup(*pointers, config.rows, n, k, k, config.ahead, **constants, **options, grid=(1,))
@@ -118,7 +146,7 @@ class Timer:
         calls = max(24, len(weights))
         expected = finish(linear(rms_norm(x, gain, 1e-5).float(), dequantise(first, torch.float32)), layer)
 
-        def run(config: SkinnyConfig) -> float:
+        def run(config: PackedConfig) -> float:
             options: dict[str, Any] = {"config": config, "workspace": self._workspace, "is_gated": layer.is_gated}
             y = packed_linear(rms_norm(x, gain, 1e-5), weights[0], **options).float()
             error = float((y - expected).norm() / expected.norm())
@@ -149,7 +177,7 @@ class Timer:
 
         expanded = microseconds(expand, len(weights), 8)
         best = timed[0][0] if timed else float("nan")
-        leaders = "; ".join(f"{time:.1f} {astuple(config)}" for time, config in timed[:4])
+        leaders = "; ".join(f"{time:.1f} {astuple(config)}" for time, config in timed[:6])
         rate = num_bytes / best / 1e6
         print(
             f"{layer.kind:4} {layer.name:8} {rows:4} rows: best {best:7.1f} us {rate:5.2f} TB/s, "
@@ -176,8 +204,10 @@ def main() -> int:
     kinds = {}
     for layer, rows in jobs:
         for config in candidates(layer, rows):
-            is_even = SIZES[layer.name][1] % config.inputs == 0
-            key = (layer.kind, layer.group, layer.is_gated, replace(config, programs=0, ahead=0), is_even)
+            is_tiles = isinstance(config, TileConfig)
+            is_even = is_tiles or SIZES[layer.name][1] % config.inputs == 0
+            kept = config if is_tiles else replace(config, programs=0, ahead=0)
+            key = (layer.kind, layer.group, layer.is_gated, kept, is_even, SIZES[layer.name][1])
             kinds[key] = (layer, config)
     with multiprocessing.get_context("fork").Pool(max((os.cpu_count() or 2) - 1, 1)) as pool:  # before CUDA starts here
         list(pool.imap_unordered(compile_candidate, list(kinds.values()), chunksize=2))

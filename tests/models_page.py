@@ -46,7 +46,7 @@ Triton's interpreter and are compiled for Hopper; `tests/gpu` runs families and 
 _CACHE: Final = """
 "Activations in 8 bits" (W8A8) names how a layer's inputs are rounded before they are multiplied: by the scale that is
 stored with the layer, or each row by its own largest magnitude. Codes are multiplied exactly and summed in float32, on
-GPUs from 64 rows on by the float8 tensor cores (a scale a row, sizes in sixteens), which nobody has run yet. With
+GPUs from 64 rows on by the float8 tensor cores (a scale a row, sizes in sixteens). With
 `dynamic` and tensor parallel ranks, each rounds its own columns of o_proj and down_proj, so tokens may differ between
 sizes by a rounding. FP8 in blocks and asymmetric activations keep their inputs as they are.
 

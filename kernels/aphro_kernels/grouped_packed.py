@@ -75,6 +75,7 @@ def _launch(
             SPLIT=splits,
             IS_EVEN=width % columns == 0 and depth % inputs == 0,
             STAGES=3,
+            IS_TILED=weight.is_tiled,
             HAS_ASM=x.is_cuda,
             num_warps=4,
         )
@@ -104,6 +105,7 @@ def _grouped_packed_kernel(
     SPLIT: tl.constexpr,
     IS_EVEN: tl.constexpr,
     STAGES: tl.constexpr,
+    IS_TILED: tl.constexpr,
     HAS_ASM: tl.constexpr,
 ) -> None:
     """One tile of rows times ``BN`` rows of its expert's matrix."""
@@ -119,7 +121,7 @@ def _grouped_packed_kernel(
     matrix_rows = expert.to(tl.int64) * width + columns
     total = multiply_packed(
         x, x_rows, is_row, codes, scales, offsets, matrix_rows, is_column, 0, tl.cdiv(depth, BK), depth, KIND, GROUP,
-        ROWS, BN, BK, SPLIT, IS_EVEN, STAGES, HAS_ASM,
+        ROWS, BN, BK, SPLIT, IS_EVEN, STAGES, IS_TILED, HAS_ASM,
     )  # fmt: skip
     if GROUP == 0:
         total *= tl.load(scales + matrix_rows, mask=is_column, other=0.0).to(tl.float32)[:, None]

@@ -13,6 +13,8 @@ from torch.nn.functional import linear, silu
 from aphro_kernels.float8 import float8_as_bytes
 from aphro_kernels.language import jit, runs_kernels, tl, triton
 from aphro_kernels.skinny_linear import SkinnyConfig, SkinnyWorkspace, launch_skinny, rows_bucket
+from aphro_kernels.tile_linear import MAX_ROWS as MAX_TILE_ROWS
+from aphro_kernels.tile_linear import TileConfig, launch_tiles, suits_tiles, tile_codes, tile_config, untile_codes
 
 Kind = Literal["int4", "int8", "fp8"]
 MAX_ROWS: Final = 32  # of the kernel; above, dequantising is shared by enough rows
@@ -26,12 +28,13 @@ class PackedWeight:
 
     ``codes`` [out, in] int8 or float8_e4m3fn, or with ``offsets`` [out, in / 2] uint8: two 4-bit codes a byte, the low
     one of the input as far into the first half of its group as the high one's is into the second. ``scales``,
-    ``offsets`` [out, groups].
+    ``offsets`` [out, groups]. ``is_tiled``: all three as :func:`tile_codes` gives them.
     """
 
     codes: Tensor
     scales: Tensor
     offsets: Tensor | None = None
+    is_tiled: bool = False
 
     @property
     def kind(self) -> Kind:
@@ -63,15 +66,24 @@ def halve_groups(codes: Tensor, group: int) -> Tensor:
     return (nibbles[:, :, 0] | nibbles[:, :, 1] << 4).flatten(1)
 
 
+def in_tiles(weight: PackedWeight) -> PackedWeight:
+    """The same weight in the order that one to eight rows are fastest with, where its sizes have it."""
+    if weight.offsets is None or weight.is_tiled or not suits_tiles(weight.shape, weight.group):
+        return weight
+    return PackedWeight(*tile_codes(weight.codes, weight.scales, weight.offsets), is_tiled=True)
+
+
 def dequantise_reference(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    codes, (rows, _) = weight.codes, weight.shape
-    grouped = codes.float().view(rows, weight.scales.shape[1], -1)
-    if weight.offsets is not None:
-        halves = codes.view(rows, weight.scales.shape[1], 1, -1)
+    codes, scales, offsets, (rows, _) = weight.codes, weight.scales, weight.offsets, weight.shape
+    if offsets is not None and weight.is_tiled:
+        codes, scales, offsets = untile_codes(codes, scales)
+    grouped = codes.float().view(rows, scales.shape[1], -1)
+    if offsets is not None:
+        halves = codes.view(rows, scales.shape[1], 1, -1)
         grouped = torch.cat((halves & 15, halves >> 4), dim=2).flatten(2).float()
-    grouped = grouped * weight.scales.float()[..., None]
-    if weight.offsets is not None:
-        grouped = grouped + weight.offsets.float()[..., None]
+    grouped = grouped * scales.float()[..., None]
+    if offsets is not None:
+        grouped = grouped + offsets.float()[..., None]
     return grouped.flatten(1).to(dtype)
 
 
@@ -85,13 +97,18 @@ def packed_linear_reference(
     return y.to(x.dtype)
 
 
-def packed_config(weight: PackedWeight, num_rows: int, *, is_gated: bool = False) -> SkinnyConfig | None:
+PackedConfig = SkinnyConfig | TileConfig
+
+
+def packed_config(weight: PackedWeight, num_rows: int, *, is_gated: bool = False) -> PackedConfig | None:
     """How the kernel runs this product; None: it is dequantised instead.
 
     Rules that hold for every shape, from measurements of those of Llama-3-8B on a Hopper GPU (docs/kernels.md).
     """
     if not weight.suits_kernel or not 0 < num_rows <= MAX_ROWS:
         return None
+    if weight.is_tiled and num_rows <= MAX_TILE_ROWS and (tiles := tile_config(weight.shape, is_gated=is_gated)):
+        return tiles
     n = weight.shape[0] // 2 if is_gated else weight.shape[0]
     group, is_early = weight.tile_group, num_rows == 1
     if num_rows == 1 and not group:
@@ -122,7 +139,7 @@ def packed_linear(
     weight: PackedWeight,
     bias: Tensor | None = None,
     *,
-    config: SkinnyConfig,
+    config: PackedConfig,
     workspace: SkinnyWorkspace,
     is_gated: bool = False,
     out: Tensor | None = None,
@@ -137,8 +154,11 @@ def packed_linear(
     assert x.stride(1) == 1
     assert weight.codes.is_contiguous()
     assert weight.scales.is_contiguous()
-    assert num_rows <= config.rows
     out = x.new_empty(num_rows, n) if out is None else out
+    if isinstance(config, TileConfig):
+        launch_tiles(x, weight.codes, weight.scales, bias, out, config=config, is_gated=is_gated)
+        return out
+    assert num_rows <= config.rows
     stripes = -(-n // config.columns)
     programs = min(config.programs, stripes * -(-k // config.inputs))
     if programs != stripes:  # some may be cut
@@ -157,6 +177,7 @@ def packed_linear(
         offsets=weight.offsets,
         kind=weight.kind,
         group=weight.tile_group,
+        is_tiled=weight.is_tiled,
     )
     return out
 
@@ -186,6 +207,7 @@ def _launch_dequantise(weight: PackedWeight, out: Tensor) -> Tensor:
         KIND=weight.kind,
         GROUP=weight.group,
         NUM_GROUPS=scales.shape[1],
+        IS_TILED=weight.is_tiled,
         BLOCK=block,
         num_warps=4,
     )
@@ -202,17 +224,22 @@ def _dequantise_kernel(
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
     NUM_GROUPS: tl.constexpr,
+    IS_TILED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     ks = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = ks < row_bytes
-    q = tl.load(codes + row * row_bytes + ks, mask=inside, other=0)
     per: tl.constexpr = 2 if KIND == "int4" else 1
     group = ks * per // GROUP
-    s = tl.load(scales + row * NUM_GROUPS + group, mask=inside, other=0.0).to(tl.float32)
+    at, scale_at = row * row_bytes + ks, row * NUM_GROUPS + group
+    if IS_TILED:
+        at = (row // 16 * NUM_GROUPS + group) * 1024 + row % 16 * 64 + ks % 64
+        scale_at = (row // 16 * NUM_GROUPS + group) * 32 + row % 16
+    q = tl.load(codes + at, mask=inside, other=0)
+    s = tl.load(scales + scale_at, mask=inside, other=0.0).to(tl.float32)
     if KIND == "int4":
-        o = tl.load(offsets + row * NUM_GROUPS + group, mask=inside, other=0.0).to(tl.float32)
+        o = tl.load(offsets + scale_at, mask=inside, other=0.0).to(tl.float32)
         to = out + row * row_bytes * 2 + group * (GROUP // 2) + ks
         tl.store(to, ((q & 15).to(tl.float32) * s + o).to(out.dtype.element_ty), mask=inside)
         tl.store(to + GROUP // 2, ((q >> 4).to(tl.float32) * s + o).to(out.dtype.element_ty), mask=inside)

@@ -2,7 +2,8 @@
 
 A weight is code * scale (+ offset), with a scale for each ``GROUP`` inputs of a row (0: for the whole row; then the
 caller multiplies with it in the end). Two int4 codes stand in a byte, the low one for an input of the first half of its
-group, the high one for that of the second: rows are read in order for either.
+group, the high one for that of the second: rows are read in order for either. IS_TILED: int4 in the order of
+tile_linear.py.
 """
 # ruff: noqa: N803, N806  (constants in capitals; a kernel is one piece)
 
@@ -32,6 +33,7 @@ def multiply_packed(
     SPLIT: tl.constexpr,
     IS_EVEN: tl.constexpr,
     STAGES: tl.constexpr,
+    IS_TILED: tl.constexpr,
     HAS_ASM: tl.constexpr,
 ) -> tl.tensor:
     """``[BN, ROWS]`` float32: inputs ``low * BK`` to ``high * BK`` of the matrix rows ``columns`` [BN] int64, with the
@@ -43,7 +45,7 @@ def multiply_packed(
     if KIND == "int4":
         return _multiply_int4(
             x, x_rows, is_row, codes, scales, offsets, columns, is_column, low, high, k, GROUP, ROWS, BN, BK, SPLIT,
-            IS_EVEN, STAGES, HAS_ASM,
+            IS_EVEN, STAGES, IS_TILED, HAS_ASM,
         )  # fmt: skip
     elif ROWS == 1:
         return _multiply_row(
@@ -124,11 +126,11 @@ def _multiply_bytes(
     x_at = x + x_rows[None, None, :] + inputs[:, :, None]
     if GROUP > 0:
         scale_at = scales + columns[None, :] * (k // GROUP)
-        next_scale = _scales_of(scale_at, low, high, is_column, k, GROUP, BK, SPLIT)
+        next_scale = _scales_of(scale_at, low, high, is_column, k, GROUP, BK, SPLIT, 1)
     for chunk in tl.range(low, high, num_stages=STAGES):
         if GROUP > 0:
             s = next_scale
-            next_scale = _scales_of(scale_at, chunk + 1, high, is_column, k, GROUP, BK, SPLIT)
+            next_scale = _scales_of(scale_at, chunk + 1, high, is_column, k, GROUP, BK, SPLIT, 1)
         start = chunk * BK
         is_input = start + inputs < k
         if IS_EVEN:
@@ -164,6 +166,7 @@ def _multiply_int4(
     SPLIT: tl.constexpr,
     IS_EVEN: tl.constexpr,
     STAGES: tl.constexpr,
+    IS_TILED: tl.constexpr,
     HAS_ASM: tl.constexpr,
 ) -> tl.tensor:
     """sum(x (q s + o)) = s sum(x (q + b)) + (o - b s) sum(x): b makes codes of 16-bit floats by their bits alone."""
@@ -176,25 +179,31 @@ def _multiply_int4(
     bytes_ = splits[:, None] * HALF + tl.arange(0, HALF)[None, :]
     at = codes + columns[None, :, None] * (k // 2) + bytes_[:, None, :]
     scale_at = columns[None, :] * (k // GROUP)
-    next_scale = _scales_of(scales + scale_at, low, high, is_column, k, GROUP, BK, SPLIT)
-    next_offset = _scales_of(offsets + scale_at, low, high, is_column, k, GROUP, BK, SPLIT)
+    STEP: tl.constexpr = BK * 8 if IS_TILED else BK // 2  # bytes
+    BETWEEN: tl.constexpr = 32 if IS_TILED else 1  # scales of a row
+    if IS_TILED:  # GROUP and EACH are the 128 inputs of a tile
+        at = codes + (columns // 16 * (k // 128) * 1024 + columns % 16 * 64)[None, :, None]
+        at += (splits[:, None] * 1024 + tl.arange(0, HALF)[None, :])[:, None, :]
+        scale_at = (columns // 16 * (k // 128) * 32 + columns % 16)[None, :]
+    next_scale = _scales_of(scales + scale_at, low, high, is_column, k, GROUP, BK, SPLIT, BETWEEN)
+    next_offset = _scales_of(offsets + scale_at, low, high, is_column, k, GROUP, BK, SPLIT, BETWEEN)
     for chunk in tl.range(low, high, num_stages=STAGES):
         s, o = next_scale, next_offset
-        next_scale = _scales_of(scales + scale_at, chunk + 1, high, is_column, k, GROUP, BK, SPLIT)
-        next_offset = _scales_of(offsets + scale_at, chunk + 1, high, is_column, k, GROUP, BK, SPLIT)
+        next_scale = _scales_of(scales + scale_at, chunk + 1, high, is_column, k, GROUP, BK, SPLIT, BETWEEN)
+        next_offset = _scales_of(offsets + scale_at, chunk + 1, high, is_column, k, GROUP, BK, SPLIT, BETWEEN)
         start = chunk * BK
         groups = (start + splits * EACH) // GROUP
         inputs = groups[:, None] * (GROUP // 2) + start // 2 + bytes_
         is_split = start + splits * EACH < k
         if IS_EVEN:
-            q = tl.load(at + start // 2)
+            q = tl.load(at + chunk * STEP)
         else:
-            q = tl.load(at + start // 2, mask=is_column[None, :, None] & is_split[:, None, None], other=0)
+            q = tl.load(at + chunk * STEP, mask=is_column[None, :, None] & is_split[:, None, None], other=0)
         x_at = x + x_rows[None, None, :] + inputs[:, :, None]
         is_inside = is_row[None, None, :] & is_split[:, None, None]
         first = tl.load(x_at, mask=is_inside, other=0.0)
         second = tl.load(x_at + GROUP // 2, mask=is_inside, other=0.0)
-        q_first, q_second, ones = _nibbles(q, dtype, BIAS, HAS_ASM)
+        q_first, q_second, ones = nibbles(q, dtype, BIAS, HAS_ASM)
         part = tl.dot(q_second, second, tl.dot(q_first, first))
         sums = tl.dot(ones, second, tl.dot(ones, first))
         total += part * s + sums * (o - BIAS * s)
@@ -211,15 +220,16 @@ def _scales_of(
     GROUP: tl.constexpr,
     BK: tl.constexpr,
     SPLIT: tl.constexpr,
+    BETWEEN: tl.constexpr,
 ) -> tl.tensor:
     """``[SPLIT, BN, 1]`` of a tile's stretches. Asked for one tile ahead: only loads of products are pipelined."""
     starts = chunk * BK + tl.arange(0, SPLIT) * (BK // SPLIT)
     mask = is_column[None, :] & (starts < tl.minimum(k, high * BK))[:, None]
-    return tl.load(at + (starts // GROUP)[:, None], mask=mask, other=0.0).to(tl.float32)[:, :, None]
+    return tl.load(at + (starts // GROUP * BETWEEN)[:, None], mask=mask, other=0.0).to(tl.float32)[:, :, None]
 
 
 @jit()
-def _nibbles(q: tl.tensor, dtype: tl.constexpr, BIAS: tl.constexpr, HAS_ASM: tl.constexpr) -> tl.tensor:
+def nibbles(q: tl.tensor, dtype: tl.constexpr, BIAS: tl.constexpr, HAS_ASM: tl.constexpr) -> tl.tensor:
     """The low and the high codes of bytes, plus BIAS: a code is the low byte of a float whose unit it is."""
     if HAS_ASM:
         if dtype == tl.bfloat16:

@@ -39,6 +39,7 @@ def skinny_kernel(
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
     SPLIT: tl.constexpr,
+    IS_TILED: tl.constexpr,
     HAS_ASM: tl.constexpr,
     CHAINED: tl.constexpr,
 ) -> None:
@@ -80,13 +81,13 @@ def skinny_kernel(
             at_columns, is_column = columns.to(tl.int64), columns < n
             total = multiply_packed(
                 x, x_rows, is_row, weight, scales, offsets, at_columns, is_column, low, high, k, KIND, GROUP, ROWS, BN,
-                BK, SPLIT, IS_EVEN, STAGES, HAS_ASM,
+                BK, SPLIT, IS_EVEN, STAGES, IS_TILED, HAS_ASM,
             )  # fmt: skip
             gated = total
             if IS_GATED:
                 gated = multiply_packed(
                     x, x_rows, is_row, weight, scales, offsets, at_columns + n, is_column, low, high, k, KIND, GROUP,
-                    ROWS, BN, BK, SPLIT, IS_EVEN, STAGES, HAS_ASM,
+                    ROWS, BN, BK, SPLIT, IS_EVEN, STAGES, IS_TILED, HAS_ASM,
                 )  # fmt: skip
         if CHAINED and not IS_EARLY:
             tl.extra.cuda.gdc_launch_dependents()

@@ -114,6 +114,7 @@ def launch_skinny(
     offsets: Tensor | None = None,
     kind: Literal["plain", "int4", "int8", "fp8"] = "plain",
     group: int = 0,
+    is_tiled: bool = False,
 ) -> None:
     """The kernel over a plain weight or over codes; what is not there is an address that it does not read."""
     num_rows, k = x.shape
@@ -144,6 +145,7 @@ def launch_skinny(
         KIND=kind,
         GROUP=group,
         SPLIT=config.splits,
+        IS_TILED=is_tiled,
         HAS_ASM=kind != "plain" and x.is_cuda,
         num_warps=config.num_warps,
         **chain_options(x),

@@ -212,6 +212,18 @@ def test_packed_linear(num_rows: int, shape: tuple[int, int], num_groups: int, k
     compare_packed_linear(num_rows, shape, kind, num_groups, dtype, "cuda")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4096, 4096), (1504, 14336), (96, 640)])
+@pytest.mark.parametrize("num_rows", [1, 3, 8, 17])
+def test_packed_linear_of_tiles(num_rows: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    compare_packed_linear(num_rows, shape, "int4", shape[1] // 128, dtype, "cuda", is_tiled=True)
+
+
+def test_grouped_packed_linear_of_tiles() -> None:
+    shape = (1024, 512)
+    compare_grouped_packed_linear(19, 2, range(2, 5), shape, "int4", 4, torch.bfloat16, "cuda", is_tiled=True)
+
+
 @pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
 @pytest.mark.parametrize(
     ("num_tokens", "here", "shape", "groups"),

@@ -28,7 +28,6 @@ from aphro_kernels import (
 )
 from aphro_kernels.decode_work import DecodeWork, build_decode_work, plan_decode_
 from aphro_kernels.float8 import FLOAT8
-from aphro_kernels.skinny_linear import SkinnyConfig
 from torch import Tensor
 
 BLOCK_SIZE = 16
@@ -402,10 +401,17 @@ def compare_packed_linear(
     num_groups: int,
     dtype: torch.dtype,
     device: str,
-    config: SkinnyConfig | None = None,
+    config: packed_linear.PackedConfig | None = None,
+    *,
+    is_tiled: bool = False,
 ) -> None:
     """Rows and columns that no tile ends with; plain, and as gate and up with a bias."""
     weight = packed_weight(shape, kind, num_groups, dtype, device)
+    if is_tiled:
+        plain, weight = weight, packed_linear.in_tiles(weight)
+        assert weight.is_tiled
+        halves = [packed_linear.dequantise_reference(one, dtype) for one in (plain, weight)]
+        assert torch.equal(*halves)
     whole = packed_linear._launch_dequantise(weight, nans(*shape, dtype=dtype, device=device))
     assert_close(whole, packed_linear.dequantise_reference(weight, dtype))
     x = random(num_rows, shape[1] + 16, dtype=dtype, device=device)[:, : shape[1]]
@@ -432,6 +438,8 @@ def compare_grouped_packed_linear(
     groups: int,
     dtype: torch.dtype,
     device: str,
+    *,
+    is_tiled: bool = False,
 ) -> None:
     """As compare_grouped_linear, of ``here`` among 8 experts."""
     width, depth = shape
@@ -443,6 +451,9 @@ def compare_grouped_packed_linear(
     assert whole[0] is not None
     assert whole[1] is not None
     weight = packed_linear.PackedWeight(whole[0], whole[1], whole[2])
+    if is_tiled:
+        weight = packed_linear.in_tiles(weight)
+        assert weight.is_tiled
     for rows, slots_per_row in ((num_tokens, top), (num_tokens * top, 1)):
         x = random(rows, depth, dtype=dtype, device=device)
         expected = grouped_packed.grouped_packed_linear_reference(x, weight, len(here), tiles, slots_per_row)

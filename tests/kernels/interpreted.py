@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from aphro_kernels.skinny_linear import SkinnyConfig
+from aphro_kernels.tile_linear import TileConfig
 
 from tests.kernels.comparisons import (
     compare_attention,
@@ -160,6 +161,25 @@ def test_packed_linear(num_rows: int, shape: tuple[int, int], num_groups: int, k
     if rows > 1:
         cut = SkinnyConfig(rows, 16, 128, 5, 4, 2, 2, True, splits=4)
         compare_packed_linear(num_rows, shape, kind, num_groups, F16, "cpu", cut)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "shape", "config"),
+    [
+        (1, (64, 256), TileConfig(2, 1, is_unrolled=True)),
+        (5, (32, 384), TileConfig(2, 0, is_unrolled=False)),
+        (3, (32, 640), TileConfig(2, 1, is_unrolled=True)),
+        (2, (32, 640), TileConfig(2, 1, is_unrolled=False)),
+        (8, (32, 128), None),
+        (17, (32, 384), None),
+    ],
+)
+def test_packed_linear_of_tiles(num_rows: int, shape: tuple[int, int], config: TileConfig | None) -> None:
+    compare_packed_linear(num_rows, shape, "int4", shape[1] // 128, F16, "cpu", config, is_tiled=True)
+
+
+def test_grouped_packed_linear_of_tiles() -> None:
+    compare_grouped_packed_linear(7, 2, range(2, 5), (48, 256), "int4", 2, F16, "cpu", is_tiled=True)
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(triton_version() < (3, 7), reason="tried with Tr
 HOPPER = 90
 
 
-def compile_for_hopper(kernel: Any, constants: dict[str, Any], **types: str) -> None:
+def compile_for_hopper(kernel: Any, constants: dict[str, Any], **types: str) -> Any:
     """``types`` of the arguments that are not constants, as Triton writes them; the others are 32-bit integers."""
     from triton import compile as build
     from triton.backends.compiler import GPUTarget
@@ -24,6 +24,7 @@ def compile_for_hopper(kernel: Any, constants: dict[str, Any], **types: str) -> 
     source = ASTSource(fn=kernel, signature=signature, constexprs=values)
     built = build(source, target=GPUTarget("cuda", HOPPER, 32), options={"num_warps": 4, "num_stages": 4})
     assert built.metadata.shared <= 227 * 1024
+    return built
 
 
 @pytest.mark.parametrize(("kind", "codes"), [("int4", "*u8"), ("int8", "*i8"), ("fp8", "*u8")])
@@ -45,12 +46,28 @@ def test_packed_linear(kind: str, codes: str, rows: int, columns: int, group: in
         "HAS_BIAS": True,
         "KIND": kind,
         "GROUP": 256 if kind == "int4" and not group else group,
+        "IS_TILED": kind == "int4" and group == 128,
         "HAS_ASM": True,
         "CHAINED": True,
     }
     plain = dict.fromkeys(("x", "bias", "out"), f"*{dtype}")
     others = {"parts": "*fp32", "arrivals": "*i32", **dict.fromkeys(("scales", "offsets"), "*fp32")}
     compile_for_hopper(skinny_kernel, constants, weight=codes, **plain, **others)
+
+
+@pytest.mark.parametrize(("is_gated", "dtype"), [(True, "bf16"), (False, "fp16")])
+def test_tiles_are_decoded_where_they_are_loaded(is_gated: bool, dtype: str) -> None:
+    """No value changes its thread before the sums of the warps: no shuffle and no shared memory but for these. (Triton
+    3.9 moves the second matrix of a gated layer through shared memory, 3.6 does not.)"""
+    from aphro_kernels.tile_kernel import tile_kernel
+
+    constants = {"TILES": 32, "WARPS": 4, "AHEAD": 0, "IS_UNROLLED": False, "IS_GATED": is_gated, "HAS_BIAS": True}
+    plain = dict.fromkeys(("x", "scales", "bias", "out"), f"*{dtype}")
+    built = compile_for_hopper(tile_kernel, constants | {"HAS_ASM": True, "CHAINED": True}, codes="*u8", **plain)
+    loop = built.asm["ptx"].split("mma.sync")
+    assert len(loop) == 1 + 8 * (3 if is_gated else 2)
+    alone = loop[1:16]  # products of the first matrix and of ones
+    assert not any(word in between for between in alone for word in ("shfl", "st.shared", "bar.sync"))
 
 
 def test_grouped_linear() -> None:

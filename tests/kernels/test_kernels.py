@@ -114,7 +114,15 @@ DIALS = {
 SKINNY = {
     **dict.fromkeys(["x", "weight", "bias", "out"], "*bf16"),
     **{"parts": "*fp32", "arrivals": "*i32", "num_rows": "i32", "x_stride": "i32"},
-    **{"scales": "*bf16", "offsets": "*bf16", "KIND": "plain", "GROUP": 0, "SPLIT": 1, "HAS_ASM": False},
+    **{
+        "scales": "*bf16",
+        "offsets": "*bf16",
+        "KIND": "plain",
+        "GROUP": 0,
+        "SPLIT": 1,
+        "IS_TILED": False,
+        "HAS_ASM": False,
+    },
     **{"n": "i32", "k": "i32", "ahead": "i32", "BN": 32, "BK": 256, "IS_EVEN": False, "IS_EARLY": True, "STAGES": 3},
     **{"HAS_BIAS": True},
 }

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from aphro_kernels.float8 import FLOAT8, widen_float8
-from aphro_kernels.packed_linear import PackedWeight, dequantise, halve_groups
+from aphro_kernels.packed_linear import PackedWeight, dequantise, halve_groups, in_tiles
 from torch import Tensor
 
 from aphro_core.models.quantization import Kind
@@ -71,10 +71,10 @@ class PackedMatrix:
         return PackedMatrix(self.kind, codes, scales, offsets, group_index, order, self.inputs)
 
     def for_kernels(self) -> PackedWeight:
-        """As the kernels read it: int4 codes in another order, which is a copy."""
+        """As the kernels read it: int4 codes in another order, which is a copy, and in tiles where sizes allow."""
         assert self.group_index is None, "of groups that follow each other"
         codes = halve_groups(self.codes, self.group_size) if self.kind == "int4" else self.codes
-        return PackedWeight(codes.contiguous(), self.scales.contiguous(), self.offsets)
+        return in_tiles(PackedWeight(codes.contiguous(), self.scales.contiguous(), self.offsets))
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """``[rows, inputs]`` in ``dtype``; products in the dtype of the scales or float32, whichever is finer."""
