@@ -51,6 +51,7 @@ class SimulatedEngine:
         self._run_ahead = rng.choice([0, 0, 1])
         self._num_stages = rng.choice([1, 1, 2])
         self._awaits_resume = False
+        self._send_turns = rng.choice([1, 1, 2, 8])
         self._start_group()
 
     def _start_group(self) -> None:
@@ -69,7 +70,8 @@ class SimulatedEngine:
         self._in_flight.clear()
 
     async def send(self, message: ToEngine) -> None:
-        await anyio.lowlevel.checkpoint()
+        for _ in range(self._send_turns):  # a full pipe takes its time
+            await anyio.lowlevel.checkpoint()
         if self.is_dead:
             raise EngineDeadError("gone")
         self.inbox.append(message)
@@ -94,6 +96,8 @@ class SimulatedEngine:
         plan = None if self._awaits_resume else self.scheduler.schedule()
         if plan is None:
             return
+        plan = self._worker.spell_out(plan)
+        self._worker.note_rows(plan)
         first = {row.seq_id: self._known[row.seq_id].prompt_token_ids[0] for row in plan.scheduled}
         if self._poison & set(first.values()):
             self._in_flight.append((plan, None))

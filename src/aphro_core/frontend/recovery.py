@@ -65,12 +65,14 @@ class Recovery:
             return
         self.engine = engine  # it is told of later requests as they come
         for row in [row for row in self._table if id(row) not in tried]:
-            await self.send_row(engine, row)
+            if generation == self._generation:  # else another call of this tells the rest
+                await self.send_row(engine, row)
 
     async def send_row(self, engine: EngineLink, row: Row) -> None:
-        """The choices that are still open. If the engine is gone the next one is told of them."""
+        """The choices that are still open. If the engine is gone, or forgets all meanwhile, they are told again."""
+        generation = self._generation
         for choice in row.choices:
-            if self._is_open(choice.seq_id):
+            if generation == self._generation and self._is_open(choice.seq_id):
                 await self._send(engine, row.add_sequence(choice))
 
     def take_output(self, seq_id: int) -> None:

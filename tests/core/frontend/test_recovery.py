@@ -203,6 +203,37 @@ async def test_a_failed_step_costs_only_its_culprit() -> None:
         tasks.cancel_scope.cancel()
 
 
+async def test_a_step_that_fails_while_an_engine_is_told_of_the_rest_tells_nobody_twice() -> None:
+    """Its pipe is full: half of the requests are told of when a step with the first of them has failed."""
+    async with anyio.create_task_group() as tasks:
+        bench = Bench(tasks)
+        first, second = bench.engine(), bench.engine()
+        await bench.attach(first)
+        await bench.ask(10, 11, 12)
+        bench.frontend.on_engine_lost(None, is_external=True)
+        send, is_read = second.send, anyio.Event()
+
+        async def send_slowly(message: Any) -> None:
+            await send(message)
+            if len(second.added) == 2 and not is_read.is_set():
+                await is_read.wait()
+
+        second.send = send_slowly  # type: ignore[method-assign]
+        await bench.attach(second)
+        assert told(second) == [(10, []), (11, [])]
+        bench.frontend.on_step_failed(StepFailed("", [seq_id(second, 10)]))
+        second.sent.clear()  # it has forgotten them
+        tasks.start_soon(partial(bench.frontend.resume, second, after_failed_step=True))
+        await anyio.wait_all_tasks_blocked()
+        is_read.set()
+        await anyio.wait_all_tasks_blocked()
+        assert told(second) == [(10, [])], "nobody is beside the one that is tried"
+        second.step(gained(seq_id(second, 10), [80]))
+        await anyio.wait_all_tasks_blocked()
+        assert sorted(told(second)) == [(10, []), (11, []), (12, [])]
+        tasks.cancel_scope.cancel()
+
+
 async def test_one_that_leaves_while_it_is_tried_holds_up_nobody() -> None:
     async with anyio.create_task_group() as tasks:
         bench = Bench(tasks)

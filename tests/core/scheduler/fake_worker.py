@@ -106,6 +106,10 @@ class FakeWorker:
         ]
         return StepPlan(plan.step_id, scheduled, released=plan.released)
 
+    def note_rows(self, plan: StepPlan) -> None:
+        """Those of a plan that is handed out; its answer may never come."""
+        self._last_rows = plan.scheduled
+
     def execute(self, plan: StepPlan, salts: dict[int, str]) -> StepResult:
         """The answer to a plan with all its rows. ``salts`` are the cache salts of its new sequences, which real
         workers do not need."""
