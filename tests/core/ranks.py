@@ -19,7 +19,11 @@ from aphro_core.parallel.shard import ShardingPlan
 
 
 def run_ranks(
-    tmp_path: Path, plan: ShardingPlan, body: Callable[[Links, int], Any], timeout_seconds: float = 30.0
+    tmp_path: Path,
+    plan: ShardingPlan,
+    body: Callable[[Links, int], Any],
+    timeout_seconds: float = 30.0,
+    answer_seconds: float = 60.0,
 ) -> list[Any]:
     """``body(links, rank)`` as every rank of ``plan``; what each returned, in rank order."""
     context = multiprocessing.get_context("fork")
@@ -32,7 +36,7 @@ def run_ranks(
     for process in processes:
         process.start()
     try:
-        answers = [receive.recv() if receive.poll(60) else "no answer" for receive, _ in pipes]
+        answers = [receive.recv() if receive.poll(answer_seconds) else "no answer" for receive, _ in pipes]
     finally:
         for process in processes:
             process.kill()

@@ -142,7 +142,7 @@ def test_no_wrong_token_after_a_fault_at_any_operation(
         history = History(model, is_ahead=way == "gpu")
         return [one for at in range(6) for one in _faults_of_plan(worker, history, at, is_broken=rank == broken)]
 
-    answers = run_ranks(tmp_path, sharding, rank_of_group, timeout_seconds=20.0)
+    answers = run_ranks(tmp_path, sharding, rank_of_group, answer_seconds=30.0 * (1 + _NUM_FAULTS))
     judge(answers[tp * (pp - 1)], answers[broken])
 
 
