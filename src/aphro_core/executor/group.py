@@ -71,6 +71,7 @@ class GroupExecutor:
         self._send_result, self.results = _result_stream()
         self._speaker = config.parallel.world_size - config.parallel.tensor_parallel_size
         self._failed: StepResult | None = None  # elsewhere than at the rank that speaks
+        self._last_step_id = 0
         self._changed = anyio.Event()
         self._is_stopping = False
 
@@ -108,6 +109,7 @@ class GroupExecutor:
         )
 
     async def submit(self, plan: StepPlan) -> None:
+        self._last_step_id = plan.step_id
         if plan.forgets_all:
             self._failed = None
         await self._broadcast(plan)
@@ -144,7 +146,8 @@ class GroupExecutor:
         worker.heard_at = time.monotonic()
         match message:
             case StepResult() if worker.rank != self._speaker:
-                self._failed = self._failed or message
+                if message.step_id <= self._last_step_id:  # else it comes late, when all is forgotten and counted anew
+                    self._failed = self._failed or message
             case StepResult():
                 await self._send_result.send(self._as_it_is(message))
             case WorkerProgress():
