@@ -1,4 +1,4 @@
-"""``python bench/estimate_cases.py CASES.json``: estimates against published server logs, as a table of errors.
+"""``python bench/estimate_cases.py [CASES.json]``: estimates against published server logs, as a table of errors.
 
 A case is a server's printed figures with the configuration that produced them; each is asked with ``--engine
 vllm:VERSION`` and what the log shows, the rest by that version's defaults. ``--json`` prints one row a case.
@@ -57,7 +57,8 @@ class Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("cases", type=Path)
+    beside = Path(__file__).with_name("estimate_held_out.json")
+    parser.add_argument("cases", type=Path, nargs="?", default=beside, help=f"default: {beside.name}")
     parser.add_argument("--json", action="store_true", help="one JSON line a case instead of the table")
     parser.add_argument("--all", action="store_true", help="a line a case, before the table")
     arguments = parser.parse_args()
@@ -227,6 +228,7 @@ def groups_of(rows: Sequence[Row]) -> dict[str, list[Row]]:
         "sliding or linear hybrids": tagged("hybrid-swa", "hybrid-gdn"),
         "vision": tagged("vision"),
         "LoRA": tagged("lora"),
+        "second batch": tagged("second batch"),
     }
 
 

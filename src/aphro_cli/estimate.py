@@ -73,6 +73,7 @@ def estimate(
         from aphro_cli.estimate_devices import cluster_devices, find_devices
         from aphro_core.estimate.quantization import parse_quantization
         from aphro_core.estimate.question import Question, parse_engine
+        from aphro_core.parallel.step_sizes import BLOCK_SIZES
 
         version = parse_engine(engine)
         length = opt.parse_max_model_len(max_model_len)
@@ -116,6 +117,8 @@ def estimate(
             )
 
         _check(dtype, gpu_memory_utilization)
+        if version is None and block_size not in BLOCK_SIZES:
+            raise UsageError(f"--block-size is {block_size}, allowed: {', '.join(map(str, BLOCK_SIZES))}")
         if compare is not None:
             sides = est.split_pair(compare)
             plans = [est.parse_plan(side) for side in sides]
@@ -145,7 +148,13 @@ def _answer(question: Question, as_json: bool) -> int:
         if as_json:
             name, size = question.source.name, question.block_size
             typer.echo(json.dumps(illegal_report(name, question.engine, size, illegal.reason, plans)))
-        raise PlacementError(illegal.reason, hint="leave -tp and -pp out: the sizes that are legal are listed then")
+        number = question.source.facts.num_layers
+        raise PlacementError(
+            illegal.reason,
+            hint=f"--pp-layers with numbers that add up to {number}, or without it"
+            if question.pp_layers is not None and sum(question.pp_layers) != number
+            else "leave -tp and -pp out: the sizes that are legal are listed then",
+        )
     if as_json:
         typer.echo(json.dumps(build_report(found, plans, ways_out)))
     else:
@@ -157,7 +166,7 @@ def _answer(question: Question, as_json: bool) -> int:
 
 
 def _solve(question: Question) -> tuple[Estimate | None, list[Plan], list[Remedy]]:
-    """(the answer, all plans, ways out if it does not fit). None for an answer where the wanted sizes are illegal."""
+    """(the answer, all plans, ways out if it does not surely fit). None for an answer where the wanted sizes are illegal."""
     from aphro_core.estimate.planner import plan_all, plan_one
     from aphro_core.estimate.remedies import remedies
 
@@ -169,7 +178,7 @@ def _solve(question: Question) -> tuple[Estimate | None, list[Plan], list[Remedy
         plans = plan_all(question)
         best = [plan for plan in plans if plan.recommended] or _nearest(plans)
         found = best[0].found if best else None
-    ways_out = remedies(found) if found is not None and not found.fits else []
+    ways_out = remedies(found) if found is not None and found.verdict != "fits" else []
     return found, plans, ways_out
 
 

@@ -11,7 +11,7 @@ from typing import Final
 from aphro_cli.console import printable, render_table
 from aphro_core.estimate.balance import RankBalance
 from aphro_core.estimate.estimate import Estimate
-from aphro_core.estimate.planner import Plan, shortage
+from aphro_core.estimate.planner import Plan, closeness, shortage
 from aphro_core.estimate.remedies import Remedy
 from aphro_core.estimate.report import CONSTANTS_OF, assumptions
 from aphro_core.estimate.speed import ceilings, host_load
@@ -23,7 +23,7 @@ _PARTS: Final = (("weights", "#", "█"), ("activations", "+", "▓"), ("other",
 def render_estimate(found: Estimate, plans: Sequence[Plan], ways_out: Sequence[Remedy]) -> list[str]:
     """All lines, none wider than the terminal (80 to 120 columns) unless the output is piped."""
     lines = [*_wrapped(_head(found)), "", *_ranks(found), *_bars(found), "", *_capacity(found)]
-    if not found.fits:
+    if found.verdict != "fits":
         lines += ["", *_not_fitting(found, ways_out)]
     if len(plans) > 1:
         lines += ["", *_plans(plans)]
@@ -146,10 +146,10 @@ def _capacity(found: Estimate) -> list[str]:
 
 
 def _not_fitting(found: Estimate, ways_out: Sequence[Remedy]) -> list[str]:
-    lines = _wrapped([shortage(found)])
+    lines = _wrapped([closeness(found) if found.fits else shortage(found)])
     for way in ways_out:  # a line that can be pasted is never broken
         lines += [f"try: {way.flags}", f"     {way.cost}: {way.tokens:,} tokens"]
-    if not ways_out:
+    if not ways_out and not found.fits:
         lines.append("try: a smaller model, or devices with more memory; no single change of the settings is enough")
     return lines
 

@@ -31,7 +31,12 @@ from aphro_core.models.quantization import expands_gguf, is_int4
 from aphro_core.models.registry import load_spec
 from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel.shard import ShardingPlan, build_plan
-from aphro_core.parallel.step_sizes import context_per_token, default_step_sizes, parameters_on_the_way
+from aphro_core.parallel.step_sizes import (
+    BLOCK_SIZES,
+    context_per_token,
+    default_step_sizes,
+    parameters_on_the_way,
+)
 from aphro_core.reporter import Reporter
 
 
@@ -204,8 +209,8 @@ def _check_sizes(options: EngineOptions) -> None:
     for name in ("gpu_memory_utilization", "cpu_memory_utilization"):
         if not 0.0 < getattr(options, name) <= 1.0:
             raise UsageError(f"{name} is {getattr(options, name)}, allowed: more than 0, up to 1")
-    if options.block_size not in (8, 16, 32):
-        raise UsageError(f"block_size is {options.block_size}, allowed: 8, 16, 32")
+    if options.block_size not in BLOCK_SIZES:
+        raise UsageError(f"block_size is {options.block_size}, allowed: {', '.join(map(str, BLOCK_SIZES))}")
     if options.num_blocks is not None and options.num_blocks < 1:
         raise UsageError(f"num_blocks is {options.num_blocks}, allowed: 1 and up")
 

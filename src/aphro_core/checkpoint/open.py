@@ -148,7 +148,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _looks_local(model: str) -> bool:
     """Whether it can only be meant as a path: a Hugging Face id is ``name`` or ``owner/name``."""
     is_rooted = model.startswith(("/", ".", "~")) or model.endswith("/")
-    return is_rooted or model.count("/") > 1 or Path(model).suffix in (".gguf", ".safetensors")
+    return is_rooted or model.count("/") > 1 or Path(model).suffix in (".gguf", ".safetensors", ".json")
 
 
 def _no_such_path(path: Path) -> ModelError:

@@ -170,10 +170,11 @@ def find_card(name: str) -> Card:
     contained = [key for key in by_name if wanted.startswith(key)]
     if contained:
         return by_name[max(contained, key=len)]
-    near = difflib.get_close_matches(wanted, by_name, n=1, cutoff=0.3)
+    near = [by_name[key].name for key in difflib.get_close_matches(wanted, by_name, n=5, cutoff=0.3)]
+    named = f"near it: {', '.join(near)}" if near else ", ".join(card.name for card in CARDS)
     raise UsageError(
-        f"--gpu {name!r} is not in the table of cards: {', '.join(card.name for card in CARDS)}",
-        hint=f"--gpu '{by_name[near[0]].name}'" if near else "--gpu-memory 24GiB, for a card that is not listed",
+        f"--gpu {name!r} is not in the table of {len(CARDS)} cards; {named}",
+        hint=(f"--gpu '{near[0]}', or " if near else "") + f"--gpu '{name}' --gpu-memory 24GiB, for any card",
     )
 
 

@@ -17,6 +17,7 @@ from aphro_core.estimate.weights import weight_bytes
 from aphro_core.models.quantization import expands_gguf
 
 _BASE_DOUBT: Final = round(0.35 * GIB)
+_OTHER_DOUBT: Final = 0.015  # of the memory of cards that few of the logs are of
 
 Verdict = Literal["fits", "may_not_start", "does_not_fit"]
 
@@ -103,7 +104,7 @@ class Estimate:
         """Half the range around what is left for the cache that held the truth in nineteen of twenty published logs.
 
         aphro's own arithmetic leaves in doubt what a GPU's context takes, on CPUs nothing. An encoder's work space and
-        what an inexact scheme left in 16 bit are known no better than to 1 GiB and a tenth.
+        what an inexact scheme left in 16 bit are known no better than to 1 GiB and a tenth, ROCm's libraries than to 1.5 %.
         """
         question = self.question
         if question.version is None and question.source.spec is not None:
@@ -113,7 +114,9 @@ class Estimate:
         share = 0.002 if has_headers else 0.1 if scheme is not None and not scheme.is_exact else 0.01
         overhead = balance.activation_bytes + balance.overhead_bytes
         encoder = GIB if question.source.facts.tower is not None else 0
-        return round(_BASE_DOUBT + share * balance.weights_bytes + 0.1 * overhead) + encoder
+        card = question.device.card
+        platform = _OTHER_DOUBT * question.device.total_bytes if card is not None and not card.is_nvidia else 0.0
+        return round(_BASE_DOUBT + share * balance.weights_bytes + 0.1 * overhead + platform) + encoder
 
     def _missing(self, balance: RankBalance) -> int:
         needed = max(self.blocks_per_request * self.question.concurrency, 1)

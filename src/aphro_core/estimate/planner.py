@@ -108,7 +108,19 @@ def shortage(found: Estimate) -> str:
         return "sized, then out of memory: graphs and the sampler's first call come on top of the budget"
     where = f"rank {rank.rank}" if found.sizes.tp * found.sizes.pp > 1 else "the device"
     over = "weights and activations alone are too large" if rank.left_bytes <= 0 else "no room for one such request"
-    return f"does not fit: {missing / 2**30:.2f} GiB short on {where} ({over})"
+    doubt = found.doubt_bytes(rank)
+    hope = f"; within the estimate's +-{doubt / 2**30:.2f} GiB, it may start" if missing < doubt else ""
+    return f"does not fit: {missing / 2**30:.2f} GiB short on {where} ({over}){hope}"
+
+
+def closeness(found: Estimate) -> str:
+    """Why a plan that fits may not start."""
+    rank = found.short_rank
+    if found.after_sizing == "may_die":
+        return "may not start: graphs and the sampler's first call come on top of the budget, and leave next to nothing"
+    spare, doubt = -found.missing_bytes / 2**30, found.doubt_bytes(rank) / 2**30
+    where = f"rank {rank.rank}" if found.sizes.tp * found.sizes.pp > 1 else "the device"
+    return f"may not start: {spare:.2f} GiB more than it needs on {where}, which is within the estimate's +-{doubt:.2f} GiB"
 
 
 def _shares(found: Estimate) -> str:

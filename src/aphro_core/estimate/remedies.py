@@ -27,7 +27,11 @@ class Remedy:
 
 
 def remedies(found: Estimate, *, most: int = 3) -> list[Remedy]:
-    """The cheapest ``most`` changes with which it fits, one of each kind, in the order of what they cost a user."""
+    """The cheapest ``most`` changes with which it fits, one of each kind, in the order of what they cost a user.
+
+    Where it may not start, those with which it surely does.
+    """
+    wanted = ("fits",) if found.fits else ("fits", "may_not_start")
     result: list[Remedy] = []
     for make in (
         _fewer_seqs,
@@ -45,7 +49,7 @@ def remedies(found: Estimate, *, most: int = 3) -> list[Remedy]:
                 tried = estimate(question, tp, pp)
             except AphroError:
                 continue
-            if tried.fits:
+            if tried.verdict in wanted:
                 result.append(Remedy(flags, cost, tried.tokens))
                 break
         if len(result) == most:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from aphro_core.estimate.estimate import Estimate
-from aphro_core.estimate.planner import Plan, shortage
+from aphro_core.estimate.planner import Plan, closeness, shortage
 from aphro_core.estimate.remedies import Remedy
 from aphro_core.estimate.speed import ceilings, host_load
 
@@ -33,7 +33,7 @@ def build_report(found: Estimate, plans: list[Plan], ways_out: list[Remedy]) -> 
         "fits": found.fits,
         "verdict": found.verdict,
         "missing_bytes": max(found.missing_bytes, 0),
-        "reason": shortage(found) if not found.fits else None,
+        "reason": None if found.verdict == "fits" else closeness(found) if found.fits else shortage(found),
         "num_blocks_range": [low, high],
         "plans": [_plan(plan) for plan in plans],
         "remedies": [{"flags": way.flags, "cost": way.cost, "tokens": way.tokens} for way in ways_out],

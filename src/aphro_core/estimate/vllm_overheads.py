@@ -10,7 +10,7 @@ from aphro_core.estimate.facts import ModelFacts
 from aphro_core.estimate.vllm_versions import Generation
 
 _GRAPH_SIZES: Final = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
-_MORE_PEERS: Final = round(0.26 * GIB)  # of a communicator: 2.1 GiB are printed for tp 8 on A100s
+_MORE_PEERS: Final = round(0.26 * GIB)  # of a communicator: 2.1 GiB are printed for tp 8 on A100s, 1.8 with ROCm
 _MXFP4_AFTER_SIZING: Final = round(1.82 * GIB)  # its kernels' modules and work space, loaded by the first steps
 
 
@@ -47,8 +47,8 @@ def non_torch_bytes(generation: Generation, card: Card | None, facts: ModelFacts
 
 
 def _is_switched(card: Card | None) -> bool:
-    """Whether boards with that card connect all its peers by NVLink: communicators then have buffers for each."""
-    return card is not None and card.is_nvidia and (card.capability == 8.0 or 9.0 <= card.capability < 12.0)
+    """Whether boards with that card connect all its peers (NVLink, Infinity Fabric): buffers for each of them then."""
+    return card is not None and (card.capability == 8.0 or 9.0 <= card.capability < 11.0)
 
 
 def context_bytes(generation: Generation, card: Card | None, facts: ModelFacts, sizes: Sizes) -> int:

@@ -11,6 +11,7 @@ from aphro_core.parallel.shard import ShardingPlan
 
 MAX_NUM_SEQS: Final = {"cpu": 256, "cuda": 512}
 CPU_TOKENS: Final = 2048
+BLOCK_SIZES: Final = (8, 16, 32)  # tokens of a block of the cache
 # At least and at most. Beyond 8,192 linears gain nothing, but a host takes 14 ms and more to launch a step of any size.
 GPU_TOKENS: Final = (1024, 16384)
 GPU_PREFILL_TOKENS: Final = 8192  # where nothing decodes, at least

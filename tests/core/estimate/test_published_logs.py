@@ -1,4 +1,4 @@
-"""The published logs beside the bench: none of them was used to find a constant, and the estimate stays near them."""
+"""The published logs beside the bench, which the estimate was not built on: it stays near them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ def rows() -> list[dict[str, Any]]:
 
 def test_sizes_are_near_the_printed_ones(rows: list[dict[str, Any]]) -> None:
     errors = sorted(abs(row["error"]) for row in rows if row["error"] is not None)
-    assert len(errors) >= 35
-    assert statistics.median(errors) <= 0.015
+    assert len(errors) >= 40
+    assert statistics.median(errors) <= 0.02
+    assert sum(error > 0.2 for error in errors) <= 4
 
 
 def test_every_case_is_computed_or_says_why_not(rows: list[dict[str, Any]]) -> None:
