@@ -172,18 +172,11 @@ _aphro() {
             _aphro_offer "" install show
         fi
         ;;
-    models|quants)
+    models|quants|version)
         case "$previous" in
         esac
         if [[ "$current" == -* ]]; then
             _aphro_offer "" --json --help -h
-        fi
-        ;;
-    version)
-        case "$previous" in
-        esac
-        if [[ "$current" == -* ]]; then
-            _aphro_offer "" --help -h
         fi
         ;;
     cluster)

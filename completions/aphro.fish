@@ -168,11 +168,9 @@ complete -c aphro -n '__fish_seen_subcommand_from completion' -f -a 'install sho
 complete -c aphro -n '__fish_seen_subcommand_from completion' -l shell -x -a 'auto bash zsh fish' -d 'Whose script.'
 complete -c aphro -n '__fish_seen_subcommand_from completion' -l uninstall -d 'With install - take away what it wrote.'
 complete -c aphro -n '__fish_seen_subcommand_from completion' -l help -s h -d 'Show help and exit.'
-complete -c aphro -n '__fish_seen_subcommand_from models quants' -f
-complete -c aphro -n '__fish_seen_subcommand_from models quants' -l json -d 'One JSON array, for scripts.'
-complete -c aphro -n '__fish_seen_subcommand_from models quants' -l help -s h -d 'Show help and exit.'
-complete -c aphro -n '__fish_seen_subcommand_from version' -f
-complete -c aphro -n '__fish_seen_subcommand_from version' -l help -s h -d 'Show help and exit.'
+complete -c aphro -n '__fish_seen_subcommand_from models quants version' -f
+complete -c aphro -n '__fish_seen_subcommand_from models quants version' -l json -d 'Print JSON for scripts.'
+complete -c aphro -n '__fish_seen_subcommand_from models quants version' -l help -s h -d 'Show help and exit.'
 complete -c aphro -n '__fish_seen_subcommand_from cluster; and not __fish_seen_subcommand_from up join status env ports logs down' -f -a up -d 'Start a cluster - this host becomes its head.'
 complete -c aphro -n '__fish_seen_subcommand_from cluster; and __fish_seen_subcommand_from up' -f
 complete -c aphro -n '__fish_seen_subcommand_from cluster; and __fish_seen_subcommand_from up' -l advertise -x -d 'This host’s address for the others; default - by route.'

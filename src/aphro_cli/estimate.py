@@ -166,7 +166,7 @@ def _answer(question: Question, as_json: bool) -> int:
 
 
 def _solve(question: Question) -> tuple[Estimate | None, list[Plan], list[Remedy]]:
-    """(the answer, all plans, ways out if it does not surely fit). None for an answer where the wanted sizes are illegal."""
+    """(the answer, all plans, ways out if it may not fit). None for an answer where the wanted sizes are illegal."""
     from aphro_core.estimate.planner import plan_all, plan_one
     from aphro_core.estimate.remedies import remedies
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 from typer.testing import CliRunner
 
@@ -36,3 +38,17 @@ def test_every_format_is_listed() -> None:
 
 def test_the_page_is_up_to_date() -> None:
     assert PAGE.read_text() == render(), "run python -m tests.models_page"
+
+
+def test_version_for_scripts() -> None:
+    assert json.loads(output("version", "--json")).keys() == {"aphro", "python", "torch"}
+
+
+def test_a_reader_that_leaves_early_wanted_no_more() -> None:
+    command = [sys.executable, "-m", "aphro_cli.main", "models"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.wait(60) == 0
+        assert process.stderr.read() == b""

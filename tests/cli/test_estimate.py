@@ -150,6 +150,8 @@ def test_compare(config: Path, tmp_path: Path) -> None:
     [
         ((), "MODEL is missing"),
         (("--gpu", "Voodoo2"), "not in the table"),
+        (("--gpu", "H1000"), "near it: H100"),
+        (("--gpu", "H100", "--block-size", "7"), "8, 16, 32"),
         (("--engine", "orca"), "aphro, vllm"),
         (("--engine", "vllm:sometime"), "release"),
         (("--gpu-memory", "lots"), "GiB"),
@@ -169,10 +171,29 @@ def test_refusals(words: tuple[str, ...], hint: str, config: Path) -> None:
 
 
 def test_what_is_no_model(tmp_path: Path) -> None:
-    code, _, err = run(tmp_path / "nothing.gguf", "--gpu", "H100")
-    assert code == 3
-    assert "no model at" in err
+    for name in (str(tmp_path / "nothing.gguf"), "nothing.json"):  # and not looked for on the Hub
+        code, _, err = run(name, "--gpu", "H100")
+        assert code == 3
+        assert "no model at" in err
     assert run(write(tmp_path, {"model_type": "llama"}), "--gpu", "H100")[0] == 3
+
+
+def test_what_may_not_start_comes_with_what_makes_it_safe(config: Path) -> None:
+    words = (config, "-tp", 1, "--max-model-len", 24000)
+    code, found = run_json(*words, "--gpu-memory", 23)
+    assert (code, found["verdict"]) == (0, "may_not_start")
+    assert "within the estimate's" in found["reason"]
+    for way in found["remedies"]:
+        assert run_json(*words, "--gpu-memory", 23, *way["flags"].split())[1]["verdict"] == "fits"
+    code, found = run_json(*words, "--gpu-memory", 22.8)
+    assert (code, found["verdict"]) == (5, "does_not_fit")
+    assert "it may start" in found["reason"]
+
+
+def test_layers_that_do_not_add_up_are_not_a_matter_of_tp(config: Path) -> None:
+    code, _, err = run(config, "--gpu", "H100", "--pp-layers", "1,2")
+    assert code == 4
+    assert "add up to 32" in err.partition("try:")[2]
 
 
 def test_text_fits_the_page(config: Path) -> None:

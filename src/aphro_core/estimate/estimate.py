@@ -104,7 +104,8 @@ class Estimate:
         """Half the range around what is left for the cache that held the truth in nineteen of twenty published logs.
 
         aphro's own arithmetic leaves in doubt what a GPU's context takes, on CPUs nothing. An encoder's work space and
-        what an inexact scheme left in 16 bit are known no better than to 1 GiB and a tenth, ROCm's libraries than to 1.5 %.
+        what an inexact scheme left in 16 bit are known no better than to 1 GiB and a tenth, what
+        ROCm takes than to 1.5 % of the device.
         """
         question = self.question
         if question.version is None and question.source.spec is not None:

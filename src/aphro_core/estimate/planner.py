@@ -120,7 +120,7 @@ def closeness(found: Estimate) -> str:
         return "may not start: graphs and the sampler's first call come on top of the budget, and leave next to nothing"
     spare, doubt = -found.missing_bytes / 2**30, found.doubt_bytes(rank) / 2**30
     where = f"rank {rank.rank}" if found.sizes.tp * found.sizes.pp > 1 else "the device"
-    return f"may not start: {spare:.2f} GiB more than it needs on {where}, which is within the estimate's +-{doubt:.2f} GiB"
+    return f"may not start: {spare:.2f} GiB more than it needs on {where}, within the estimate's +-{doubt:.2f} GiB"
 
 
 def _shares(found: Estimate) -> str:

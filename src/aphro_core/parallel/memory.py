@@ -18,9 +18,10 @@ LOGITS_COPIES: Final = 8
 SAMPLED_ROWS: Final = 256  # that the sampler looks at at once
 _GIB: Final = 2**30
 # What bench/gpu_memory.py found of a GPU's memory (H100, driver 580, torch 2.11). Outside torch, before the cache is
-# sized: the driver's context with torch's own kernels 0.60 GiB; communicators of a rank with their channels and the
-# peers' buffers 1.04 GiB (tp 2). Outside torch, later: our kernels' modules 0.07 GiB. In torch: a step of 8,192 tokens reserves 1.45
-# times what is in use at its peak, because blocks are rounded and fragments of the last step do not fit the next.
+# sized: the driver's context with torch's own kernels 0.60 GiB; at tp 2 a rank's communicators with their channels and
+# the peers' buffers 1.04 GiB. Outside torch, later: our kernels' modules 0.07 GiB. In torch: a step of 8,192 tokens
+# reserves 1.45 times what is in use at its peak, because blocks are rounded and fragments of the last step do not fit
+# the next.
 CONTEXT_BYTES: Final = round(0.6 * _GIB)
 COMMUNICATOR_BYTES: Final = round(1.04 * _GIB)
 _MODULE_BYTES: Final = round(0.08 * _GIB)
