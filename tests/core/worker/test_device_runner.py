@@ -114,6 +114,12 @@ def test_plans_run_ahead_of_their_tokens(llama: Model) -> None:
         assert tokens == llama.tokens[seq_id][start : start + len(tokens)]
 
 
+def again(plan: StepPlan, without: list[int]) -> StepPlan:
+    """The same step, said of the rows of the one before."""
+    blocks = [(i, block) for i, row in enumerate(plan.scheduled) for block in row.new_block_ids]
+    return StepPlan(plan.step_id, released=plan.released, again=RowsAgain(plan.num_rows, without, blocks))
+
+
 @pytest.mark.parametrize("dials", [PLAIN, SamplingParams(temperature=0.0, logprobs=1)], ids=["device", "host"])
 def test_rows_come_again_until_they_leave(llama: Model, dials: SamplingParams) -> None:
     """A plan names no row of those that come again; two leave, then one, and another takes the freed place."""
@@ -128,8 +134,7 @@ def test_rows_come_again_until_they_leave(llama: Model, dials: SamplingParams) -
         ids = [seq_id for seq_id in ids if seq_id not in leavers]
         drawing.append(ids)
         spelled = ahead(planner, ids)
-        blocks = [(i, block) for i, row in enumerate(spelled.scheduled) for block in row.new_block_ids]
-        plans.append(StepPlan(spelled.step_id, released=spelled.released, again=RowsAgain(len(ids), without, blocks)))
+        plans.append(again(spelled, without))
         for seq_id in leavers:
             planner.release(seq_id)
     planner.add(6, llama.prompts[3], PLAIN)
@@ -261,8 +266,10 @@ def test_plans_run_ahead_in_a_group(tmp_path: Path, tp: int, pp: int) -> None:
         planner.add(1, model.prompts[3], PLAIN)
         plans = [planner.plan({0: 40}), planner.plan({1: planner.remaining(1)})]
         plans += [ahead(planner, (0,)), ahead(planner, (1,)), *(ahead(planner, (0, 1)) for _ in range(3))]
-        steps = [runner.launch(plan) for plan in plans]
         drawing = [[row.seq_id for row in plan.scheduled if row.samples] for plan in plans]
+        if pp == 1:  # stages share the rows, so that none come again
+            plans[-2:] = [again(plan, []) for plan in plans[-2:]]
+        steps = [runner.launch(plan) for plan in plans]
         return [
             pair
             for seq_ids, step in zip(drawing, steps, strict=True)
