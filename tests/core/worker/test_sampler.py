@@ -12,11 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from aphro_core.messages.steps import SampledToken
 from aphro_core.request import SamplingParams
 from aphro_core.worker.logprobs import token_logprobs
 from aphro_core.worker.penalties import TokenCounts
-from aphro_core.worker.sampler import Sampler, SamplingRow
+from aphro_core.worker.sampler import SampledToken, Sampler, SamplingRow
 from aphro_core.worker.step import SamplingError
 
 CPU = torch.device("cpu")
