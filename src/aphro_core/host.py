@@ -139,6 +139,21 @@ def process_state(pid: int) -> ProcessState | None:
     return ProcessState(fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
 
 
+class StopWatch:
+    """Who is stopped (SIGSTOP) each time that one looks. A looker that is stopped as well sees it once at most."""
+
+    def __init__(self, num_looks: int) -> None:
+        """``num_looks``: so often in a row, to count as stopped for good."""
+        self._num_looks = num_looks
+        self._seen: dict[int, int] = {}
+
+    def is_stopped(self, pid: int) -> bool:
+        """Look at a process of this host."""
+        state = process_state(pid)
+        self._seen[pid] = self._seen.get(pid, 0) + 1 if state is not None and state.state in ("T", "t") else 0
+        return self._seen[pid] >= self._num_looks
+
+
 def num_oom_kills() -> int:
     """Processes that the kernel has killed for want of memory since it started."""
     try:

@@ -22,6 +22,12 @@ _SCALARS: Final[dict[int, struct.Struct]] = {
 } | {_UINT64: struct.Struct("<Q"), 11: struct.Struct("<q"), 12: struct.Struct("<d")}
 _U32, _U64 = _SCALARS[_UINT32], _SCALARS[_UINT64]
 _MAX_DEPTH: Final = 4  # of arrays in arrays
+# far more than any model needs, and read within two seconds: a file with holes can claim any number of nothing
+_MAX_VALUES: Final = 2**16
+_MAX_TENSORS: Final = 2**18
+_MAX_NAME_BYTES: Final = 2**16
+_MAX_ITEMS: Final = 2**22  # of all arrays together whose items have a length each
+_MAX_VALUE_BYTES: Final = 2**28
 _DEFAULT_ALIGNMENT: Final = 32
 
 
@@ -79,8 +85,14 @@ class GGUFHeader:
         if version not in (2, 3):
             order = ", in big-endian order" if version & 0xFFFF == 0 else ""
             raise ModelError(f"{file.path} is GGUF version {version}{order}, allowed: 2 and 3", hint=FETCH_AGAIN)
-        with open(file.path, "rb") as opened:
-            self._data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        self._num_items = 0
+        try:
+            with open(file.path, "rb") as opened:
+                self._data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise ModelError(
+                f"{file.path} cannot be mapped into memory: {error.strerror}", hint="raise `ulimit -v`"
+            ) from error
         try:
             self._values, at = self._index_values()
             self.tensors = self._read_tensors(at)
@@ -114,18 +126,21 @@ class GGUFHeader:
     def _index_values(self) -> tuple[dict[str, tuple[int, int]], int]:
         """(key -> (type, where its value starts), where the tensor infos start)."""
         (num_values,), at = _U64.unpack_from(self._data, 16), 24
+        self._check_number(num_values, _MAX_VALUES, "metadata values")
         values: dict[str, tuple[int, int]] = {}
         for _ in range(num_values):
             key, at = self._string(at)
             (kind,), at = _U32.unpack_from(self._data, at), at + 4
             values[key] = (kind, at)
-            at = self._skip(kind, at)
+            start, at = at, self._skip(kind, at)
             if at > len(self._data):
                 raise IndexError(at)
+            self._check_number(at - start, _MAX_VALUE_BYTES, f"bytes of {key[:80]}")
         return values, at
 
     def _read_tensors(self, at: int) -> dict[str, TensorInfo]:
         (num_tensors,) = _U64.unpack_from(self._data, 8)
+        self._check_number(num_tensors, _MAX_TENSORS, "tensors")
         raw = []
         for _ in range(num_tensors):
             name, at = self._string(at)
@@ -155,11 +170,17 @@ class GGUFHeader:
             raise self.damaged(f"{name} ends at byte {end}, the file has {self._file.size}")
         return info
 
+    def _check_number(self, number: int, most: int, what: str) -> None:
+        if number > most:
+            raise self.damaged(f"it claims {number} {what}, allowed: {most}")
+
     def _string(self, at: int) -> tuple[str, int]:
+        """A name and where it ends."""
         (length,) = _U64.unpack_from(self._data, at)
         stop = at + 8 + length
         if stop > len(self._data):
             raise IndexError(stop)
+        self._check_number(length, _MAX_NAME_BYTES, f"bytes of a name at byte {at}")
         try:
             return self._data[at + 8 : stop].decode(), stop
         except UnicodeDecodeError as error:
@@ -179,6 +200,11 @@ class GGUFHeader:
         (of_kind,), (count,), at = _U32.unpack_from(data, at), _U64.unpack_from(data, at + 4), at + 12
         if of_kind in _SCALARS:
             return at + int(count) * _SCALARS[of_kind].size
+        self._num_items = min(self._num_items + int(count), 2**62)
+        if self._num_items > _MAX_ITEMS:
+            if at + 8 * int(count) > len(data):  # the simpler explanation
+                raise IndexError(at)
+            self._check_number(self._num_items, _MAX_ITEMS, "items of its arrays")
         if of_kind == _STRING:
             unpack = _U64.unpack_from
             for _ in range(count):

@@ -89,7 +89,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if generation_path.is_file():
         found = [config.get("eos_token_id"), _read_json(generation_path).get("eos_token_id")]
         ids = [token_id for each in found for token_id in (each if isinstance(each, list) else [each])]
-        config["eos_token_id"] = [x for at, x in enumerate(ids) if x is not None and x not in ids[:at]]
+        known = [token_id for token_id in ids if token_id is not None]
+        is_sane = all(isinstance(token_id, int) for token_id in known)  # else whoever needs them says so
+        config["eos_token_id"] = list(dict.fromkeys(known)) if is_sane else known
     return config
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
 
 MAX_HEADER_BYTES: Final = 100 * 10**6  # the format's own limit
+_MAX_TENSORS: Final = 2**17  # of one file; read within two seconds
+_MAX_DIMS: Final = 16
 
 # format's name -> (torch's name, bytes); None where this version does not read it
 _DTYPES: Final[dict[str, tuple[str | None, int]]] = {
@@ -143,7 +145,12 @@ def read_header(file: ModelFile) -> dict[str, Entry]:
     if file.size < 8 or not 2 <= length <= min(file.size - 8, MAX_HEADER_BYTES):
         raise _damaged(file, _header_problem(file, length))
     try:
-        header = json.loads(file.read(8, length))
+        text = file.read(8, length)
+        if (num_tensors := text.count(b"data_offsets")) > _MAX_TENSORS:
+            raise _damaged(file, f"its header has {num_tensors} tensors, allowed: {_MAX_TENSORS}")
+        header = json.loads(text)
+        if not isinstance(header, dict):
+            raise ValueError(f"a {type(header).__name__}")
         header.pop("__metadata__", None)
         entries = {name: _parse_entry(file, name, found, 8 + length) for name, found in header.items()}
     except (ValueError, AttributeError, RecursionError) as error:
@@ -162,6 +169,7 @@ def _parse_entry(file: ModelFile, name: str, found: Any, data_start: int) -> Ent
     dtype, shape, offsets = (found.get(key) for key in ("dtype", "shape", "data_offsets"))
     sizes_are_sane = (
         isinstance(shape, list)
+        and len(shape) <= _MAX_DIMS
         and isinstance(offsets, list)
         and len(offsets) == 2
         and all(type(number) is int and 0 <= number < 2**48 for number in [*shape, *offsets])

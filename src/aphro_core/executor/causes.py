@@ -45,6 +45,15 @@ def late(
     )
 
 
+def stopped(worker: WorkerHandle) -> EngineDeadError:
+    """A rank that nobody lets run while it starts."""
+    return EngineDeadError(
+        f"rank {worker.rank} on {worker.host} (pid {worker.process.pid}) is stopped (SIGSTOP) while it starts",
+        hint="find out who stopped it, and start again",
+        is_external=True,
+    )
+
+
 def _explain_end(where: str, worker: WorkerHandle, *, was_short: bool) -> EngineDeadError:
     """``was_short``: the kernel there has killed something for want of memory since the group started."""
     process = worker.process

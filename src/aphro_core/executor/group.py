@@ -15,12 +15,12 @@ from anyio.abc import ObjectReceiveStream, ObjectSendStream
 
 from aphro_core.channel import ChannelClosedError
 from aphro_core.config import EngineConfig
-from aphro_core.executor.causes import first_cause, late
+from aphro_core.executor.causes import first_cause, late, stopped
 from aphro_core.executor.host_lines import HostLines
 from aphro_core.executor.rank import Launched, WorkerHandle
 from aphro_core.executor.served_model import ServedModel
 from aphro_core.executor.store import GroupStore
-from aphro_core.host import num_oom_kills
+from aphro_core.host import StopWatch, num_oom_kills
 from aphro_core.lifeline import STACKS_SIGNAL
 from aphro_core.messages.model_source import FetchModel, ModelBytes
 from aphro_core.messages.steps import (
@@ -45,6 +45,7 @@ _BEAT_SECONDS: Final = 2.0
 _STOP_SECONDS: Final = 2.0  # for a rank to end by itself before it is killed
 _SILENT_SECONDS: Final = 30.0  # a rank that starts, while others have come to meet: more than one import holds it up
 _LOOK_SECONDS: Final = 1.0
+_STOPPED_LOOKS: Final = 3
 _LINES_SECONDS: Final = 0.5  # for the last lines of other hosts to be written
 _BLAME_SECONDS: Final = 0.5  # after a first death: time for the others to report, so that the first cause is found
 
@@ -95,6 +96,15 @@ class GroupExecutor:
                 await self._changed.wait()
         left = began + limit - time.monotonic()
         await self._wait_all(lambda worker: worker.loaded is not None, limit, "load", left)
+
+    async def find_stopped(self) -> None:
+        """Until all are ready, from when on their steps are watched: who is stopped here is not waited for."""
+        watch = StopWatch(_STOPPED_LOOKS)
+        while not all(worker.is_ready for worker in self.workers):
+            await anyio.sleep(_LOOK_SECONDS)
+            for worker in self.workers:
+                if not worker.is_remote and not worker.is_ready and watch.is_stopped(worker.process.pid):
+                    raise stopped(worker)
 
     def _silent_ranks(self) -> list[WorkerHandle]:
         if not any(worker.has_come for worker in self.workers):
@@ -235,6 +245,7 @@ async def running(executor: GroupExecutor, *, beats: bool = False) -> AsyncItera
         async with anyio.create_task_group() as tasks:
             for worker in executor.workers:
                 tasks.start_soon(executor.watch, worker)
+            tasks.start_soon(executor.find_stopped)
             if beats:
                 tasks.start_soon(executor.beat)
             await executor.wait_loaded()

@@ -32,6 +32,8 @@ _LEAST_START_SECONDS: Final = 30.0  # for an engine that is started again, or a 
 _START_FACTOR: Final = 5.0
 _RECONNECT_SECONDS: Final = 4.0  # to a host of an engine that is started again: three times within half a minute
 _RETRY_SECONDS: Final = 0.5  # about; before an engine is started again that did not even get ready
+_LOOK_SECONDS: Final = 1.0  # whether an engine that starts is stopped
+_STOPPED_LOOKS: Final = 3
 _WAKE_SECONDS: Final = 0.5  # a second chance for the engine, should this process have been stopped itself
 
 
@@ -90,9 +92,15 @@ class EngineProcess:
     async def _receive(self) -> FromEngine:
         # an engine that serves sends a pulse several times a second, whatever it computes
         seconds = self._config.step_timeout_seconds if self._is_ready else self._config.start_timeout_seconds
-        for limit in (seconds, _WAKE_SECONDS):
+        watch, waited = host.StopWatch(_STOPPED_LOOKS), 0.0
+        while not self._is_ready and waited < seconds and not watch.is_stopped(self.pid):
+            with anyio.move_on_after(_LOOK_SECONDS):
+                return await self._channel.receive()
+            waited += _LOOK_SECONDS
+        for limit in (seconds, _WAKE_SECONDS) if self._is_ready else (_WAKE_SECONDS,):
             with anyio.move_on_after(limit):
                 return await self._channel.receive()
+        seconds = seconds if self._is_ready else waited
         self._is_ready = False  # it is not asked to stop any more
         state = host.process_state(self.pid)
         self._process.send_signal(STACKS_SIGNAL)

@@ -68,6 +68,7 @@ def keep(run_api: Callable[[Kept], int], fork_server: ForkServer, budget: Recove
                 return run_api(child)
             end, reports = child.wait(), child.reports
             if end.is_final:
+                _check_start(end)
                 return end.exit_code
             _check(end, budget)
             reporter.line(f"the API process {end.text}; starting another one, what was open is lost.")
@@ -80,6 +81,17 @@ class _End:
     exit_code: int
     text: str
     is_final: bool
+    signal: int = 0  # that killed it before it served
+
+
+def _check_start(end: _End) -> None:
+    """One that says itself what it ends with has said so; one that was killed has not."""
+    if end.signal:
+        raise AphroError(
+            f"the API process {end.text} before it served",
+            hint="dmesg | grep -i oom" if end.signal == signal.SIGKILL else "its last words are above, on stderr",
+            exit_code=ExitCode.INTERNAL,
+        )
 
 
 def _check(end: _End, budget: RecoveryBudget) -> None:
@@ -168,4 +180,4 @@ class _ApiProcess:
         if self._is_stopping:
             return _End(ExitCode.OK, "was stopped", is_final=True)
         how = self._hang or f"was killed by signal {-code} ({signal.Signals(-code).name})"
-        return _End(ExitCode.INTERNAL, f"(pid {self._pid}) {how}", not has_served)
+        return _End(ExitCode.INTERNAL, f"(pid {self._pid}) {how}", not has_served, 0 if has_served else -code)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import socket
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, cast
 
@@ -116,6 +117,8 @@ class Server:
         http1.install()
         # where no descriptor was left asyncio looks again after a second, and then at one backlog's worth
         asyncio.constants.ACCEPT_RETRY_DELAY = _ACCEPT_SECONDS  # type: ignore[attr-defined]
+        # a line for each write to a client that has left: strangers would fill the log
+        asyncio.constants.LOG_THRESHOLD_FOR_CONNLOST_WRITES = sys.maxsize  # type: ignore[attr-defined]
         config = hypercorn.Config()
         # duplicates: hypercorn closes what it is given
         config.bind = [f"fd://{os.dup(sock.fileno())}" for sock in self.sockets]

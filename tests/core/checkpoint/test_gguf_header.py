@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -124,3 +125,24 @@ def test_arrays_of_arrays_are_read(tmp_path: Path) -> None:
         found = GGUFHeader(file)
         assert found.value("k") == [["a", "b"], ["a", "b"]]
         found.close()
+
+
+@pytest.mark.parametrize(
+    ("start", "problem"),
+    [
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**40), "claims 1099511627776 metadata values"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 2**40, 0), "claims 1099511627776 tensors"),
+        (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**32), "claims 4294967296 bytes of a name"),
+        (header(string(b"k") + struct.pack("<IIQ", 9, 8, 2**30), 1), "claims 1073741824 items of its arrays"),
+        (header(string(b"k") + struct.pack("<IIQ", 9, 0, 2**32), 1), "claims 4294967308 bytes of k"),
+    ],
+)
+def test_a_file_with_holes_that_claims_too_much_is_refused_at_once(tmp_path: Path, start: bytes, problem: str) -> None:
+    path = tmp_path / "holes.gguf"
+    with path.open("wb") as file:
+        file.write(start)
+        file.truncate(20 * 2**30)
+    began = time.process_time()
+    with pytest.raises(ModelError, match=problem):
+        GGUFCheckpoint(path)
+    assert time.process_time() - began < 1.0

@@ -128,6 +128,8 @@ def test_a_truncated_file_is_refused_before_use(folder: Path, keep: int) -> None
         (lambda header: header["a"].update(data_offsets=[280, 0]), "its header is not the expected JSON"),
         (lambda header: header["a"].pop("dtype"), "its header is not the expected JSON"),
         (lambda header: header.update(a=[1]), "its header is not the expected JSON"),
+        (lambda header: header["a"].update(shape=[2**47] * 100_000), "its header is not the expected JSON"),
+        (lambda header: header.update({f"t{n}": {"data_offsets": [0, 0]} for n in range(2**17)}), "has 131076 tensors"),
         (lambda header: header.update(a=None), "its header is not the expected JSON"),
         (lambda header: header.pop("c"), "starts at byte|describes"),
     ],
@@ -135,6 +137,12 @@ def test_a_truncated_file_is_refused_before_use(folder: Path, keep: int) -> None
 def test_a_header_that_lies_is_refused(folder: Path, change: Any, problem: str) -> None:
     rewrite_header(folder / "model.safetensors", change)
     with pytest.raises(ModelError, match=problem):
+        open_checkpoint(folder)
+
+
+def test_a_header_that_is_a_list_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes((5).to_bytes(8, "little") + b"[1,2]")
+    with pytest.raises(ModelError, match="its header is not the expected JSON"):
         open_checkpoint(folder)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import AsyncIterator, Callable
+import subprocess
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import anyio
@@ -67,11 +68,11 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group, "_STOP_SECONDS", 0.1)
 
 
-def executor_of(script: Script) -> GroupExecutor:
+def executor_of(script: Script, host: str = "host{rank}") -> GroupExecutor:
     async def launch(rank: int) -> Launched:
         start = StartWorker(config=CONFIG, rank=rank, local_rank=0, store="", memory_bytes=0)
         channel: Any = FakeChannel(script(rank))
-        return Launched(FakeProcess(), channel, start, f"host{rank}")
+        return Launched(FakeProcess(), channel, start, host.format(rank=rank))
 
     return GroupExecutor(CONFIG, launch, lambda _: None)
 
@@ -119,3 +120,21 @@ async def test_none_that_comes_is_a_matter_of_the_start_timeout() -> None:
         async with running(executor_of(silent)):
             pass
     assert "rank 0, 1 did not load within 3 s (on host0, host1)" in str(first_cause(raised.value))
+
+
+@pytest.fixture
+def _is_stopped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with subprocess.Popen(["sleep", "60"]) as sleeper:
+        monkeypatch.setattr(FakeProcess, "pid", sleeper.pid)
+        sleeper.send_signal(signal.SIGSTOP)
+        yield
+        sleeper.kill()
+
+
+@pytest.mark.anyio
+@pytest.mark.usefixtures("_is_stopped")
+async def test_one_that_is_stopped_while_it_starts_is_named_at_once() -> None:
+    with pytest.raises(BaseExceptionGroup) as raised, anyio.fail_after(2.5):
+        async with running(executor_of(silent, host="")):
+            pass
+    assert "is stopped (SIGSTOP) while it starts" in str(first_cause(raised.value))

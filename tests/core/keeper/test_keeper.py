@@ -43,6 +43,7 @@ def run_api(kept):
 try:
     code = keep(run_api, NoForkServer(), RecoveryBudget(2, time.monotonic), SilentReporter())
 except AphroError as error:
+    print(error.message, file=sys.stderr)
     code = error.exit_code
 sys.exit(code)
 """
@@ -53,7 +54,9 @@ class Kept:
         self.counter = folder / "runs"
         self.counter.write_text("")
         script = SCRIPT.replace("{child}", child)
-        self.process = subprocess.Popen([sys.executable, "-c", script, str(self.counter)])
+        self.words = folder / "stderr"
+        with self.words.open("wb") as words:
+            self.process = subprocess.Popen([sys.executable, "-c", script, str(self.counter)], stderr=words)
 
     @property
     def num_runs(self) -> int:
@@ -94,6 +97,12 @@ READY = "kept.mark_ready();"
 def test_how_a_child_ends(kept: Kept, code: int, num_runs: int) -> None:
     assert kept.process.wait(20) == code
     assert kept.num_runs == num_runs
+
+
+@pytest.mark.parametrize("kept", ["os.kill(os.getpid(), 9)"], indirect=True)
+def test_one_that_was_killed_while_it_started_is_spoken_for(kept: Kept) -> None:
+    assert kept.process.wait(20) == ExitCode.INTERNAL
+    assert "was killed by signal 9 (SIGKILL) before it served" in kept.words.read_text()
 
 
 DRAIN = "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), os._exit(0))); time.sleep(60)"
