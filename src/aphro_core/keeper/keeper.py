@@ -20,7 +20,7 @@ from aphro_core.lifeline import STACKS_SIGNAL, die_with_parent, name_process
 from aphro_core.reporter import Reporter
 from aphro_core.spawn import ForkServer
 
-_STOPS: Final = (signal.SIGINT, signal.SIGTERM)
+_STOPS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _MASK: Final = (*_STOPS, signal.SIGCHLD)
 _STOP_SECONDS: Final = 1.5  # for a process that has nothing to drain, or is not to drain
 _STACKS_SECONDS: Final = 0.2  # for a process that hangs to write its stacks
@@ -60,11 +60,13 @@ def keep(run_api: Callable[[Kept], int], fork_server: ForkServer, budget: Recove
     were alone; the keeper returns what it ended with. Raises AphroError when the child cannot be replaced any more.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, _MASK)
+    is_keeper = True
     try:
         reports: Reports | None = None
         while True:
             child = _start(fork_server, reports)
             if isinstance(child, Kept):
+                is_keeper = False
                 return run_api(child)
             end, reports = child.wait(), child.reports
             if end.is_final:
@@ -73,6 +75,8 @@ def keep(run_api: Callable[[Kept], int], fork_server: ForkServer, budget: Recove
             _check(end, budget)
             reporter.line(f"the API process {end.text}; starting another one, what was open is lost.")
     finally:
+        for number in _STOPS if is_keeper else ():
+            signal.signal(number, signal.SIG_IGN)  # it ends: more of them change nothing, not even its exit code
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _MASK)
 
 
@@ -140,7 +144,7 @@ class _ApiProcess:
         while (status := self._poll()) is None:
             left = BEAT_SECONDS if self._deadline is None else max(self._deadline - time.monotonic(), 0.0)
             info = signal.sigtimedwait(_MASK, min(left, BEAT_SECONDS))
-            if info is not None and info.si_signo in _STOPS:
+            if info is not None and info.si_signo in _STOPS and not _is_ignored(info.si_signo):
                 self._stop(info.si_signo)
             elif self._deadline is not None and time.monotonic() >= self._deadline:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
@@ -166,7 +170,8 @@ class _ApiProcess:
         if self._is_stopping or not self.reports.is_ready:
             self._deadline = time.monotonic() + _STOP_SECONDS
         self._is_stopping = True
-        signal.pidfd_send_signal(self._pidfd, number)
+        # a terminal that was closed (SIGHUP) is a reason to end in order, like any other
+        signal.pidfd_send_signal(self._pidfd, signal.SIGTERM if number == signal.SIGHUP else number)
 
     def _poll(self) -> int | None:
         pid, status = os.waitpid(self._pid, os.WNOHANG)
@@ -181,3 +186,8 @@ class _ApiProcess:
             return _End(ExitCode.OK, "was stopped", is_final=True)
         how = self._hang or f"was killed by signal {-code} ({signal.Signals(-code).name})"
         return _End(ExitCode.INTERNAL, f"(pid {self._pid}) {how}", not has_served, 0 if has_served else -code)
+
+
+def _is_ignored(number: int) -> bool:
+    """As nohup has it for SIGHUP: blocked signals arrive all the same."""
+    return signal.getsignal(number) == signal.SIG_IGN

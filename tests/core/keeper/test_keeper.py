@@ -109,11 +109,12 @@ DRAIN = "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), os._exit(0))
 DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("kept", [READY + DRAIN, DRAIN], indirect=True)
-def test_a_signal_is_passed_on_and_its_end_is_ours(kept: Kept) -> None:
+def test_a_signal_is_passed_on_and_its_end_is_ours(kept: Kept, number: signal.Signals) -> None:
     kept.wait_runs(1)
     time.sleep(0.2)
-    kept.process.send_signal(signal.SIGTERM)
+    kept.process.send_signal(number)
     assert kept.process.wait(5) == 0
     assert kept.num_runs == 1
 
@@ -129,6 +130,16 @@ def test_one_that_does_not_listen_is_ended(kept: Kept, num_signals: int) -> None
     assert kept.process.wait(10) == 0
     assert 1.0 < time.monotonic() - began < 3.0
     assert kept.num_runs == 1
+
+
+@pytest.mark.parametrize("kept", [READY + "signal.signal(signal.SIGTERM, lambda *_: os._exit(0)); time.sleep(60)"],
+                         indirect=True)  # fmt: skip
+def test_a_storm_of_signals_ends_as_one_does(kept: Kept) -> None:
+    kept.wait_runs(1)
+    time.sleep(0.2)
+    while kept.process.poll() is None:
+        kept.process.send_signal(signal.SIGTERM)
+    assert kept.process.returncode == 0
 
 
 STOPPED = "os.kill(os.getpid(), 19)"  # SIGSTOP
