@@ -12,6 +12,16 @@ CacheDType = Literal["auto", "fp8"]  # auto: as the model's; fp8: float8_e4m3fn
 Backend = Literal["inprocess", "mp", "ssh", "ray"]
 
 
+class FileStamp(msgspec.Struct, frozen=True):
+    """What a file of the model was when the server started. A small one has a digest, a large one date and inode."""
+
+    name: str
+    num_bytes: int
+    digest: str = ""
+    changed_ns: int = 0
+    inode: int = 0
+
+
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Which checkpoint, and how it is read. ``path`` is a local folder or ``.gguf`` file (ids are resolved before)."""
 
@@ -25,6 +35,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0  # of dummy weights
     model_from: Literal["nodes", "head"] = "nodes"  # head: hosts that lack it read what they need from the engine's
     verify: Literal["headers", "full"] = "headers"  # what is compared of every host's files
+    stamps: tuple[FileStamp, ...] = ()  # of this host's files: an engine that is started again loads no others
 
 
 class HostSlots(msgspec.Struct, frozen=True):

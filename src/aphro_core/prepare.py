@@ -10,6 +10,7 @@ from typing import Literal
 from aphro_core import host
 from aphro_core.checkpoint.cache_scales import cache_scale_names
 from aphro_core.checkpoint.manifest import verify_manifest
+from aphro_core.checkpoint.model_files import stamps_of
 from aphro_core.checkpoint.open import open_checkpoint, read_hf_config, resolve_model
 from aphro_core.config import (
     Backend,
@@ -129,6 +130,7 @@ def prepare(options: EngineOptions, reporter: Reporter) -> Prepared:
             seed=options.seed,
             model_from=options.model_from,
             verify=options.verify,
+            stamps=() if options.load_format == "dummy" else stamps_of(path),
         ),
         parallel=ParallelConfig(
             tensor_parallel_size=options.tensor_parallel_size,

@@ -11,6 +11,7 @@ import msgspec
 
 from aphro_core.checkpoint.file import ModelFile
 from aphro_core.checkpoint.gguf_header import GGUFHeader
+from aphro_core.config import FileStamp
 from aphro_core.errors import ModelError
 
 _CONFIGS: Final = ("config.json", "generation_config.json")
@@ -18,6 +19,7 @@ _WHOLE: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
 _LEAST_HEAD_BYTES: Final = 1 << 20  # of a file whose header cannot be read: enough to see that it is another one
 _MAX_HEAD_BYTES: Final = 100 * 10**6
+_SMALL_BYTES: Final = 1 << 20  # of a file that is read to see whether it changed
 
 
 class FileFacts(msgspec.Struct, frozen=True):
@@ -47,6 +49,35 @@ def model_files(path: Path) -> list[Path]:
 def facts_of(path: Path) -> dict[str, FileFacts]:
     """Of each file of a model, by name; empty if there is none."""
     return {file.name: _facts(file) for file in model_files(path)}
+
+
+def stamps_of(path: Path) -> tuple[FileStamp, ...]:
+    """Of each file of a model: what tells whether it was changed or replaced since."""
+    return tuple(_stamp(file) for file in model_files(path))
+
+
+def check_unchanged(path: Path, stamps: tuple[FileStamp, ...]) -> None:
+    """Raises ModelError that names a file which is not what it was: streams would go on with another model."""
+    if not stamps:
+        return
+    found = {stamp.name: stamp for stamp in stamps_of(path)}
+    for stamp in stamps:
+        now = found.get(stamp.name)
+        if now != stamp:
+            what = "is gone" if now is None else f"has changed (it had {stamp.num_bytes} bytes, it has {now.num_bytes})"
+            where = path if path.name == stamp.name else path / stamp.name
+            raise ModelError(
+                f"{where} {what} since the server started, and what it answers cannot go on with other weights",
+                hint="start the server again: it then serves what is there now",
+            )
+
+
+def _stamp(path: Path) -> FileStamp:
+    with ModelFile(path) as file:
+        if file.size <= _SMALL_BYTES:
+            return FileStamp(path.name, file.size, hashlib.sha256(file.read(0, file.size)).hexdigest())
+    status = path.stat()
+    return FileStamp(path.name, status.st_size, "", status.st_mtime_ns, status.st_ino)
 
 
 def _names_of(index: Path) -> set[str]:

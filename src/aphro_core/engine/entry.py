@@ -7,11 +7,13 @@ import socket
 import time
 import traceback
 from contextlib import suppress
+from pathlib import Path
 
 import anyio
 import msgspec
 
 from aphro_core.channel import Channel
+from aphro_core.checkpoint.model_files import check_unchanged
 from aphro_core.config import EngineConfig
 from aphro_core.engine.api_link import ApiLink
 from aphro_core.engine.engine import Engine
@@ -72,6 +74,7 @@ class EngineProcess:
     async def run(self) -> None:
         start = await self._api.receive()
         assert isinstance(start, StartEngine)
+        check_unchanged(Path(start.config.model.path), start.config.model.stamps)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._forward_progress)
             async with open_executor(start.config, self._spawner, self._take_progress) as executor:
