@@ -48,13 +48,17 @@ class CpuLinear:
         units = padded.view(-1, UNIT, in_features // 2, 2).transpose(1, 2)
         self._units = units.contiguous()  # [units, pairs, UNIT, 2]
         self._bias = None if bias is None else pad(bias.float(), (0, padding))
+        # asked of tensors once: in calls of few rows that was a third of what is not the product
+        self._pairs, self._num_tasks = in_features // 2, len(self._units) // 2
+        self._padded_features = self._num_tasks * _TWO_UNITS
+        self._places = self._units.data_ptr(), 0 if self._bias is None else self._bias.data_ptr()
         self._call = openmp.Call(_compile().address, _NUM_ARGUMENTS)
         self.nbytes = self._units.nbytes + (0 if self._bias is None else self._bias.nbytes)
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[rows, in_features]`` to ``[rows, out_features]``, bfloat16; rows of ``x`` may be strided."""
-        y = self._multiply(x, len(self._units) * UNIT, is_gated=False)
-        return y if y.shape[1] == self._out_features else y[:, : self._out_features].contiguous()
+        y = self._multiply(x, self._padded_features, is_gated=False)
+        return y if self._padded_features == self._out_features else y[:, : self._out_features].contiguous()
 
     @property
     def can_gate(self) -> bool:
@@ -69,19 +73,19 @@ class CpuLinear:
     def _multiply(self, x: Tensor, width: int, *, is_gated: bool) -> Tensor:
         assert x.dtype == torch.bfloat16
         assert x.stride(1) == 1
-        num_rows, pairs = x.shape[0], self._units.shape[1]
+        num_rows, (units, bias) = x.shape[0], self._places
         y = x.new_empty(num_rows, width)
-        num_steps, num_tasks = -(-num_rows // _STEP_ROWS), len(self._units) // 2
+        num_steps = -(-num_rows // _STEP_ROWS)
         self._call(
-            num_steps * num_tasks,
+            num_steps * self._num_tasks,
             x.data_ptr(),
             x.stride(0) * 2,
-            self._units.data_ptr(),
-            0 if self._bias is None else self._bias.data_ptr(),
+            units,
+            bias,
             y.data_ptr(),
             num_rows,
-            pairs,
-            num_tasks,
+            self._pairs,
+            self._num_tasks,
             num_steps,
             is_gated,
         )

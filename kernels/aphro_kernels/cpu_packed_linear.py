@@ -73,15 +73,22 @@ class CpuPackedLinear:
         padded = [pad(each, (0, 0, 0, padding)).view(-1, UNIT, groups).transpose(1, 2) for each in both]
         self._scales = torch.stack(padded, dim=2).contiguous()  # [units, groups, 1 or 2, UNIT]
         self._bias = None if bias is None else pad(bias.float(), (0, padding))
-        self._columns, self._per_group = columns, columns // (groups * self._block)
+        # asked of tensors once, as in CpuLinear
+        self._columns, self._num_tasks, self._padded_features = columns, len(self._codes) // 2, len(self._codes) * UNIT
+        self._groups, self._per_group = groups, columns // (groups * self._block)
+        self._places = (
+            self._codes.data_ptr(),
+            self._scales.data_ptr(),
+            0 if self._bias is None else self._bias.data_ptr(),
+        )
         function = _compile(INT8 if offsets is None else INT4, _SCALE_KINDS[scales.dtype], self._block)
         self._call = openmp.Call(function.address, _NUM_ARGUMENTS)
         self.nbytes = self._codes.nbytes + self._scales.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[rows, in_features]`` to ``[rows, out_features]``, bfloat16; rows of ``x`` may be strided."""
-        y = self._multiply(x, len(self._codes) * UNIT, is_gated=False)
-        return y if y.shape[1] == self._out_features else y[:, : self._out_features].contiguous()
+        y = self._multiply(x, self._padded_features, is_gated=False)
+        return y if self._padded_features == self._out_features else y[:, : self._out_features].contiguous()
 
     @property
     def can_gate(self) -> bool:
@@ -101,22 +108,20 @@ class CpuPackedLinear:
         y = x.new_empty(num_rows, width)
         scales = torch.empty(num_rows, num_blocks, 2)
         codes = torch.empty(num_rows, self._columns, dtype=torch.int8)
-        num_steps, num_tasks = -(-num_rows // _STEP_ROWS), len(self._codes) // 2
+        num_steps = -(-num_rows // _STEP_ROWS)
         self._call(
-            num_steps * num_tasks,
+            num_steps * self._num_tasks,
             0,  # tasks of quantising that are done
             x.data_ptr(),
             x.stride(0) * 2,
             codes.data_ptr(),
             scales.data_ptr(),
-            self._codes.data_ptr(),
-            self._scales.data_ptr(),
-            0 if self._bias is None else self._bias.data_ptr(),
+            *self._places,
             y.data_ptr(),
             num_rows,
-            self._scales.shape[1],
+            self._groups,
             self._per_group,
-            num_tasks,
+            self._num_tasks,
             num_steps,
             is_gated,
         )
