@@ -110,7 +110,7 @@ ModelFrom = Annotated[
 ]
 Verify = Annotated[
     Literal["headers", "full"],
-    typer.Option("--verify", help="What is compared of the model files of --hosts: sizes and headers, or every byte."),
+    typer.Option("--verify", help="What is compared of all hosts' model files: sizes and headers, or every byte."),
 ]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hugging Face id.")]
 ServedModelName = Annotated[

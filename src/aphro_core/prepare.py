@@ -350,11 +350,6 @@ def _choose_quantization(
 
 
 def _check_files_of_hosts(options: EngineOptions, backend: Backend) -> None:
-    if backend == "ray" and options.verify == "full":
-        raise UsageError(
-            "verify is 'full', which compares files over ssh, and the ranks run in a Ray cluster",
-            hint="--hosts a:2,b:2, or leave --verify out: sizes and headers are compared",
-        )
     for name, default in (("model_from", "nodes"), ("verify", "headers")):
         if backend in ("inprocess", "mp") and getattr(options, name) != default:
             raise UsageError(

@@ -17,7 +17,7 @@ import pytest
 
 from aphro import LLM
 from aphro_core.checkpoint.digests import cache_folder
-from aphro_core.errors import PlacementError
+from aphro_core.errors import ModelError, PlacementError
 from aphro_core.reporter import SilentReporter
 from tests.e2e.server_process import running_server
 from tests.netns.hosts import NetnsHost
@@ -134,6 +134,19 @@ def test_a_node_without_the_model_reads_ours(
         nodes[0].run("umount", str(model))
         for kept in (cache_folder() / "from-head").glob(f"{model.name}-*"):
             shutil.rmtree(kept)
+
+
+def test_a_flipped_bit(cluster: RayNodes, nodes: list[NetnsHost], model: Path, tmp_path: Path) -> None:
+    weights = model / "model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-5] ^= 1
+    (tmp_path / "damaged").write_bytes(damaged)
+    nodes[1].run("mount", "--bind", str(tmp_path / "damaged"), str(weights))
+    try:
+        with pytest.raises(ModelError, match=r"node1: model\.safetensors of .* has other contents"):
+            LLM(str(model), pipeline_parallel_size=3, verify="full", **SMALL)
+    finally:
+        nodes[1].run("umount", str(weights))
 
 
 def test_a_dead_node_is_replaced_by_a_spare(cluster: RayNodes, nodes: list[NetnsHost], smollm2_gguf: Path) -> None:

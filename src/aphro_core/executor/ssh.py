@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
+
+import msgspec
 
 from aphro_core.channel import Channel
+from aphro_core.checkpoint.digests import DigestProgress
 from aphro_core.config import EngineConfig
 from aphro_core.environment import travelling
+from aphro_core.errors import ModelError
 from aphro_core.executor.group import GroupExecutor, running
-from aphro_core.executor.nodes import Nodes, open_nodes
+from aphro_core.executor.nodes import Node, Nodes, open_nodes
 from aphro_core.executor.rank import Launched
 from aphro_core.executor.served_model import ServedModel, open_served
-from aphro_core.executor.verify import verify_full
+from aphro_core.executor.verify import OtherHost, Say, verify_full
 from aphro_core.messages import codec
 from aphro_core.messages.steps import FromWorker, StartWorker, ToWorker, WorkerProgress
 from aphro_core.parallel.placement import splits_a_group
+from aphro_core.remote.local import LocalHost
 from aphro_core.remote.remote import Host, Process
 from aphro_core.remote.ssh import SSH_FAILED, last_line
 from aphro_core.spawn import Spawner
@@ -79,7 +85,7 @@ async def open_ssh(
     async with AsyncExitStack() as stack:
         nodes = await open_nodes(stack, config)
         if config.model.verify == "full":
-            await verify_full(nodes, config.model.path, on_progress)
+            await verify_full(list(_others(nodes, config.model.path)), config.model.path, on_progress)
         names = [node.slots.name for node in nodes.by_index.values() if node.fetches]
         model = stack.enter_context(open_served(config.model.path, names))
 
@@ -94,6 +100,30 @@ async def open_ssh(
 
         async with running(GroupExecutor(config, launch, on_progress, model), beats=True) as executor:
             yield executor
+
+
+def _others(nodes: Nodes, path: str) -> Iterator[OtherHost]:
+    """Those with files to compare: not this host, nor those that fetch the model."""
+    for index, node in nodes.by_index.items():
+        if not (node.fetches or isinstance(node.host, LocalHost)):
+            rank = next(rank for rank, place in enumerate(nodes.places) if place.host == index)
+            yield OtherHost(node.slots.name, rank, partial(_digests_of, node, path))
+
+
+async def _digests_of(node: Node, path: str, say: Say) -> dict[str, str]:
+    async with node.host.start(node.host.python, "-m", "aphro_core.checkpoint.digests", path) as process:
+        while (line := await process.receive_line()) is not None:
+            try:
+                progress = msgspec.json.decode(line, type=DigestProgress)
+            except msgspec.MsgspecError:
+                continue  # a login script that speaks
+            if progress.digests is not None:
+                return progress.digests
+            say(progress.done_bytes, progress.total_bytes)
+        raise ModelError(
+            f"{node.slots.name} could not read {path}: {process.stderr_tail or 'its process ended'}",
+            hint=f"read it there: sha256sum {path}",
+        )
 
 
 def _start_message(config: EngineConfig, rank: int, nodes: Nodes, model: ServedModel | None) -> StartWorker:

@@ -7,11 +7,15 @@ import os
 import socket
 import sys
 import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import IO, Final
 
 import msgspec
 
 from aphro_core import host
+from aphro_core.checkpoint.digests import DigestProgress, digest_files
+from aphro_core.checkpoint.model_files import model_files
 from aphro_core.cluster.membership import read_membership
 from aphro_core.environment import host_specific
 from aphro_core.executor.ray.admission import NotAdmittedError, join
@@ -19,6 +23,7 @@ from aphro_core.executor.ray.protocol import AgentReport, RankEnded, RankStart
 from aphro_core.worker.host_report import report_host
 
 _TAIL_BYTES: Final = 4000
+_SAY_SECONDS: Final = 0.5
 # Ray's own, among it the token; and OMP_NUM_THREADS, which Ray sets to its idea of this actor's share
 _NOT_FOR_RANKS: Final = ("RAY_", "OMP_NUM_THREADS")
 
@@ -40,6 +45,19 @@ class Agent:
             membership.log_dir if membership else "",
         )
         return msgspec.json.encode(report)
+
+    async def digest_files(self, model_path: str) -> AsyncIterator[bytes]:
+        """How far it is, and in the end the digests."""
+        done = (0, 0)
+
+        def note(done_bytes: int, total_bytes: int) -> None:
+            nonlocal done
+            done = (done_bytes, total_bytes)
+
+        task = asyncio.create_task(asyncio.to_thread(digest_files, model_files(Path(model_path)), note))
+        while not (await asyncio.wait([task], timeout=_SAY_SECONDS))[0]:
+            yield msgspec.json.encode(DigestProgress(*done))
+        yield msgspec.json.encode(DigestProgress(*done, task.result()))
 
     async def run_rank(self, encoded: bytes) -> bytes:
         """From its start to its end."""

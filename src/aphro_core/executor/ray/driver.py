@@ -22,6 +22,7 @@ import ray._private.state
 from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
+from aphro_core.checkpoint.digests import DigestProgress
 from aphro_core.executor.ray.agent import Agent
 from aphro_core.executor.ray.protocol import (
     AgentPlace,
@@ -29,6 +30,8 @@ from aphro_core.executor.ray.protocol import (
     Agents,
     Cluster,
     Connect,
+    DigestFiles,
+    FilesDigested,
     FromDriver,
     KillRank,
     Look,
@@ -71,6 +74,8 @@ class Driver:
                 self._send(self._look())
             case OpenAgents():
                 self._send(self._open_agents(request))
+            case DigestFiles():
+                threading.Thread(target=self._digest, args=(request,), name="digests", daemon=True).start()
             case StartRanks(ranks=ranks):
                 self._start_ranks(ranks)
             case KillRank(rank=rank):
@@ -172,6 +177,13 @@ class Driver:
                 share["resources"] = {custom: place.num_ranks}
         options = {"max_restarts": 0, "max_task_retries": 0, "scheduling_strategy": strategy, **share}
         return ray.remote(Agent).options(**options).remote()
+
+    def _digest(self, request: DigestFiles) -> None:
+        try:
+            for said in self._agents[request.agent].digest_files.remote(request.model_path):
+                self._send(FilesDigested(request.agent, msgspec.json.decode(ray.get(said), type=DigestProgress)))
+        except ray.exceptions.RayError as error:
+            self._send(FilesDigested(request.agent, DigestProgress(0, 0), _words(error)))
 
     def _start_ranks(self, ranks: list[RankStart]) -> None:
         running = {}

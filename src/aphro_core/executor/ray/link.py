@@ -12,13 +12,16 @@ from typing import Final, TypeVar
 
 import anyio
 import msgspec
+from anyio.streams.memory import MemoryObjectSendStream
 
 from aphro_core.config import RayCluster
-from aphro_core.errors import AphroError, ExitCode, PlacementError, UsageError
+from aphro_core.errors import AphroError, ExitCode, ModelError, PlacementError, UsageError
 from aphro_core.executor.ray.protocol import (
     Agents,
     Cluster,
     Connect,
+    DigestFiles,
+    FilesDigested,
     FromDriver,
     Look,
     OpenAgents,
@@ -44,6 +47,7 @@ class RayLink:
         self._where = where
         self._send_answer, self._answers = anyio.create_memory_object_stream[FromDriver](math.inf)
         self._send_request, self._requests = anyio.create_memory_object_stream[ToDriver](math.inf)
+        self._digests: dict[int, MemoryObjectSendStream[FilesDigested]] = {}
         self._decoder = msgspec.json.Decoder(FromDriver)
         self.on_ended: Callable[[RankEnded], None] = lambda ended: None
         self.on_lost: Callable[[str], None] = lambda words: None
@@ -60,6 +64,21 @@ class RayLink:
     async def open_agents(self, request: OpenAgents) -> Agents:
         return await self._ask(request, Agents, request.timeout_seconds + _ANSWER_SECONDS)
 
+    async def digests_of(self, agent: int, name: str, path: str, say: Callable[[int, int], None]) -> dict[str, str]:
+        """SHA-256 by file name, of ``name``, the agent's node; ``say`` hears bytes done, in all. Raises ModelError."""
+        self._digests[agent], answers = anyio.create_memory_object_stream[FilesDigested](math.inf)
+        self.tell(DigestFiles(agent, path))
+        async with answers:
+            async for answer in answers:
+                if answer.problem:
+                    raise ModelError(
+                        f"{name} could not read {path}: {answer.problem}", hint=f"read it there: sha256sum {path}"
+                    )
+                if answer.progress.digests is not None:
+                    return answer.progress.digests
+                say(answer.progress.done_bytes, answer.progress.total_bytes)
+        raise self._explain("ended")
+
     def tell(self, request: ToDriver) -> None:
         """Soon; nothing happens when the process is gone."""
         self._send_request.send_nowait(request)
@@ -73,11 +92,17 @@ class RayLink:
         """Take its lines until it is gone."""
         while (line := await self._driver.receive_line()) is not None:
             message = self._decoder.decode(line)
-            if isinstance(message, RankEnded):
-                self.on_ended(message)
-            else:
-                await self._send_answer.send(message)
+            match message:
+                case RankEnded():
+                    self.on_ended(message)
+                case FilesDigested():
+                    with suppress(anyio.BrokenResourceError):  # nobody waits for it any more
+                        self._digests[message.agent].send_nowait(message)
+                case _:
+                    await self._send_answer.send(message)
         await self._send_answer.aclose()
+        for stream in self._digests.values():
+            await stream.aclose()
         self.on_lost(self._last_words("ended"))
 
     async def _ask(self, request: ToDriver, kind: type[Answer], seconds: float) -> Answer:

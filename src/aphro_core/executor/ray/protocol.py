@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from aphro_core.checkpoint.digests import DigestProgress
 from aphro_core.worker.host_report import HostReport
 
 Resource = Literal["GPU", "aphro_slot", "CPU"]  # of Ray; a rank takes one of it
@@ -73,6 +74,13 @@ class OpenAgents(msgspec.Struct, frozen=True, tag="open_agents"):
     timeout_seconds: float
 
 
+class DigestFiles(msgspec.Struct, frozen=True, tag="digest_files"):
+    """Asks an agent for the digests of the model's files: FilesDigested, several times."""
+
+    agent: int
+    model_path: str
+
+
 class RankStart(msgspec.Struct, frozen=True):
     """``secret``, hex, is known to the engine and to this agent alone: who proves it is this rank, once."""
 
@@ -93,7 +101,7 @@ class KillRank(msgspec.Struct, frozen=True, tag="kill_rank"):
     rank: int
 
 
-ToDriver = Connect | Look | OpenAgents | StartRanks | KillRank
+ToDriver = Connect | Look | OpenAgents | DigestFiles | StartRanks | KillRank
 
 
 class Cluster(msgspec.Struct, frozen=True, tag="cluster"):
@@ -108,6 +116,14 @@ class Agents(msgspec.Struct, frozen=True, tag="agents"):
 
     reports: list[AgentReport | None]
     failures: list[str]
+
+
+class FilesDigested(msgspec.Struct, frozen=True, tag="files_digested"):
+    """How far an agent is; the last has the digests, or says in ``problem`` why there are none."""
+
+    agent: int
+    progress: DigestProgress
+    problem: str = ""
 
 
 class RankEnded(msgspec.Struct, frozen=True, tag="rank_ended"):
@@ -126,4 +142,4 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
     hint: str
 
 
-FromDriver = Cluster | Agents | RankEnded | Refused
+FromDriver = Cluster | Agents | FilesDigested | RankEnded | Refused

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -27,6 +28,7 @@ from aphro_core.executor.ray.naming import announce
 from aphro_core.executor.ray.protocol import RankStart, StartRanks
 from aphro_core.executor.ray.rank import RayRank, close_after_end, follow
 from aphro_core.executor.served_model import ServedModel, open_served
+from aphro_core.executor.verify import OtherHost, verify_full
 from aphro_core.messages import codec
 from aphro_core.messages.steps import FromWorker, StartWorker, ToWorker, WorkerProgress
 from aphro_core.spawn import Spawner
@@ -46,6 +48,8 @@ async def open_ray(
     async with open_link(config.parallel.ray) as link, anyio.create_task_group() as tasks:
         await link.connect()
         group = await open_agents(link, config)
+        if config.model.verify == "full":
+            await verify_full(list(_others(link, group, config.model.path)), config.model.path, on_progress)
         ranks = [RayRank(rank, link) for rank in range(len(group.seats))]
         follow(link, ranks)
         channels = await _start_ranks(link, group, ranks)
@@ -62,6 +66,18 @@ async def open_ray(
                     await anyio.to_thread.run_sync(announce, announcement, config, group.address, group.nodes_of_ranks)
                     yield executor
         tasks.cancel_scope.cancel()
+
+
+def _others(link: RayLink, group: Group, path: str) -> Iterator[OtherHost]:
+    """One agent of each node with files to compare: not this host's, nor of those that fetch the model."""
+    seen = set(group.fetching)
+    for rank, seat in enumerate(group.seats):
+        node = seat.node
+        if node.id not in seen and node.address != group.address:
+            seen.add(node.id)
+            yield OtherHost(
+                group.hosts[node.id], rank, partial(link.digests_of, seat.agent, group.hosts[node.id], path)
+            )
 
 
 async def _start_ranks(link: RayLink, group: Group, ranks: Sequence[RayRank]) -> list[WorkerChannel]:
