@@ -195,7 +195,7 @@ def ports(as_json: opt.AsJson = False) -> None:
         from aphro_core.cluster.ports import Layout
 
         found = _of_nodes(console, read_ports)
-        layout = Layout(int(membership().head_address.rpartition(":")[2]))
+        layout = Layout(membership().head[1])
         _print(as_json, lambda: ports_to_json(layout, found), lambda: render_ports(layout, found))
         return ExitCode.OK
 

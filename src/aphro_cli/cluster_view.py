@@ -16,8 +16,8 @@ _MAX_VALUE = 40
 
 
 def join_command(here: Membership) -> str:
-    address, _, port = here.head_address.rpartition(":")
-    return f"aphro cluster join --head {address if int(port) == DEFAULT_PORT else here.head_address}"
+    address, port = here.head
+    return f"aphro cluster join --head {address if port == DEFAULT_PORT else here.head_address}"
 
 
 def render_head(here: Membership, token: str) -> list[str]:

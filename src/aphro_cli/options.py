@@ -260,8 +260,10 @@ def parse_hosts(text: str | None) -> tuple[HostSlots, ...]:
 
 
 def _parse_host(entry: str) -> HostSlots:
+    if entry.count(":") > 1 and "]" not in entry:
+        raise UsageError(f"--hosts entry {entry!r}: brackets belong around an IPv6 address", hint="--hosts [fd00::1]:2")
     name, colon, number = entry.rpartition(":")
-    if not colon:
+    if not colon or entry.endswith("]"):
         name, number = entry, "1"
     if not name or not number.isascii() or not number.isdigit() or not int(number):
         raise UsageError(

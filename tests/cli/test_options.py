@@ -22,7 +22,8 @@ def test_hosts(tmp_path: Path) -> None:
     file = tmp_path / "hosts"
     file.write_text("node0:2  # the large one\n\n10.0.0.7:1\n")
     assert options.parse_hosts(str(file)) == expected
-    for wrong in ("", "node0:", "node0:0", "node0:two", ":2", "node0:-1"):
+    assert options.parse_hosts("[fd00::1]:2,[fd00::2]") == (HostSlots("[fd00::1]", 2), HostSlots("[fd00::2]", 1))
+    for wrong in ("fd00::1:2", "", "node0:", "node0:0", "node0:two", ":2", "node0:-1"):
         with pytest.raises(UsageError, match="--hosts"):
             options.parse_hosts(wrong)
     with pytest.raises(UsageError, match="names node0 twice"):

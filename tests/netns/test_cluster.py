@@ -335,3 +335,28 @@ def test_down_on_the_head_ends_every_node(nodes: list[Node]) -> None:
     again = nodes[0].run("down")
     assert again.returncode == ExitCode.CLUSTER
     assert "error: this host is in no cluster" in again.stderr
+
+
+def test_over_ipv6_and_logs_follow_who_joins_later(nodes: list[Node]) -> None:
+    """The last test of this file: it needs a head of its own."""
+    for number in (0, 1):
+        nodes[number].run("down")
+        given = ["ip", "-6", "address", "add", f"fd00::{number + 1}/64", "dev", "eth0", "nodad"]
+        if nodes[number].host.run(*given, check=False).returncode:
+            pytest.skip("no IPv6 here")
+    done = nodes[0].run("up", "--advertise", "fd00::1", "--devices", "0")
+    assert done.returncode == 0, done.stderr
+    assert "aphro cluster join --head fd00::1\n" in done.stdout
+    logs = nodes[0].host.popen(*nodes[0].command("logs", "-f"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert logs.stdout is not None
+    assert "[node0] " in logs.stdout.readline()
+    done = nodes[1].run("join", "--head", f"[fd00::1]:{PORT}")
+    assert done.returncode == 0, done.stderr
+    assert [row["address"] for row in nodes[1].ask("status", "--expect", "2")["nodes"]] == ["fd00::1", "fd00::2"]
+    while not (line := logs.stdout.readline()).startswith("[node1] "):
+        assert line
+    done = nodes[0].run("down")
+    assert done.returncode == 0, done.stderr
+    assert [nodes[number].left() for number in (0, 1)] == [NOTHING, NOTHING]
+    assert "node1 (fd00::2) is gone" in logs.stdout.read()
+    assert logs.wait(30) == ExitCode.CLUSTER

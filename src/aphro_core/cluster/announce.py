@@ -19,7 +19,7 @@ def announced(here: Membership, model: Model) -> Iterator[None]:
 
     Raises ClusterError where the head does not answer; what happens to the head later changes nothing here.
     """
-    channel = connect(here.head_address.rpartition(":")[0], here.control_port, token_of(here))
+    channel = connect(here.head[0], here.control_port, token_of(here))
     try:
         channel.send(Announce(model))
         if not isinstance(channel.receive(), Done):

@@ -49,9 +49,8 @@ def token_of(here: Membership) -> str:
 
 def read_status(here: Membership) -> Status:
     """Asked of the head, from any node."""
-    head = here.head_address.rpartition(":")[0]
     try:
-        return ask_for(here, head, AskStatus(), Status)
+        return ask_for(here, here.head[0], AskStatus(), Status)
     except NoMemberError as error:
         raise ClusterError(
             f"the head does not answer: {error.message}",

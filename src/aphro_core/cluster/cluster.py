@@ -80,7 +80,9 @@ def start(asked: Asked, reporter: Reporter) -> Membership:
 
 def parse_head(text: str) -> tuple[str, int]:
     """``IP``, ``IP:port``, ``[IPv6]:port`` or a name -> address and port. Raises UsageError."""
-    host, _, port = text.rpartition(":") if text.count(":") == 1 or text.startswith("[") else (text, "", "")
+    host, port = text, ""
+    if text.count(":") == 1 or "]:" in text:
+        host, _, port = text.rpartition(":")
     if port and not port.isdigit():
         raise UsageError(f"--head {text}: {port!r} is no port", hint=f"--head {host}:{DEFAULT_PORT}")
     return resolve(host.strip("[]")), int(port or DEFAULT_PORT)

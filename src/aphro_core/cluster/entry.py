@@ -15,7 +15,7 @@ from typing import Final, NoReturn
 import msgspec
 
 from aphro_core.cluster.member import Member, clean_files
-from aphro_core.cluster.membership import Membership, state_folder, with_process
+from aphro_core.cluster.membership import Membership, join_port, state_folder, with_process
 from aphro_core.cluster.plan import Failed, Plan, Progress, Ready, Said
 from aphro_core.cluster.ports import Layout
 from aphro_core.cluster.processes import end_processes
@@ -49,7 +49,7 @@ def membership_of(plan: Plan) -> Membership:
     blank = Membership(
         id=id,
         role=plan.role,
-        head_address=f"{plan.head}:{plan.head_port}",
+        head_address=join_port(plan.head, plan.head_port),
         node_address=plan.address,
         control_port=Layout(plan.head_port).control,
         token_path=str(token_path()),

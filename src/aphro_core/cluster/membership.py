@@ -44,6 +44,17 @@ class Membership:
     pid_started: int
     boot_id: str
 
+    @property
+    def head(self) -> tuple[str, int]:
+        """Address and port of ``head_address``."""
+        host, _, port = self.head_address.rpartition(":")
+        return host.strip("[]"), int(port)
+
+
+def join_port(address: str, port: int) -> str:
+    """``10.0.0.1:22420``, ``[fd00::1]:22420``."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
 
 def state_folder() -> Path:
     """Where this host keeps what it knows of its cluster: ``$XDG_STATE_HOME/aphro/cluster``."""

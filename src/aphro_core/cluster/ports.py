@@ -67,6 +67,14 @@ class Layout:
         return self.head + 8
 
     @property
+    def client(self) -> int:
+        return self.head + 9
+
+    @property
+    def dashboard_metrics(self) -> int:
+        return self.head + 10
+
+    @property
     def workers(self) -> tuple[int, int]:
         return self.head + _WORKERS, self.head + NUM_PORTS - 1
 
@@ -78,7 +86,9 @@ class Layout:
             Port(self.node_manager, self.node_manager, "every node", "Ray: node manager", "all addresses"),
             Port(self.object_manager, self.object_manager, "every node", "Ray: object manager", "all addresses"),
             Port(self.runtime_env, self.runtime_env, "every node", "Ray: runtime environments", "node address"),
-            Port(self.agent_grpc, self.metrics, "every node", "Ray: agent and metrics", "node address"),
+            Port(self.agent_grpc, self.metrics, "every node", "Ray: agent and metrics", "all addresses"),
             Port(self.dashboard, self.dashboard, "head", "Ray: dashboard, with --dashboard", "127.0.0.1"),
+            Port(self.client, self.client, "head", "Ray: client, where grpcio is installed", "node address"),
+            Port(self.dashboard_metrics, self.dashboard_metrics, "head", "Ray: dashboard's metrics", "all addresses"),
             Port(*self.workers, "every node", "Ray: workers", "all addresses"),
         ]

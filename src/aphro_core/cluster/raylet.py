@@ -56,6 +56,8 @@ def start_command(membership: Membership, layout: Layout, *, name: str, dashboar
             "include-dashboard": str(dashboard).lower(),
             "dashboard-port": layout.dashboard,
         }
+        if importlib.util.find_spec("grpc") is not None:  # Ray opens it then, at 10001 unless told otherwise
+            options |= {"ray-client-server-port": layout.client}
         flags = ["head", "no-monitor", "disable-usage-stats"]
     else:
         options |= {"address": membership.head_address}
@@ -73,6 +75,7 @@ def ray_environment(membership: Membership, inherited: Mapping[str, str]) -> dic
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": membership.token_path,
         "RAY_USAGE_STATS_ENABLED": "0",
+        "DASHBOARD_METRIC_PORT": str(Layout(membership.head[1]).dashboard_metrics),
         MARK: membership.id,
     }
 
@@ -87,6 +90,11 @@ def start_ray(command: list[str], environment: Mapping[str, str], log: Path) -> 
             process.kill()
             process.wait()
             raise ClusterError(f"Ray did not start within {_START_SECONDS:g} s", hint=f"look into {log}") from None
+    if code and "timed out during startup" in _reason(log):
+        raise ClusterError(
+            "Ray's own limit of 30 s to register this node was too short: this host or the head is very busy",
+            hint=f"the same command again; if it does not help, look into {log}",
+        )
     if code:
         raise ClusterError(f"Ray did not start: {_reason(log)}", hint=f"look into {log}")
 

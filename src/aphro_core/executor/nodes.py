@@ -76,7 +76,7 @@ async def open_nodes(stack: AsyncExitStack, config: EngineConfig) -> Nodes:
 
 
 def _check_names(hosts: Sequence[HostSlots]) -> None:
-    for name in (each.name for each in hosts if len(hosts) > 1):
+    for name in (each.name.strip("[]") for each in hosts if len(hosts) > 1):
         if name == "localhost" or name.startswith("127.") or name == "::1":
             raise PlacementError(
                 f"--hosts names {name} beside other hosts, which cannot reach it by that",

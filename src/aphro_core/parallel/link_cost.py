@@ -27,8 +27,9 @@ def tensor_link_warning(plan: ShardingPlan, ranks: Sequence[WorkerLoaded]) -> st
         hosts |= dict.fromkeys(loaded.host for loaded in group)
     if not num_sums:
         return ""
+    times = "once" if len(hosts) == 2 else f"{len(hosts) - 1} times"
     return (
         f"Warning: tensor parallel spans {', '.join(hosts)}, which exchange {rate / 1e6:,.0f} MB/s: each token waits "
         f"{1e3 * seconds:.1f} ms for {num_sums} sums between them ({1e6 * seconds / num_sums:,.0f} us each, measured "
-        f"now). With -tp for the devices of one host and -pp for the hosts it would wait {len(hosts) - 1} times."
+        f"now). With -tp for the devices of one host and -pp for the hosts it would wait {times}."
     )

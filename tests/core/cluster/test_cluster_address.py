@@ -100,7 +100,7 @@ def test_kinds_of_interfaces(interface: str, kind: str) -> None:
 @pytest.mark.parametrize(
     ("text", "parsed"),
     [("10.0.0.1", ("10.0.0.1", 22420)), ("10.0.0.1:6379", ("10.0.0.1", 6379)), ("[fd00::1]:7000", ("fd00::1", 7000)),
-     ("fd00::1", ("fd00::1", 22420))],
+     ("fd00::1", ("fd00::1", 22420)), ("[fd00::1]", ("fd00::1", 22420))],
 )  # fmt: skip
 def test_head_as_typed(text: str, parsed: tuple[str, int]) -> None:
     assert parse_head(text) == parsed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from aphro_core.cluster.raylet import ray_environment, start_command
 from tests.core.cluster.test_membership import HERE
 
 LAYOUT = Layout(30000)
+METRICS = str(Layout(HERE.head[1]).dashboard_metrics)
 
 
 def options(role: str = "head", **changes: object) -> dict[str, str]:
@@ -45,7 +47,17 @@ def test_every_port_is_of_the_layout_and_none_twice() -> None:
     assert set(numbers) <= set(range(30000, 30000 + NUM_PORTS))
     typed = {int(value) for name, value in options().items() if name.endswith("port")}
     assert typed <= set(numbers)
-    assert len(typed) == 10
+    assert len(typed) >= 10
+
+
+@pytest.mark.parametrize("has_grpc", [True, False])
+def test_the_port_of_rays_client_is_fixed_where_ray_would_open_it(
+    monkeypatch: pytest.MonkeyPatch, has_grpc: bool
+) -> None:
+    """Ray refuses to be told a port without grpcio, and opens 10001 with it unless it is told one."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if has_grpc else None)
+    assert options().get("ray-client-server-port") == (str(LAYOUT.client) if has_grpc else None)
+    assert "ray-client-server-port" not in options("member")
 
 
 def test_the_environment_of_ray() -> None:
@@ -55,7 +67,7 @@ def test_the_environment_of_ray() -> None:
     }  # fmt: skip
     assert ray_environment(replace(HERE, environment={"NCCL_DEBUG": "INFO"}), shell) == {
         "PATH": "/bin", "NCCL_DEBUG": "INFO", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/state/token",
-        "RAY_USAGE_STATS_ENABLED": "0", "APHRO_CLUSTER_NODE": "c0ffee",
+        "RAY_USAGE_STATS_ENABLED": "0", "DASHBOARD_METRIC_PORT": METRICS, "APHRO_CLUSTER_NODE": "c0ffee",
     }  # fmt: skip
 
 
