@@ -46,7 +46,7 @@ from aphro_core.cluster.messages import (
 from aphro_core.cluster.plan import Plan
 from aphro_core.cluster.ports import Layout
 from aphro_core.cluster.processes import end_processes, name_of
-from aphro_core.cluster.raylet import ray_environment, start_command, start_ray
+from aphro_core.cluster.raylet import SlowStartError, ray_environment, start_command, start_ray
 from aphro_core.cluster.registry import BEAT_SECONDS
 from aphro_core.cluster.service import Service, open_door
 from aphro_core.cluster.token import keep_token, token_path
@@ -140,7 +140,14 @@ class Member:
         write_membership(self._membership)  # from here on `down` knows what there is to end
         self._environment = ray_environment(self._membership, os.environ)
         command = start_command(self._membership, self._layout, name=self._node.name, dashboard=self._plan.dashboard)
-        start_ray(command, self._environment, Path(self._membership.log_dir) / "ray.log")
+        log = Path(self._membership.log_dir) / "ray.log"
+        try:
+            start_ray(command, self._environment, log)
+        except SlowStartError as error:
+            self._say(f"{error.message}; once more", True)
+            end_processes(self._membership)
+            _reap()  # else their end would be taken for the end of what is started now
+            start_ray(command, self._environment, log)
 
     # ---- while it is in
 

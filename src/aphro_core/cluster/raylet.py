@@ -16,9 +16,14 @@ from aphro_core.cluster.processes import MARK
 from aphro_core.errors import ClusterError, UsageError
 
 _START_SECONDS: Final = 120.0
+_LAST_WORDS: Final = 400
 _OBJECT_STORE_BYTES: Final = 128 * 2**20  # plans and tokens do not pass through it
 _NOT_INHERITED: Final = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "APHRO_API_KEY", "APHRO_CLUSTER_TOKEN")
 INSTALL: Final = "pip install 'aphro[ray]'"
+
+
+class SlowStartError(ClusterError):
+    """Ray gave up on a node that was not registered within its own 30 s, which no option changes."""
 
 
 def check_installed(*, dashboard: bool = False) -> None:
@@ -81,7 +86,7 @@ def ray_environment(membership: Membership, inherited: Mapping[str, str]) -> dic
 
 
 def start_ray(command: list[str], environment: Mapping[str, str], log: Path) -> None:
-    """Run ``ray start`` to its end. Raises ClusterError with Ray's own words."""
+    """Run ``ray start`` to its end. Raises SlowStartError, or ClusterError with Ray's own words."""
     with log.open("ab") as output:
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         try:
@@ -90,8 +95,8 @@ def start_ray(command: list[str], environment: Mapping[str, str], log: Path) -> 
             process.kill()
             process.wait()
             raise ClusterError(f"Ray did not start within {_START_SECONDS:g} s", hint=f"look into {log}") from None
-    if code and "timed out during startup" in _reason(log):
-        raise ClusterError(
+    if code and "timed out during startup" in log.read_text(errors="replace")[-_LAST_WORDS:]:
+        raise SlowStartError(
             "Ray's own limit of 30 s to register this node was too short: this host or the head is very busy",
             hint=f"the same command again; if it does not help, look into {log}",
         )

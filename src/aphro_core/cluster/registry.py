@@ -30,7 +30,10 @@ class Registry:
         self._left: list[_Left] = []
 
     def beat(self, node: Node, now: float) -> None:
-        """A node is there: for the first time, or still."""
+        """A node is there: for the first time, or still. One that has left has another id when it comes back: a beat
+        with the old one was on its way when it left."""
+        if any(left.node.id == node.id for left in self._left):
+            return
         self._nodes[node.id] = (node, now)
         self._left = [left for left in self._left if left.node.address != node.address]
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from aphro_core.cluster.ports import NUM_PORTS, Layout
-from aphro_core.cluster.raylet import ray_environment, start_command
+from aphro_core.cluster.raylet import SlowStartError, ray_environment, start_command, start_ray
+from aphro_core.errors import ClusterError
 from tests.core.cluster.test_membership import HERE
 
 LAYOUT = Layout(30000)
@@ -58,6 +61,16 @@ def test_the_port_of_rays_client_is_fixed_where_ray_would_open_it(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if has_grpc else None)
     assert options().get("ray-client-server-port") == (str(LAYOUT.client) if has_grpc else None)
     assert "ray-client-server-port" not in options("member")
+
+
+def test_a_node_that_ray_gave_up_on_is_told_from_other_failures(tmp_path: Path) -> None:
+    log = tmp_path / "ray.log"
+    start_ray(["true"], {}, log)
+    with pytest.raises(SlowStartError, match="30 s"):
+        start_ray([sys.executable, "-c", "raise Exception('The current node timed out during startup.')"], {}, log)
+    with pytest.raises(ClusterError, match="RuntimeError: no space") as refused:
+        start_ray([sys.executable, "-c", f"print({'.' * 400!r}); raise RuntimeError('no space')"], {}, log)
+    assert not isinstance(refused.value, SlowStartError)
 
 
 def test_the_environment_of_ray() -> None:
