@@ -81,11 +81,11 @@ def read_tower(keys: ConfigKeys) -> TowerFacts | None:
 def _audio_parameters(text: Mapping[str, Any]) -> int:
     """Of a Whisper-like encoder beside the one for images; 0 without one."""
     found = text.get("audio_config")
-    if not isinstance(found, Mapping):
+    if not isinstance(found, Mapping) or "encoder_layers" not in found:
         return 0
-    width = _first(found, ("d_model", "hidden_size"), 1280)
-    columns = _first(found, ("encoder_ffn_dim", "intermediate_size"), 4 * width)
-    layers = _first(found, ("encoder_layers", "num_hidden_layers"), 32)
+    width = _first(found, ("d_model",), 1280)
+    columns = _first(found, ("encoder_ffn_dim",), 4 * width)
+    layers = _first(found, ("encoder_layers",), 32)
     return layers * (4 * width * width + 2 * width * columns)
 
 
