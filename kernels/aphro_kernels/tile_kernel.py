@@ -98,11 +98,12 @@ def tile_kernel(
 
 @jit()
 def _ask(at: tl.tensor, scale_at: tl.tensor, turn: tl.tensor, TILES: tl.constexpr, WARPS: tl.constexpr) -> tl.tensor:
-    """A turn's tiles: codes of outputs 0 to 7 and 8 to 15, scales, offsets. Past the end the last turn's again."""
+    """A turn's tiles: codes of outputs 0 to 7 and 8 to 15, scales, offsets. Past the end the last again."""
     if TILES % WARPS != 0:  # its warps then multiply rows of zeros
-        turn = tl.minimum(turn, (TILES - tl.arange(0, WARPS) - 1) // WARPS)
-        at += (turn * (WARPS * 1024))[None, :, None]
-        scale_at += (turn * (WARPS * 32))[:, None]
+        warp = tl.arange(0, WARPS)
+        tile = tl.minimum(turn * WARPS + warp, TILES - 1) - warp
+        at += (tile * 1024)[None, :, None]
+        scale_at += (tile * 32)[:, None]
     else:
         at += turn * (WARPS * 1024)
         scale_at += turn * (WARPS * 32)
