@@ -357,6 +357,6 @@ def test_over_ipv6_and_logs_follow_who_joins_later(nodes: list[Node]) -> None:
         assert line
     done = nodes[0].run("down")
     assert done.returncode == 0, done.stderr
-    assert [nodes[number].left() for number in (0, 1)] == [NOTHING, NOTHING]
     assert "node1 (fd00::2) is gone" in logs.stdout.read()
     assert logs.wait(30) == ExitCode.CLUSTER
+    assert [nodes[number].left() for number in (0, 1)] == [NOTHING, NOTHING]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -38,6 +39,10 @@ def start_member(plan: Plan, reporter: Reporter) -> None:
         for line in process.stdout:
             if _report(msgspec.json.decode(line, type=Progress), reporter):
                 return
+    except AphroError:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_END_SECONDS)  # it has said why, and ends
+        raise
     except KeyboardInterrupt:
         process.send_signal(signal.SIGTERM)
         process.wait(_END_SECONDS)  # it ends what it has started
