@@ -137,6 +137,8 @@ def compare_rotary(
         k_cache, v_cache, k_expected, v_expected = (x.float() for x in (k_cache, v_cache, k_expected, v_expected))
         # at most one code apart, and rarely; the interpreter rounds up to the wrong power of 2, and small ones down
         share, most = (1 / 8, 0.01) if device == "cuda" else (1 / 2, 0.1)
+        if device == "cuda" and dtype == torch.bfloat16:
+            most = 0.05  # the reference rounds to bfloat16 first: of 16 such steps between two codes, half of one moves
         for ours, theirs in ((k_cache, k_expected), (v_cache, v_expected)):
             assert torch.equal(ours.isnan(), theirs.isnan())
             apart = (ours - theirs).nan_to_num(0).abs()
