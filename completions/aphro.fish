@@ -57,7 +57,7 @@ complete -c aphro -n '__fish_seen_subcommand_from run serve' -l load-format -x -
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l quantization -s q -x -d 'fp8, int8 or int4 - quantise while loading; or the checkpoint’s format; none expands GGUF.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l revision -x -d 'Branch, tag or commit of a Hugging Face id.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l model-from -x -a 'nodes head' -d 'head - hosts without the model fetch the slices that their ranks need from this one.'
-complete -c aphro -n '__fish_seen_subcommand_from run serve' -l verify -x -a 'headers full' -d 'What is compared of the model files of --hosts - sizes and headers, or every byte.'
+complete -c aphro -n '__fish_seen_subcommand_from run serve' -l verify -x -a 'headers full' -d 'What is compared of all hosts’ model files - sizes and headers, or every byte.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l served-model-name -x -d 'The model’s name in the API; default - from MODEL.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l chat-template -r -F -d 'Jinja template instead of the model’s own.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l skip-tokenizer-init -d 'Token ids in, token ids out; no tokenizer is read.'
