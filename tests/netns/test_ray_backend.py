@@ -17,7 +17,7 @@ import pytest
 
 from aphro import LLM
 from aphro_core.checkpoint.digests import cache_folder
-from aphro_core.errors import ModelError, PlacementError
+from aphro_core.errors import AphroError, ExitCode, PlacementError
 from aphro_core.reporter import SilentReporter
 from tests.e2e.server_process import running_server
 from tests.netns.hosts import NetnsHost
@@ -143,10 +143,11 @@ def test_a_flipped_bit(cluster: RayNodes, nodes: list[NetnsHost], model: Path, t
     (tmp_path / "damaged").write_bytes(damaged)
     nodes[1].run("mount", "--bind", str(tmp_path / "damaged"), str(weights))
     try:
-        with pytest.raises(ModelError, match=r"node1: model\.safetensors of .* has other contents"):
+        with pytest.raises(AphroError, match=r"node1: model\.safetensors of .* has other contents") as error:
             LLM(str(model), pipeline_parallel_size=3, verify="full", **SMALL)
     finally:
         nodes[1].run("umount", str(weights))
+    assert error.value.exit_code == ExitCode.MODEL
 
 
 def test_a_dead_node_is_replaced_by_a_spare(cluster: RayNodes, nodes: list[NetnsHost], smollm2_gguf: Path) -> None:
