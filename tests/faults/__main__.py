@@ -28,6 +28,10 @@ def run(case: Case, lab: Lab) -> tuple[Outcome, float]:
 
 
 def main(words: list[str]) -> int:
+    known = {"--list", "--write", *(case.id for case in CASES)}
+    if unknown := [word for word in words if word not in known]:
+        print(__doc__)
+        return 0 if unknown == ["--help"] else 2
     if "--list" in words:
         for case in CASES:
             print(f"{case.id:6} {'fast' if case.is_fast else '    '} {case.fault}")
