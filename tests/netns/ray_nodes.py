@@ -52,8 +52,8 @@ class RayNodes:
         )  # fmt: skip
 
     def start_head(self) -> None:
-        """In process ids of its own, so that all of it ends with the first."""
-        own = ["unshare", "--pid", "--mount-proc", "--kill-child", "--fork"]
+        """In process ids of its own, so that all of it ends with the first, and that with the tests."""
+        own = ["setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--mount-proc", "--kill-child", "--fork"]
         log = self._stack.enter_context((self.folder / "head.log").open("wb"))
         process = subprocess.Popen(
             [*own, *self._command("head", self.address, 0)],
