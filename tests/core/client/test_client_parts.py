@@ -49,7 +49,8 @@ def split(data: bytes, cuts: list[int]) -> list[bytes]:
 
 @given(
     events=st.lists(
-        st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r\n\x00")), min_size=1, max_size=3), max_size=5
+        st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r\n\x00")), min_size=1, max_size=3),
+        max_size=5,
     ),
     line_end=st.sampled_from([b"\n", b"\r\n"]),
     comment=st.booleans(),
