@@ -5,6 +5,7 @@ Where Triton or its Gluon is missing, stand-ins let a kernel's file import, and 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Final
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from aphro_kernels.language import triton
 
+_LOG: Final = logging.getLogger(__name__)
 _WITH: Final = (3, 6)  # Gluon changes from version to version: the one that these kernels were tried with on a GPU
 
 try:
@@ -41,9 +43,13 @@ def suits_hopper(x: Tensor) -> bool:
 
 @cache
 def _is_ready(index: int) -> bool:
-    if gl is None or torch.cuda.get_device_capability(index) != (9, 0):
+    if torch.cuda.get_device_capability(index) != (9, 0):
         return False
-    return tuple(int(part) for part in triton.__version__.split(".")[:2]) == _WITH
+    version = "none" if gl is None else triton.__version__
+    if version.split(".")[:2] == [str(part) for part in _WITH]:
+        return True
+    _LOG.warning("Triton %s: prompts take slower kernels; those for Hopper are for Triton %d.%d", version, *_WITH)
+    return False
 
 
 @cache
