@@ -1,12 +1,14 @@
 """Where a step's time goes on this CPU: microseconds of each part of a decode step and of a prefill.
 
     python bench/decode_step.py [MODEL.gguf] [--dtype bfloat16] [--threads 2] [--rows 1 16] [--context 128]
-                                [--prefill 512 2048] [--rounds 20] [--cpu-time]
+                                [--prefill 512 2048] [--rounds 20] [--cpu-time] [--expand]
 
 Without a model: dummy weights of SmolLM2-135M's shape. One row a part (its own time, without the parts inside it), one
-column a case; medians over the rounds. ``host`` is everything outside the parts: plan, batch, sampler. The last rows
-count the operations of torch in a step, and those of one layer. ``--cpu-time`` counts the calling thread's time instead
-of the wall clock's: with one thread that is steadier beside a busy neighbour.
+column a case; medians over the rounds. ``host`` is everything outside the parts: plan, batch, sampler. For this the
+steps are computed call by call; "step, not watched" is what a server does, which makes decode steps again as a whole
+where it can (worker/replayed_steps.py). The last rows count the operations of torch in a step, and those of one layer,
+call by call. ``--cpu-time`` counts the calling thread's time instead of the wall clock's: with one thread that is
+steadier beside a busy neighbour. ``--expand``: the file's weights in 16 bits, not as they are packed.
 """
 
 from __future__ import annotations
@@ -140,6 +142,7 @@ class Stepper:
         self._runner = ModelRunner(
             spec, shard, decoder, caches, links, block_size=BLOCK_SIZE, dtype=dtype, device=device
         )
+        self.steps = self._runner.steps
         self._num_blocks = num_blocks
         self._vocab_size = spec.vocab_size
         self._step = 0
@@ -180,26 +183,34 @@ class Stepper:
         self._position += 1
 
 
-def measure(run: Callable[[], None], rounds: int, clock: Callable[[], float]) -> tuple[float, dict[str, float]]:
+def measure(
+    stepper: Stepper, run: Callable[[], None], rounds: int, clock: Callable[[], float]
+) -> tuple[float, dict[str, float]]:
     """Median seconds of the untouched step, and of each part while all parts are watched."""
     whole, parts = [], []
-    run()
+    can_replay = stepper.steps.can_replay
+    for _ in range(3):
+        run()
     for _ in range(rounds):
         started = clock()
         run()
         whole.append(clock() - started)
+    stepper.steps.can_replay = False
+    for _ in range(rounds):
         watch = Stopwatch(clock)
         with watch.watching():
             started = clock()
             run()
             watch.seconds["host"] = clock() - started - sum(watch.seconds.values())
         parts.append(watch.seconds)
+    stepper.steps.can_replay = can_replay
     names = dict.fromkeys(name for part in parts for name in part)
     return statistics.median(whole), {n: statistics.median(part.get(n, 0.0) for part in parts) for n in names}
 
 
-def count_operations(run: Callable[[], None]) -> tuple[int, int, int, int]:
-    """(operations, views) of a step, and of one of its layers."""
+def count_operations(stepper: Stepper, run: Callable[[], None]) -> tuple[int, int, int, int]:
+    """(operations, views) of a step, and of one of its layers, call by call."""
+    can_replay, stepper.steps.can_replay = stepper.steps.can_replay, False
     with OperationCounter() as step:
         run()
     block, layer = decoder_module.Block.__call__, OperationCounter()
@@ -214,15 +225,18 @@ def count_operations(run: Callable[[], None]) -> tuple[int, int, int, int]:
         run()
     finally:
         decoder_module.Block.__call__ = block  # type: ignore[method-assign]
+        stepper.steps.can_replay = can_replay
     return step.count, step.views, layer.count, layer.views
 
 
-def load(model: str | None, dtype: torch.dtype) -> tuple[DecoderSpec, dict[str, Tensor]]:
+def load(
+    model: str | None, dtype: torch.dtype, quantization: str | None = None
+) -> tuple[DecoderSpec, dict[str, Tensor]]:
     device = torch.device("cpu")
     if model is None:
         return SMOLLM2, dummy_weights(SMOLLM2, build_plan(SMOLLM2, 1, 1).ranks[0], dtype, device, 0)
     with open_checkpoint(Path(model)) as checkpoint:
-        spec = load_spec(checkpoint.hf_config)
+        spec = load_spec(checkpoint.hf_config, quantization)
         return spec, load_weights(checkpoint, spec, build_plan(spec, 1, 1).ranks[0], dtype, device)
 
 
@@ -230,6 +244,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="a checkpoint folder or a .gguf file")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--expand", action="store_true", help="weights of the file in 16 bits, not as they are packed")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 16])
     parser.add_argument("--context", type=int, default=128, help="tokens behind each row when decoding begins")
@@ -240,18 +255,24 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     clock = time.thread_time if arguments.cpu_time else time.perf_counter
     dtype: torch.dtype = getattr(torch, arguments.dtype)
-    spec, weights = load(arguments.model, dtype)
-    longest = max([*arguments.prefill, arguments.context + 2 * arguments.rounds + 8])
+    spec, weights = load(arguments.model, dtype, "none" if arguments.expand else None)
+    longest = max([*arguments.prefill, arguments.context + 2 * arguments.rounds + 12])
     num_rows = max([*arguments.rows, 1])
     stepper = Stepper(spec, weights, dtype, num_rows * (longest // BLOCK_SIZE + 2))
     columns: dict[str, tuple[float, dict[str, float], tuple[int, int, int, int]]] = {}
     for rows in arguments.rows:
         stepper.begin(rows, arguments.context)
-        seconds, parts = measure(stepper.decode, arguments.rounds, clock)
-        columns[f"decode {rows}"] = seconds, parts, count_operations(stepper.decode)
+        seconds, parts = measure(stepper, stepper.decode, arguments.rounds, clock)
+        columns[f"decode {rows}"] = seconds, parts, count_operations(stepper, stepper.decode)
     for length in arguments.prefill:
-        seconds, parts = measure(lambda length=length: stepper.prefill(length), max(3, arguments.rounds // 6), clock)
-        columns[f"prefill {length}"] = seconds, parts, count_operations(lambda length=length: stepper.prefill(length))
+        seconds, parts = measure(
+            stepper, lambda length=length: stepper.prefill(length), max(3, arguments.rounds // 6), clock
+        )
+        columns[f"prefill {length}"] = (
+            seconds,
+            parts,
+            count_operations(stepper, lambda length=length: stepper.prefill(length)),
+        )
     show(columns)
 
 

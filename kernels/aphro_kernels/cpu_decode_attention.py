@@ -103,7 +103,7 @@ class DecodeAttention:
         ``kv_cache`` [num_blocks, 2, num_kv_heads, block_size, head_dim]; ``block_tables`` [rows, max_blocks] and
         ``seq_lens`` [rows] int64, contiguous: the keys of a row, its own token included.
         """
-        out = torch.empty(q.shape, dtype=q.dtype)
+        out = openmp.empty(*q.shape, dtype=q.dtype)
         self._call(
             len(q) * self._num_kv_heads,
             q.data_ptr(),

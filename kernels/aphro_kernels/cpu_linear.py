@@ -74,7 +74,7 @@ class CpuLinear:
         assert x.dtype == torch.bfloat16
         assert x.stride(1) == 1
         num_rows, (units, bias) = x.shape[0], self._places
-        y = x.new_empty(num_rows, width)
+        y = openmp.empty(num_rows, width, dtype=x.dtype)
         num_steps = -(-num_rows // _STEP_ROWS)
         self._call(
             num_steps * self._num_tasks,

@@ -105,9 +105,9 @@ class CpuPackedLinear:
         assert x.stride(1) == 1
         assert self._block is not None
         num_rows, num_blocks = x.shape[0], self._columns // self._block
-        y = x.new_empty(num_rows, width)
-        scales = torch.empty(num_rows, num_blocks, 2)
-        codes = torch.empty(num_rows, self._columns, dtype=torch.int8)
+        y = openmp.empty(num_rows, width, dtype=x.dtype)
+        scales = openmp.empty(num_rows, num_blocks, 2, dtype=torch.float32)
+        codes = openmp.empty(num_rows, self._columns, dtype=torch.int8)
         num_steps = -(-num_rows // _STEP_ROWS)
         self._call(
             num_steps * self._num_tasks,

@@ -39,7 +39,7 @@ class CpuRMSNorm:
         assert x.dtype == torch.bfloat16
         assert x.stride(1) == 1
         num_rows, width = x.shape
-        out = x.new_empty(num_rows, width)
+        out = openmp.empty(num_rows, width, dtype=x.dtype)
         self._call(
             -(-num_rows // _TASK_ROWS),
             x.data_ptr(),

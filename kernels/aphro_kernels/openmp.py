@@ -7,10 +7,35 @@ from __future__ import annotations
 
 import ctypes
 import re
+from contextvars import ContextVar
 from functools import cache
+from math import prod
 from pathlib import Path
+from typing import Final, Protocol
 
 import torch
+from torch import Tensor
+
+
+class Recorder(Protocol):
+    """Notes calls, to make them again (cpu_program.py)."""
+
+    def note(self, address: int, arguments: tuple[int, ...]) -> None:
+        """A call of the function at ``address``."""
+
+    def empty(self, num_bytes: int) -> Tensor:
+        """Memory for what is computed, as bytes; it stays while the calls may be made again."""
+
+
+RECORDER: Final = ContextVar[Recorder | None]("RECORDER", default=None)
+
+
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Memory for what a :class:`Call` writes."""
+    recorder = RECORDER.get()
+    if recorder is None:
+        return torch.empty(shape, dtype=dtype)
+    return recorder.empty(prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
 
 @cache
@@ -27,6 +52,12 @@ def _runtime() -> ctypes.CDLL | None:
             library.GOMP_parallel.restype = None
             return library
     return None
+
+
+def team_size_address() -> int | None:
+    """Where ``int omp_get_num_threads()`` is; None where torch's OpenMP library was not found."""
+    library = _runtime()
+    return None if library is None else ctypes.cast(library.omp_get_num_threads, ctypes.c_void_p).value
 
 
 def num_threads() -> int:
@@ -51,6 +82,8 @@ class Call:
 
     def __call__(self, num_tasks: int, *arguments: int) -> None:
         """``numbers`` becomes (0, *arguments): tasks taken so far, then what the function reads."""
+        if (recorder := RECORDER.get()) is not None:
+            recorder.note(self._address, arguments)
         self._numbers[:] = [0, *arguments]
         library, threads = _runtime(), min(torch.get_num_threads(), num_tasks)
         if library is None or threads <= 1:

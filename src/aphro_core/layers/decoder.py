@@ -109,19 +109,33 @@ class Decoder:
 
         ``hidden_states`` is what the stage before handed on (written in place), None on the first stage.
         """
-        x = hidden_states
-        if x is None:
-            assert self._embedding is not None, "only the first stage starts from token ids"
-            x = self._embedding(batch.token_ids)
-            if self._embedding_scale != 1.0:
-                x = x * self._embedding_scale
-            if self._positions is not None:
-                x = self._positions.add_(x, batch.positions)
-        halves, delta = isinstance(batch.cache_rows, PagedRows) or x.dtype == torch.bfloat16, None
-        rotations = [rotary.at(batch.positions, halves=halves) for rotary in self._rotaries]
-        for block, rotary, cache in zip(self._blocks, self._rotary_of, caches, strict=True):
-            delta = block(x, delta, rotations[rotary], batch.cache_rows, cache)
+        x = self.begin(batch, hidden_states)
+        delta = self.run_blocks(x, self.rotations(batch, x.dtype), batch.cache_rows, caches)
         return x if delta is None else x.add_(delta.whole())
+
+    def begin(self, batch: Batch, hidden_states: Tensor | None) -> Tensor:
+        """What the first block of this stage reads."""
+        if hidden_states is not None:
+            return hidden_states
+        assert self._embedding is not None, "only the first stage starts from token ids"
+        x = self._embedding(batch.token_ids)
+        if self._embedding_scale != 1.0:
+            x = x * self._embedding_scale
+        return x if self._positions is None else self._positions.add_(x, batch.positions)
+
+    def rotations(self, batch: Batch, dtype: torch.dtype) -> list[Rotation]:
+        """Of this step's rows, as many as the layers have kinds."""
+        halves = isinstance(batch.cache_rows, PagedRows) or dtype == torch.bfloat16
+        return [rotary.at(batch.positions, halves=halves) for rotary in self._rotaries]
+
+    def run_blocks(
+        self, x: Tensor, rotations: Sequence[Rotation], rows: GatheredRows | PagedRows, caches: Sequence[Tensor]
+    ) -> Delta | None:
+        """``x`` in place; what is still to be added to it."""
+        delta = None
+        for block, rotary, cache in zip(self._blocks, self._rotary_of, caches, strict=True):
+            delta = block(x, delta, rotations[rotary], rows, cache)
+        return delta
 
     def logits(self, rows: Tensor, out: Tensor | None = None) -> Tensor | None:
         """Of chosen rows of the last stage's residual stream: ``[rows, vocab_size]`` float32, None off tp rank 0."""

@@ -16,6 +16,7 @@ from aphro_core.parallel.shard import RankShard
 from aphro_core.worker.batch import BatchBuilder
 from aphro_core.worker.dues import Dues, pay, prompt_gathers
 from aphro_core.worker.prompt_logprobs import prompt_logprobs
+from aphro_core.worker.replayed_steps import ReplayedSteps
 from aphro_core.worker.sampler import SampledToken, Sampler, sampled_result
 from aphro_core.worker.sequences import SequenceState, apply_plan
 from aphro_core.worker.step import FinishedStep
@@ -38,7 +39,7 @@ class ModelRunner:
         self._hidden_size = spec.hidden_size
         self._shard = shard
         self._decoder = decoder
-        self._caches = caches
+        self.steps = ReplayedSteps(decoder, caches, can_replay=links.tensor.size == 1)
         self._links = links
         self._dtype = dtype
         self._device = device
@@ -78,7 +79,7 @@ class ModelRunner:
         if not self._shard.has_embedding:
             shape = (batch.num_tokens, self._hidden_size)
             hidden_states = self._links.stage.receive(shape, self._dtype, self._device)
-        hidden_states = self._decoder(batch, hidden_states, self._caches)
+        hidden_states = self.steps(batch, hidden_states)
         if not self._shard.has_head:
             self._links.stage.send(hidden_states)
             return None

@@ -1,0 +1,71 @@
+"""Steps made again from what was noted of one give the same bits as steps that are computed call by call."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from aphro_core import host
+from aphro_core.worker.model_runner import ModelRunner
+from aphro_core.worker.replayed_steps import ReplayedSteps
+from tests.core.worker.one_rank import GREEDY, Planner, build_runner, sharding_plan
+from tests.tiny import write_tiny_checkpoint
+
+LENGTHS = (9, 70, 3, 120)
+NEW_TOKENS = 24  # blocks are begun, and tables outgrow what was noted
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # whole units of the products
+
+Found = dict[int, list[tuple[int, list[float]]]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    write_tiny_checkpoint(folder, "llama", **SIZES)
+    return folder
+
+
+def tokens(runner: ModelRunner) -> Found:
+    """Prompts come one by one and leave one by one, so that rows come and go between steps that are alike."""
+    source, planner, found = random.Random(1), Planner(), Found()
+    left: dict[int, int] = {}
+    for step in range(NEW_TOKENS * 2):
+        if step % 5 == 0 and step // 5 < len(LENGTHS):
+            seq_id = step // 5
+            planner.add(seq_id, [source.randrange(5, 125) for _ in range(LENGTHS[seq_id])], GREEDY)
+            left[seq_id] = NEW_TOKENS
+        for seq_id in [seq_id for seq_id, count in left.items() if not count]:
+            planner.release(seq_id)
+            del left[seq_id]
+        result = runner.execute(planner.plan({seq_id: planner.remaining(seq_id) for seq_id in left}))
+        if result is None:
+            continue
+        for index, token_id in enumerate(planner.take(result).token_ids if left else ()):
+            left[planner.drawing[index]] -= 1
+            found.setdefault(planner.drawing[index], []).append((token_id, result.logprobs[index].logprobs))
+    return found
+
+
+@pytest.mark.skipif(not host.has_product_kernels(), reason="this CPU has no products of ours")
+def test_the_same_bits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = build_runner(folder, sharding_plan(folder, 1, 1), dtype=torch.bfloat16)
+    found = tokens(runner)
+    assert runner.steps.num_kept > 3
+    plain = build_runner(folder, sharding_plan(folder, 1, 1), dtype=torch.bfloat16)
+    monkeypatch.setattr(ReplayedSteps, "_size", lambda self, batch: None)
+    assert tokens(plain) == found
+    assert plain.steps.num_kept == 0
+
+
+def test_steps_that_call_torch_are_computed_as_ever(folder: Path) -> None:
+    runner = build_runner(folder, sharding_plan(folder, 1, 1), dtype=torch.float32)
+    assert len(tokens(runner)) == len(LENGTHS)
+    assert runner.steps.num_kept == 0
