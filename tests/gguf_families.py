@@ -55,12 +55,18 @@ class TinyGGUF:
     names: dict[str, str] = field(default_factory=dict)
     is_interleaved: bool = False
     plus_one: bool = False
+    is_fused: bool = False  # q, k and v, which the family of tests/families.py has apart
     write: Callable[[gguf.GGUFWriter, Any], None] | None = None
 
 
 def _experts(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_expert_count(getattr(config, "num_local_experts", None) or config.num_experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
+
+
+def _qwen(writer: gguf.GGUFWriter, config: Any) -> None:
+    writer.add_feed_forward_length(2 * config.intermediate_size)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
 
 
 def _gemma2(writer: gguf.GGUFWriter, config: Any) -> None:
@@ -96,6 +102,14 @@ def _nemotron(writer: gguf.GGUFWriter, config: Any) -> None:
 TINY_GGUF: Final[dict[str, TinyGGUF]] = {
     "mixtral": TinyGGUF(
         "mixtral", "llama", names={"block_sparse_moe.gate": "ffn_gate_inp"}, is_interleaved=True, write=_experts
+    ),
+    "qwen": TinyGGUF(
+        "qwen",
+        "qwen",
+        {"num_key_value_heads": 4},
+        {"self_attn.qkv_proj": "attn_qkv"},
+        write=_qwen,
+        is_fused=True,
     ),
     "qwen2moe": TinyGGUF(
         "qwen2_moe",
@@ -154,6 +168,7 @@ def write_gguf_family(folder: Path, name: str, quant: str = "Q8_0") -> Any:
     if row.write is not None:
         row.write(writer, config)
     stacks: dict[str, dict[int, np.ndarray]] = {}
+    fused: dict[str, dict[str, tuple[np.ndarray, GGMLQuantizationType]]] = {}
     for key, tensor in state.items():
         data, is_norm = tensor.numpy(), key.endswith("norm.weight")
         data = data + 1.0 if row.plus_one and is_norm else data
@@ -163,6 +178,9 @@ def write_gguf_family(folder: Path, name: str, quant: str = "Q8_0") -> Any:
         values = torch.from_numpy(np.array(quants.dequantize(blocks, kind), dtype=np.float32)).view(tensor.shape)
         values = _deinterleave(values, heads) if row.is_interleaved and heads else values
         state[key] = values - 1.0 if row.plus_one and is_norm else values
+        if row.is_fused and (part := key.split(".")[-2]) in ("q_proj", "k_proj", "v_proj"):
+            fused.setdefault(key.replace(part, "qkv_proj"), {})[part] = blocks, kind
+            continue
         found = _EXPERTS.fullmatch(key)
         if found is not None:
             layer = key.split(".")[2]
@@ -172,6 +190,9 @@ def write_gguf_family(folder: Path, name: str, quant: str = "Q8_0") -> Any:
         _add(writer, _name(key, row.names), blocks, kind)
     for stacked, each in stacks.items():
         _add(writer, stacked, np.stack([each[expert] for expert in range(len(each))]), GGMLQuantizationType[quant])
+    for key, parts in fused.items():
+        kind = parts["q_proj"][1]
+        _add(writer, _name(key, row.names), np.concatenate([parts[f"{each}_proj"][0] for each in "qkv"]), kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -9,7 +9,7 @@ from typing import Final
 from aphro_core.checkpoint.gguf_families import FAMILIES as GGUF_FAMILIES
 from aphro_core.models.catalogue import format_rows, model_rows
 from aphro_core.models.quant_config import ONLINE, RECOGNISED
-from aphro_core.models.quantization import GGUF_KINDS
+from aphro_core.models.quantization import GGUF_KINDS, GGUF_REQUANTISED
 from aphro_core.models.registry import RECOGNISED_ARCHITECTURES
 from tests.families import TINY
 from tests.formats import TINY_FORMATS, TinyFormat
@@ -38,7 +38,10 @@ Each row below was checked on a tiny Llama, whose checkpoint is written bit by b
 holds against its part of the dequantised weights (tp 1, 2, 3 and 5), tokens against transformers on the dequantised
 weights.
 Columns are cut between groups of inputs that share a scale: a tp that would cut a group is refused, with the tensor,
-the group and the nearest size that works. The kernels for GPUs, of these layouts and of mixtures of experts, run in
+the group and the nearest size that works. GGUF blocks stay packed in 16-bit runs on GPUs and CPUs: their codes as
+they are, with a scale (and offset) a group in the run's dtype (on CPUs with kernels of our own in float16), so that
+float16 rounds least. {requantised} have an offset that 8 bits are kept without: they are rounded to 8 bits anew,
+by half of 1/127 of a group's largest weight. The kernels for GPUs, of these layouts and of mixtures of experts, run in
 Triton's interpreter and are compiled for Hopper; `tests/gpu` runs families and layouts on a host that has a GPU.
 """
 
@@ -75,14 +78,20 @@ def render() -> str:
     ]
     lines += _table(["family", "architecture", "devices", "tp", "pp"], rows)
     lines.append(f"\nRecognised and refused by name: {', '.join(RECOGNISED_ARCHITECTURES)}.")
-    lines.append(_FORMATS.replace("{gguf}", ", ".join(f"`{name}`" for name in GGUF_FAMILIES)))
+    architectures = ", ".join(f"`{name}`" for name in GGUF_FAMILIES)
+    lines.append(_FORMATS.replace("{gguf}", architectures).replace("{requantised}", ", ".join(GGUF_REQUANTISED)))
     formats = {row.name: row for row in format_rows()}
     stored = [
         [name, method := str(each.config["quant_method"]), _rounding(each), _listed(formats[method].devices)]
         for name, each in TINY_FORMATS.items()
     ]
     stored += [
-        [f"gguf {name}, kept in {kind}", "gguf", "", _listed(formats["gguf"].devices)]
+        [
+            f"gguf {name}, {'rounded anew to' if name in GGUF_REQUANTISED else 'kept in'} {kind}",
+            "gguf",
+            "",
+            _listed(formats["gguf"].devices),
+        ]
         for name, (kind, _) in GGUF_KINDS.items()
     ]
     stored += [[f"{name}, made while loading", name, "", _listed(formats[name].devices)] for name in ONLINE]

@@ -112,12 +112,14 @@ def write_tiny_gguf(
     family: str = "llama",
     *,
     quant: str = "Q8_0",
+    others: dict[str, str] | None = None,
     seed: int = 0,
     metadata: dict[str, Any] | None = None,
     **overrides: Any,
 ) -> Any:
     """Write a GGUF file as llama.cpp's converter does: its names, q and k rows of Llama interleaved, matrices as
-    ``quant`` ("F32", "F16", "BF16", "Q4_0" ... "Q6_K"), vectors as F32. ``metadata`` adds integer or string keys.
+    ``quant`` ("F32", "F16", "BF16", "Q4_0" ... "Q6_K"; ``others``: part of a name -> another), vectors as F32.
+    ``metadata`` adds integer or string keys.
 
     Returns the transformers model that holds the dequantised weights.
     """
@@ -127,7 +129,6 @@ def write_tiny_gguf(
     write_metadata(writer, config, family)
     for key, value in (metadata or {}).items():
         writer.add_string(key, value) if isinstance(value, str) else writer.add_uint32(key, value)
-    qtype = GGMLQuantizationType[quant]
     rng = np.random.default_rng(seed)
     dequantised = {}
     for name, tensor in model.state_dict().items():
@@ -138,7 +139,8 @@ def write_tiny_gguf(
         num_heads = heads.get(name.split(".")[-2]) if family == "llama" else None
         if num_heads:
             data = interleave(data, num_heads)
-        of_type = qtype if data.ndim == 2 else GGMLQuantizationType.F32
+        chosen = next((other for part, other in (others or {}).items() if part in name), quant)
+        of_type = GGMLQuantizationType[chosen if data.ndim == 2 else "F32"]
         blocks = quantise(data, of_type, rng)
         writer.add_tensor(
             gguf_name(name), blocks, raw_shape=None if of_type.name[0] == "F" else blocks.shape, raw_dtype=of_type

@@ -19,6 +19,7 @@ from aphro_kernels.tile_linear import TileConfig, launch_tiles, suits_tiles, til
 Kind = Literal["int4", "int8", "fp8"]
 MAX_ROWS: Final = 32  # of the kernel; above, dequantising is shared by enough rows
 _LEAST_GROUP: Final = 32  # inputs that share a scale, for tiles to lie within one
+_LEAST_INPUTS: Final = 16  # that a tensor core's product adds up; of int4 two halves of a group do
 _WIDE: Final = 8192  # outputs: enough stripes of many columns for all multiprocessors
 
 
@@ -56,8 +57,9 @@ class PackedWeight:
     @property
     def suits_kernel(self) -> bool:
         """Other groups are dequantised for each product."""
-        whole = self.scales.shape[1] == 1
-        return self.shape[1] % _LEAST_GROUP == 0 and (whole or widest_tile(self.group, 2**20) == self.group)
+        whole, least = self.scales.shape[1] == 1, 2 * _LEAST_INPUTS if self.offsets is not None else _LEAST_INPUTS
+        is_group = widest_tile(self.group, 2**20) == self.group >= least
+        return self.shape[1] % _LEAST_GROUP == 0 and (whole or is_group)
 
 
 def halve_groups(codes: Tensor, group: int) -> Tensor:

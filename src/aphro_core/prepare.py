@@ -28,6 +28,7 @@ from aphro_core.errors import PlacementError, UsageError
 from aphro_core.estimate.aphro_engine import expected_balances
 from aphro_core.estimate.balance import RankBalance
 from aphro_core.executor.choice import Wanted, choose_placement
+from aphro_core.models.packed_summary import describe_weights
 from aphro_core.models.quantization import expands_gguf, is_int4
 from aphro_core.models.registry import load_spec
 from aphro_core.models.spec import DecoderSpec
@@ -330,16 +331,15 @@ def _choose_cache_dtype(
 def _choose_quantization(
     options: EngineOptions, spec: DecoderSpec, device: Device, dtype: DType, reporter: Reporter
 ) -> str | None:
-    """What was asked for; else GGUF weights are expanded for float32, which is there to be exact, and on GPUs."""
+    """What was asked for; else GGUF weights are expanded for float32, which is there to be exact."""
     found = spec.quantization
     if found is None:
         return options.quantization
     is_exact = options.deterministic and options.quantization is None and found.layout == "gguf"
-    if is_exact or expands_gguf(found, options.quantization, dtype, device):
+    if is_exact or expands_gguf(found, options.quantization, dtype):
         reporter.line(f"Weights: GGUF blocks are expanded to {dtype} (-q gguf keeps them packed).")
         return "none"
-    how = f"quantised to {found.kind} while loading" if found.layout == "online" else f"{found.layout}, kept packed"
-    reporter.line(f"Weights: {how}.")
+    reporter.line(f"Weights: {describe_weights(spec, dtype)}")
     if device == "cpu" and dtype == "bfloat16" and host.has_product_kernels():
         reporter.line(
             "Activations are quantised to 8 bits in blocks of 32 for each product (--dtype float32 does not)."

@@ -212,6 +212,13 @@ def test_packed_linear(num_rows: int, shape: tuple[int, int], num_groups: int, k
     compare_packed_linear(num_rows, shape, kind, num_groups, dtype, "cuda")
 
 
+@pytest.mark.parametrize(("kind", "group"), [("int8", 16), ("int8", 32), ("int4", 32)])  # Q6_K; Q8_0, Q5_0; Q4_K, Q4_0
+@pytest.mark.parametrize("num_rows", [1, 8, 20])
+@pytest.mark.parametrize("shape", [(1024, 4096), (8192, 512)])
+def test_packed_linear_of_gguf_blocks(num_rows: int, shape: tuple[int, int], kind: str, group: int) -> None:
+    compare_packed_linear(num_rows, shape, kind, shape[1] // group, torch.bfloat16, "cuda")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(4096, 4096), (1504, 14336), (96, 640)])
 @pytest.mark.parametrize("num_rows", [1, 3, 8, 17])

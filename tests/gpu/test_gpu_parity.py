@@ -11,12 +11,15 @@ from aphro_core.checkpoint.open import read_hf_config
 from aphro_core.llm import LLM
 from aphro_core.models.registry import load_spec
 from aphro_core.parallel.shard import build_plan
+from aphro_core.prepare import EngineOptions, prepare
+from aphro_core.reporter import SilentReporter
 from aphro_core.request import SamplingParams
 from tests.e2e.server_process import running_server
 from tests.families import TINY
 from tests.formats import TINY_FORMATS, round_inputs, write_tiny_format
+from tests.gguf_families import TINY_GGUF, write_gguf_family
 from tests.reference import Reference
-from tests.tiny import PLAIN, write_tiny_checkpoint
+from tests.tiny import PLAIN, write_tiny_checkpoint, write_tiny_gguf
 
 NUM_GPUS = torch.cuda.device_count()
 FAMILIES = tuple(TINY)
@@ -78,6 +81,54 @@ def test_quantised_tokens_equal_transformers(tmp_path: Path, name: str) -> None:
     ) as llm:
         outputs = llm.generate(reference.prompts, reference.greedy)
     assert [list(output.outputs[0].token_ids) for output in outputs] == reference.tokens
+
+
+class Lines(SilentReporter):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def first_logprobs(path: Path, prompts: list[list[int]], quantization: str | None) -> list[dict[int, float]]:
+    params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, logprobs=5)
+    with LLM(
+        str(path),
+        device="cuda",
+        dtype="float16",
+        quantization=quantization,
+        num_blocks=64,
+        max_model_len=128,
+        skip_tokenizer_init=True,
+    ) as llm:
+        outputs = llm.generate(prompts, params)
+    found = []
+    for output in outputs:
+        choice = output.outputs[0]
+        assert len(choice.token_ids) == 6
+        (first, *_) = choice.logprobs or []
+        found.append({token: entry.logprob for token, entry in first.items()})
+    return found
+
+
+@pytest.mark.parametrize("name", ["Q4_K_M", "Q5_0", "mixtral", "qwen2moe"])
+def test_gguf_blocks_stay_packed(tmp_path: Path, name: str) -> None:
+    """In 16 bits they do so by default; what is computed is that of the expanded weights up to rounding."""
+    path = tmp_path / "model.gguf"
+    if name in TINY_GGUF:
+        write_gguf_family(tmp_path, name, "Q4_0")
+    else:
+        others = {"v_proj": "Q6_K", "layers.0.mlp.down": "Q6_K", "layers.1.mlp.up": "Q6_K"} if name == "Q4_K_M" else {}
+        write_tiny_gguf(path, quant="Q4_K" if others else name, others=others)
+    lines = Lines()
+    prepare(EngineOptions(model=str(path), device="cuda", dtype="float16"), lines)
+    assert any("gguf, kept packed (" in line for line in lines.lines)
+    prompts = [[7 * i % 120 + 1 for i in range(length)] for length in (1, 9, 40, 75)]
+    packed, expanded = (first_logprobs(path, prompts, asked) for asked in (None, "none"))
+    for one, other in zip(packed, expanded, strict=True):
+        for token in one.keys() & other.keys():
+            assert one[token] == pytest.approx(other[token], abs=0.15)
 
 
 @pytest.mark.parametrize("tp", [1, 2])

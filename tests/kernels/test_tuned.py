@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from aphro_kernels import tuned
+from aphro_kernels.packed_linear import PackedWeight, packed_config
 from aphro_kernels.skinny_linear import SkinnyConfig, build_skinny_workspace
 
 FILES = sorted((Path(tuned.__file__).parent / "tuned").glob("*.json"))
@@ -80,3 +81,15 @@ def test_one_row_of_an_unknown_shape_takes_the_rule(
 
 def test_no_cpu_tensor_takes_the_kernel() -> None:
     assert tuned.skinny_config(torch.zeros(6144, 16, dtype=torch.bfloat16), 1) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "group", "takes"),
+    [("int8", 8, False), ("int8", 16, True), ("int8", 48, False), ("int4", 16, False), ("int4", 32, True)],
+)
+def test_the_kernel_of_few_rows_takes_what_a_tensor_core_adds_up(kind: str, group: int, takes: bool) -> None:
+    """16 inputs with one scale: of int4 a group has two halves. Others are dequantised."""
+    scales = torch.ones(64, 384 // group)
+    codes = torch.zeros(64, 384 // (2 if kind == "int4" else 1), dtype=torch.uint8 if kind == "int4" else torch.int8)
+    weight = PackedWeight(codes, scales, scales if kind == "int4" else None)
+    assert (packed_config(weight, 4) is not None) == takes

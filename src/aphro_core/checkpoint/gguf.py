@@ -214,7 +214,7 @@ def hf_name(name: str, family: GGUFFamily) -> str:
         return name
     layer, stem, kind = str(found[1] or ""), str(found[2]), str(found[3])
     renamed = family.stem(stem)
-    return f"{renamed}.{kind}" if not layer else f"model.layers.{layer}.{renamed}.{kind}"
+    return f"{renamed}.{kind}" if not layer else f"{family.layer}.{layer}.{renamed}.{kind}"
 
 
 def _matrices(info: TensorInfo, family: GGUFFamily) -> Iterator[tuple[str, TensorInfo]]:

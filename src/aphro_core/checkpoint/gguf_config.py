@@ -142,6 +142,6 @@ def _number(header: GGUFHeader, key: str, default: float) -> float:
 
 def _dtype(header: GGUFHeader) -> str:
     """Of the weights: bfloat16 for block formats, whose values fit its range and precision."""
-    info = header.tensors.get("blk.0.attn_q.weight")
+    info = header.tensors.get("blk.0.attn_q.weight") or header.tensors.get("blk.0.attn_qkv.weight")
     name = info.format.name if info is not None and info.format is not None else ""
     return {"F32": "float32", "F16": "float16"}.get(name, "bfloat16")

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from aphro_core.checkpoint.gguf_header import GGUFHeader
 
-# GGUF stem -> Hugging Face stem, those inside a layer behind "model.layers.N."
+# GGUF stem -> Hugging Face stem, those inside a layer behind its number
 _STEMS: Final[dict[str, str]] = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -48,6 +48,18 @@ _GEMMA: Final = {
 }
 _PHI3: Final = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
 
+_QWEN: Final = {
+    "token_embd": "transformer.wte",
+    "output_norm": "transformer.ln_f",
+    "attn_norm": "ln_1",
+    "attn_qkv": "attn.c_attn",
+    "attn_output": "attn.c_proj",
+    "ffn_norm": "ln_2",
+    "ffn_gate": "mlp.w2",
+    "ffn_up": "mlp.w1",
+    "ffn_down": "mlp.c_proj",
+}
+
 _Keys = Callable[[GGUFHeader], dict[str, Any]]
 
 
@@ -62,6 +74,7 @@ class GGUFFamily:
 
     architecture: str
     stems: Mapping[str, str] = field(default_factory=dict)  # besides those that all have
+    layer: str = "model.layers"  # stands before the number of a layer
     is_interleaved: bool = False
     has_gains_plus_one: bool = False
     is_partly_rotary: bool = False  # unless the config says what share of a head rotates
@@ -140,6 +153,17 @@ def _granite_keys(header: GGUFHeader) -> dict[str, Any]:
     )
 
 
+def _qwen_keys(header: GGUFHeader) -> dict[str, Any]:
+    """As Qwen's own config says it; ``feed_forward_length`` is twice the MLP's columns, as intermediate_size is."""
+    return _of(
+        header,
+        seq_length="context_length",
+        layer_norm_epsilon="attention.layer_norm_rms_epsilon",
+        rotary_emb_base="rope.freq_base",
+        kv_channels="rope.dimension_count",
+    )
+
+
 def _nemotron_keys(header: GGUFHeader) -> dict[str, Any]:
     return _of(header, norm_eps="attention.layer_norm_epsilon") | {"hidden_act": "relu2"}
 
@@ -149,6 +173,7 @@ _MIXTRAL_FAMILY: Final = GGUFFamily(
 )
 FAMILIES: Final[dict[str, GGUFFamily]] = {
     "llama": GGUFFamily(architecture="LlamaForCausalLM", is_interleaved=True),  # Mistral has this name too
+    "qwen": GGUFFamily(architecture="QWenLMHeadModel", stems=_QWEN, layer="transformer.h", keys=_qwen_keys),
     "qwen2": GGUFFamily(architecture="Qwen2ForCausalLM"),
     "qwen2moe": GGUFFamily(architecture="Qwen2MoeForCausalLM", stems=_QWEN_MOE, keys=_qwen_moe_keys),
     "qwen3": GGUFFamily(architecture="Qwen3ForCausalLM"),

@@ -138,7 +138,7 @@ def _estimate(question: Question, sizes: Sizes) -> Estimate:
     source, device, generation = question.source, question.device, question.generation
     if generation is None:
         spec = source.spec
-        if spec is not None and expands_gguf(spec.quantization, question.asked_quantization, sizes.dtype, device.kind):
+        if spec is not None and expands_gguf(spec.quantization, question.asked_quantization, sizes.dtype):
             spec = replace(spec, quantization=None)
         if spec is None:
             check_general(source.facts, sizes.tp, sizes.pp, question.scheme, expert_parallel=sizes.expert_parallel)

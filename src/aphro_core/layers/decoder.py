@@ -15,16 +15,17 @@ from aphro_core.layers.attention import Attention
 from aphro_core.layers.batch import Batch, GatheredRows, PagedRows
 from aphro_core.layers.cache_format import CacheFormat
 from aphro_core.layers.embedding import PositionEmbedding, VocabEmbedding, VocabHead
+from aphro_core.layers.expert_stacks import DenseStack, Stack, packed_stack
 from aphro_core.layers.linear import AnyLinear, Linear
 from aphro_core.layers.mlp import GatedMLP, PlainMLP
-from aphro_core.layers.moe import DenseStack, Experts, GroupedExperts, LoopedExperts, PackedStack, SparseMoe, Stack
+from aphro_core.layers.moe import Experts, GroupedExperts, LoopedExperts, SparseMoe
 from aphro_core.layers.norm import LayerNorm, Norm, RMSNorm
 from aphro_core.layers.rotary import RotaryEmbedding, Rotation
 from aphro_core.layers.row_invariant import RowSizes
 from aphro_core.models.spec import DecoderSpec, RopeSpec
 from aphro_core.parallel.shard import RankShard
 from aphro_core.quantization.linear import QuantizedLinear
-from aphro_core.quantization.matrix import PackedMatrix, Weights
+from aphro_core.quantization.matrix import PackedMatrix, Weights, cut_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,9 +256,8 @@ class _Parts:
     def _stack(self, weight: Tensor | list[PackedMatrix], num_experts: int) -> Stack:
         if isinstance(weight, Tensor):
             return DenseStack(self._keep(weight).view(num_experts, -1, weight.shape[1]))
-        (matrix,) = weight
-        self._packed_bytes += matrix.nbytes
-        return PackedStack(matrix, num_experts)
+        self._packed_bytes += sum(matrix.nbytes for matrix in weight)
+        return packed_stack(weight, num_experts)
 
     def norm(self, name: str) -> Norm:
         if self._spec.norm == "rms":
@@ -313,8 +313,4 @@ def _cut(weight: Tensor | list[PackedMatrix], num_parts: int) -> list[Tensor | l
     """The experts' matrices, which stand below each other; none on a rank without experts."""
     if not num_parts:
         return []
-    if isinstance(weight, Tensor):
-        return list(weight.chunk(num_parts))
-    (matrix,) = weight
-    each = matrix.shape[0] // num_parts
-    return [[matrix.rows(part * each, (part + 1) * each)] for part in range(num_parts)]
+    return list(weight.chunk(num_parts)) if isinstance(weight, Tensor) else list(cut_rows(weight, num_parts))

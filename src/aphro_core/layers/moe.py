@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from aphro_kernels.grouped_gemm import RowTiles, grouped_linear, plan_tiles
-from aphro_kernels.grouped_packed import grouped_packed_linear
-from aphro_kernels.quantise_rows import round_rows
+from aphro_kernels.grouped_gemm import plan_tiles
 from torch import Tensor
 
+from aphro_core.layers.expert_stacks import Stack
 from aphro_core.layers.linear import AnyLinear
 from aphro_core.layers.mlp import GatedMLP, gated, gated_product
 from aphro_core.models.spec import Activation, MoeSpec
-from aphro_core.quantization.matrix import PackedMatrix
 
 
 class Experts(Protocol):
@@ -83,44 +81,6 @@ class LoopedExperts:
                 y = down(gated_product(gate_up, x[rows[here]], self._activation))
                 out.index_add_(0, rows[here], y.mul_(weights[here, None]))
         return out
-
-
-class Stack(Protocol):
-    """The matrices of a rank's experts, [experts, out, in]."""
-
-    num_experts: int
-
-    def times(self, x: Tensor, tiles: RowTiles, slots_per_row: int, *, has_foreign: bool) -> Tensor:
-        """As ``grouped_linear``."""
-        ...
-
-
-class DenseStack:
-    def __init__(self, weight: Tensor) -> None:
-        self.num_experts = len(weight)
-        self._weight = weight
-
-    def times(self, x: Tensor, tiles: RowTiles, slots_per_row: int, *, has_foreign: bool) -> Tensor:
-        return grouped_linear(x, self._weight, tiles, slots_per_row, has_foreign=has_foreign)
-
-
-class PackedStack:
-    """Quantised matrices below each other."""
-
-    def __init__(self, matrix: PackedMatrix, num_experts: int) -> None:
-        self.num_experts = num_experts
-        self._weight = matrix.for_kernels()
-        self._inputs, self._kind = matrix.inputs, matrix.kind
-
-    def times(self, x: Tensor, tiles: RowTiles, slots_per_row: int, *, has_foreign: bool) -> Tensor:
-        options = {"has_foreign": has_foreign}
-        if self._inputs is None or self._kind == "int4":
-            return grouped_packed_linear(x, self._weight, self.num_experts, tiles, slots_per_row, **options)
-        codes, scales = round_rows(x, self._kind, self._inputs.scale)
-        y = grouped_packed_linear(codes, self._weight, self.num_experts, tiles, slots_per_row, **options)
-        if has_foreign:  # their rows were never written, and what is found of them is nothing to go by
-            scales.nan_to_num_(0.0, 0.0, 0.0)
-        return y.mul_(scales.repeat_interleave(slots_per_row)[:, None])
 
 
 class GroupedExperts:

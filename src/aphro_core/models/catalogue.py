@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from aphro_core.models.quant_config import METHODS, ONLINE, RECOGNISED
-from aphro_core.models.quantization import GGUF_KINDS
+from aphro_core.models.quantization import GGUF_KINDS, GGUF_REQUANTISED
 from aphro_core.models.registry import FAMILIES, RECOGNISED_ARCHITECTURES
 
 
@@ -33,7 +33,10 @@ _WHAT: Final = {
     "gptq": "GPTQ, 4 and 8 bits, act-order included",
     "awq": "AWQ, 4 bits (gemm)",
     "compressed-tensors": "FP8 static and dynamic, INT8 W8A8, W4A16 and W8A16",
-    "gguf": f"GGUF blocks kept packed: {', '.join(GGUF_KINDS)}; other block formats are expanded",
+    "gguf": "GGUF blocks kept packed: "
+    + ", ".join(
+        f"{name} in {kind}" + " (requantised)" * (name in GGUF_REQUANTISED) for name, (kind, _) in GGUF_KINDS.items()
+    ),
 }
 
 

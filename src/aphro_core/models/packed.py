@@ -99,7 +99,7 @@ def parameter_bytes(rules: Sequence[TensorRule], spec: DecoderSpec, shard: Shard
             shape.append(local[rule.columns])
         if is_packed(rule, spec):
             total += sum(
-                _matrix_bytes(
+                matrix_bytes(
                     spec, rule.columns or "hidden", module_of(source.name), local[source.rows], shape[1], dtype_bytes
                 )
                 for source in rule.sources
@@ -110,7 +110,21 @@ def parameter_bytes(rules: Sequence[TensorRule], spec: DecoderSpec, shard: Shard
     return total
 
 
-def _matrix_bytes(spec: DecoderSpec, axis: Axis, module: str, rows: int, columns: int, dtype_bytes: int) -> int:
+def widest_packed(rules: Sequence[TensorRule], spec: DecoderSpec, shard: Shard) -> int:
+    """Weights of the largest quantised parameter of a rank; a layer's experts are one."""
+    local = local_sizes(spec, shard)
+    return max(
+        (
+            sum(local[source.rows] for source in rule.sources) * local[rule.columns]
+            for rule in rules_of_rank(rules, spec, shard)
+            if rule.columns is not None and is_packed(rule, spec)
+        ),
+        default=0,
+    )
+
+
+def matrix_bytes(spec: DecoderSpec, axis: Axis, module: str, rows: int, columns: int, dtype_bytes: int) -> int:
+    """Bytes of one quantised matrix in memory: codes, scales, offsets. ``axis`` is that of its columns."""
     quantization = spec.quantization
     assert quantization is not None
     kind, group = quantization.kind_of(module), source_group(spec, module, column_group(spec, axis))

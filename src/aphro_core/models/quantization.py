@@ -12,14 +12,21 @@ Layout = Literal["online", "fp8", "gptq", "awq", "compressed-tensors", "gguf"]
 
 Activations = Literal["static", "dynamic"] | None
 
-# GGUF block formats that are kept packed -> (kind, elements that share a scale)
+# GGUF block formats -> (kind that they are kept in, elements that share a scale)
 GGUF_KINDS: Final[dict[str, tuple[Kind, int]]] = {
     "Q4_0": ("int4", 32),
     "Q4_1": ("int4", 32),
     "Q4_K": ("int4", 32),
     "Q8_0": ("int8", 32),
     "Q6_K": ("int8", 16),
+    "Q5_0": ("int8", 32),
+    "Q3_K": ("int8", 16),
+    "Q5_1": ("int8", 32),
+    "Q5_K": ("int8", 32),
+    "Q2_K": ("int8", 16),
 }
+# Of these the codes that are not kept as they are: with an offset a group, which int8 has not, they are rounded anew.
+GGUF_REQUANTISED: Final = ("Q5_1", "Q5_K", "Q2_K")
 GGUF_GROUP: Final = 32  # between whose multiples every GGUF matrix may be cut
 ONLINE_GROUP: Final = 128  # the widest group of weights that are quantised while they are loaded
 _FEWEST_GROUPS: Final = 16  # of the columns that tensor-parallel ranks share out, so that many ranks find one
@@ -94,9 +101,9 @@ def is_int4(spec: QuantSpec) -> bool:
     return kinds == {"int4"}
 
 
-def expands_gguf(found: QuantSpec | None, asked: str | None, dtype: str, device: str) -> bool:
-    """Whether GGUF blocks are expanded though nobody asked: for float32, which is there to be exact, and on GPUs."""
-    return asked is None and found is not None and found.layout == "gguf" and (dtype == "float32" or device == "cuda")
+def expands_gguf(found: QuantSpec | None, asked: str | None, dtype: str) -> bool:
+    """Whether GGUF blocks are expanded though nobody asked: for float32, which is there to be exact."""
+    return asked is None and found is not None and found.layout == "gguf" and dtype == "float32"
 
 
 def online_group(width: int) -> int:

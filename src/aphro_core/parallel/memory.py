@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Final
 
-from aphro_core.models.packed import parameter_bytes
+from aphro_core.models.packed import parameter_bytes, widest_packed
 from aphro_core.models.registry import family_of
 from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel.shard import RankShard
@@ -63,12 +63,25 @@ def weights_bytes(spec: DecoderSpec, shard: RankShard, dtype_bytes: int) -> int:
         return parameter_bytes(tensors, spec, shard, dtype_bytes)
     outside = parameter_bytes(tensors, spec, replace(shard, layers=range(0)), dtype_bytes)
     num_layers = Counter(map(spec.has_experts, shard.layers))
-    example = {spec.has_experts(layer): range(layer, layer + 1) for layer in shard.layers}
     each = {
-        kind: parameter_bytes(tensors, spec, replace(shard, layers=layers), dtype_bytes) - outside
-        for kind, layers in example.items()
+        kind: parameter_bytes(tensors, spec, example, dtype_bytes) - outside
+        for kind, example in _layer_of_each_kind(spec, shard).items()
     }
     return outside + sum(each[kind] * number for kind, number in num_layers.items())
+
+
+def dequantised_bytes(spec: DecoderSpec, shard: RankShard, dtype_bytes: int) -> int:
+    """Of the copy that a GPU makes of one quantised matrix to multiply many rows with: the largest of the rank's."""
+    if spec.quantization is None:
+        return 0
+    parts = _layer_of_each_kind(spec, shard).values() if are_layers_alike(spec) else [shard]
+    tensors = family_of(spec).tensors
+    return max((widest_packed(tensors, spec, part) for part in parts), default=0) * dtype_bytes
+
+
+def _layer_of_each_kind(spec: DecoderSpec, shard: RankShard) -> dict[bool, RankShard]:
+    """By whether it has experts: the rank with one such layer of its own."""
+    return {spec.has_experts(layer): replace(shard, layers=range(layer, layer + 1)) for layer in shard.layers}
 
 
 def are_layers_alike(spec: DecoderSpec) -> bool:
@@ -103,13 +116,15 @@ def working_bytes(
 ) -> int:
     """All that a rank keeps free beside weights and cache: what engine and estimate alike call its activations.
 
-    A step's activations; on GPUs with what the allocator holds unused, modules, and what captured decode graphs keep.
+    A step's activations; on GPUs with what the allocator holds unused, a dequantised matrix, modules, and what captured
+    decode graphs keep.
     """
     step = activation_bytes(spec, shard, max_num_batched_tokens, max_num_seqs, dtype_bytes)
     if not is_gpu:
         return step
     graphs = 0 if enforce_eager else graph_bytes(spec, shard, max_num_seqs, dtype_bytes)
-    return round(step * _ALLOCATOR_SHARE) + _MODULE_BYTES + graphs
+    dequantised = dequantised_bytes(spec, shard, dtype_bytes)
+    return round(step * _ALLOCATOR_SHARE) + dequantised + _MODULE_BYTES + graphs
 
 
 def outside_bytes(num_ranks: int) -> int:

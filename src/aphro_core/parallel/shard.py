@@ -153,16 +153,18 @@ def _between_groups(spec: DecoderSpec, tp: int, legal: Sequence[int], expert_par
     name = rule.sources[0].name.replace("{i}", "0").replace("{e}", "0")
     width, group = axis_sizes(spec)[axis], cut_unit(spec, axis)
     heads = f" ({spec.num_heads} heads of {spec.head_dim})" if axis == "heads" else ""
+    is_gguf = spec.quantization is not None and spec.quantization.layout == "gguf"
     if not legal:
         return PlacementError(
             f"{name} is quantised in groups of {group} along dimension 1, {width}{heads}, which they do not divide",
-            hint="use the unquantised model, or another format",
+            hint="-q none expands the blocks" if is_gguf else "use the unquantised model, or another format",
         )
     nearest = min(legal, key=lambda size: (abs(size - tp), size))
+    unpacked = "; or -q none, which expands the blocks" if is_gguf else ""
     return PlacementError(
         f"tensor_parallel_size is {tp}, but {name} is quantised in groups of {group} along "
         f"dimension 1, {width}{heads}, and a rank needs whole groups, allowed: {_listed(legal)}",
-        hint=f"-tp {nearest}" + (", and -pp for more devices" if nearest < tp else ""),
+        hint=f"-tp {nearest}" + (", and -pp for more devices" if nearest < tp else "") + unpacked,
     )
 
 

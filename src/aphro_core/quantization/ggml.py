@@ -1,4 +1,8 @@
-"""GGUF's block formats kept packed: blocks to codes, scales and offsets, 4 or 8 bits a weight."""
+"""GGUF's block formats kept packed: blocks to codes, scales and offsets, 4 or 8 bits a weight.
+
+Codes are kept as they are, with the products of a block's scale and its groups' as one scale a group; those of
+``GGUF_REQUANTISED`` are rounded to 8 bits anew.
+"""
 
 from __future__ import annotations
 
@@ -9,32 +13,48 @@ import torch
 from torch import Tensor
 
 from aphro_core.checkpoint.gguf import GGUFCheckpoint
-from aphro_core.quantization.matrix import PackedMatrix
+from aphro_core.models.quantization import GGUF_KINDS, GGUF_REQUANTISED
+from aphro_core.quantization.matrix import PackedMatrix, below_each_other
+from aphro_core.quantization.online import quantise
 from aphro_core.quantization.packing import pack_nibbles
 from aphro_core.quantization.source import QuantSource
 
 # (codes [blocks, elements], scales [blocks, groups], offsets the same or None), scales and offsets in float32
 Decoded = tuple[Tensor, Tensor, Tensor | None]
+_ROWS: Final = 1024  # that are worked on at once, to bound the memory besides the result
 
 
 def read_ggml(source: QuantSource) -> PackedMatrix:
     """The module's rows and columns; columns may begin within a block of 256, as its groups are smaller."""
     checkpoint, name = source.checkpoint, f"{source.module}.weight"
     assert isinstance(checkpoint, GGUFCheckpoint), "the layout is that of GGUF files"
+    block_format = source.spec.block_formats[name]
+    decode, (_, group) = _DECODERS[block_format], GGUF_KINDS[block_format]
     blocks, first_column = checkpoint.read_blocks(name, source.rows, source.columns)
-    num_rows = len(blocks)
-    codes, scales, offsets = _DECODERS[source.spec.block_formats[name]](blocks.flatten(0, 1))
-    group = codes.shape[1] // scales.shape[1]
-    start, stop = source.columns.start - first_column, source.columns.stop - first_column
+    inside = slice(source.columns.start - first_column, source.columns.stop - first_column)
+    groups = slice(inside.start // group, inside.stop // group)
 
-    def groups_of(values: Tensor) -> Tensor:
-        return values.view(num_rows, -1)[:, start // group : stop // group].to(source.scale_dtype).contiguous()
+    def requantised(rows: Tensor) -> PackedMatrix:
+        codes, scales, offsets = decode(rows.flatten(0, 1))
+        assert offsets is not None
+        values = codes.view(*scales.shape, group) * scales[..., None] + offsets[..., None]
+        return quantise(values.view(len(rows), -1)[:, inside].contiguous(), "int8", group, source.scale_dtype)
 
-    codes = codes.view(num_rows, -1)[:, start:stop]
-    scales = groups_of(scales)
-    if offsets is None:
-        return PackedMatrix("int8", codes.contiguous(), scales)
-    return PackedMatrix("int4", pack_nibbles(codes), scales, groups_of(offsets))
+    def kept(rows: Tensor) -> PackedMatrix:
+        codes, *factors = decode(rows.flatten(0, 1))
+        codes = codes.view(len(rows), -1)[:, inside]
+        scales, offsets = (
+            None if each is None else each.view(len(rows), -1)[:, groups].to(source.scale_dtype).contiguous()
+            for each in factors
+        )
+        assert scales is not None
+        if offsets is None:
+            return PackedMatrix("int8", codes.contiguous(), scales)
+        return PackedMatrix("int4", pack_nibbles(codes), scales, offsets)
+
+    read = requantised if block_format in GGUF_REQUANTISED else kept
+    (matrix,) = below_each_other([read(rows) for rows in torch.split(blocks, _ROWS)])
+    return matrix
 
 
 def _q4_0(blocks: Tensor) -> Decoded:
@@ -46,19 +66,61 @@ def _q4_1(blocks: Tensor) -> Decoded:
     return _split_nibbles(blocks[:, 4:]), _halves(blocks, 0), _halves(blocks, 2)
 
 
+def _q5_0(blocks: Tensor) -> Decoded:
+    codes = _split_nibbles(blocks[:, 6:]) | _fifth_bits(blocks[:, 2:6]) << 4
+    return codes.to(torch.int8) - 16, _halves(blocks, 0), None
+
+
+def _q5_1(blocks: Tensor) -> Decoded:
+    codes = _split_nibbles(blocks[:, 8:]) | _fifth_bits(blocks[:, 4:8]) << 4
+    return codes, _halves(blocks, 0), _halves(blocks, 2)
+
+
 def _q8_0(blocks: Tensor) -> Decoded:
     return blocks[:, 2:].contiguous().view(torch.int8), _halves(blocks, 0), None
 
 
+def _q2_k(blocks: Tensor) -> Decoded:
+    """16 bytes with a scale in their low half and a minimum in the high one; 128 weights at a time, 2 bits each."""
+    both, shifts = blocks[:, :16], torch.arange(0, 8, 2, dtype=torch.uint8).view(1, 1, 4, 1)
+    codes = (blocks[:, 16:80].view(-1, 2, 1, 32) >> shifts & 3).flatten(1)
+    return codes, _halves(blocks, 80) * (both & 15), -_halves(blocks, 82) * (both >> 4)
+
+
+def _q3_k(blocks: Tensor) -> Decoded:
+    """Two low bits as in Q2_K, the third as one of eight planes of ``hmask``; 16 scales of 6 bits, less 32."""
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8).view(1, 1, 4, 1)
+    low = (blocks[:, 32:96].view(-1, 2, 1, 32) >> shifts & 3).flatten(1)
+    planes = torch.arange(8, dtype=torch.uint8).view(1, 8, 1)
+    high = (blocks[:, None, :32] >> planes & 1).flatten(1)
+    packed = blocks[:, 96:108]
+    fours = torch.cat((packed[:, :8] & 15, packed[:, :8] >> 4), dim=1)
+    twos = (packed[:, None, 8:] >> torch.arange(0, 8, 2, dtype=torch.uint8).view(1, 4, 1) & 3).flatten(1)
+    scales = (fours | twos << 4).to(torch.int8) - 32
+    return (low | high << 2).to(torch.int8) - 4, _halves(blocks, 108) * scales, None
+
+
 def _q4_k(blocks: Tensor) -> Decoded:
+    quarters = blocks[:, 16:].view(-1, 4, 32)  # 64 weights each: the low halves, then the high ones
+    codes = torch.stack((quarters & 15, quarters >> 4), dim=2).flatten(1)
+    return codes, *_eight_groups(blocks)
+
+
+def _q5_k(blocks: Tensor) -> Decoded:
+    """As Q4_K, with each weight's fifth bit in one of eight planes of ``qh``."""
+    quarters, planes = blocks[:, 48:].view(-1, 4, 32), torch.arange(8, dtype=torch.uint8).view(1, 8, 1)
+    codes = torch.stack((quarters & 15, quarters >> 4), dim=2).flatten(1)
+    high = (blocks[:, None, 16:48] >> planes & 1).flatten(1)
+    return codes | high << 4, *_eight_groups(blocks)
+
+
+def _eight_groups(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Scales and minima of eight groups in 6 bits each: the first four whole in a byte, the last four in two parts."""
     low = blocks[:, 4:16]
     first, second, third = low[:, 0:4], low[:, 4:8], low[:, 8:12]
     scales = torch.cat((first & 63, (third & 15) | (first >> 6 << 4)), dim=1)
     minima = torch.cat((second & 63, (third >> 4) | (second >> 6 << 4)), dim=1)
-    quarters = blocks[:, 16:].view(-1, 4, 32)  # 64 weights each: the low halves, then the high ones
-    codes = torch.stack((quarters & 15, quarters >> 4), dim=2).flatten(1)
-    return codes, _halves(blocks, 0) * scales, -_halves(blocks, 2) * minima
+    return _halves(blocks, 0) * scales, -_halves(blocks, 2) * minima
 
 
 def _q6_k(blocks: Tensor) -> Decoded:
@@ -74,7 +136,12 @@ def _q6_k(blocks: Tensor) -> Decoded:
 _DECODERS: Final[dict[str, Callable[[Tensor], Decoded]]] = {
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
     "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
     "Q8_0": _q8_0,
     "Q6_K": _q6_k,
 }
@@ -88,3 +155,8 @@ def _halves(blocks: Tensor, at: int) -> Tensor:
 def _split_nibbles(packed: Tensor) -> Tensor:
     """The low halves of all bytes, then the high ones."""
     return torch.cat((packed & 15, packed >> 4), dim=1)
+
+
+def _fifth_bits(words: Tensor) -> Tensor:
+    """The bits of 4 bytes, the lowest first: uint8 [blocks, 32]."""
+    return (words[:, :, None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten(1)

@@ -112,6 +112,20 @@ def below_each_other(parts: Sequence[PackedMatrix]) -> list[PackedMatrix]:
     return [_joined(run) for run in merged]
 
 
+def cut_rows(matrices: Sequence[PackedMatrix], num_parts: int) -> list[list[PackedMatrix]]:
+    """Matrices below each other in parts of equally many rows, as views."""
+    parts: list[list[PackedMatrix]] = [[] for _ in range(num_parts)]
+    each, at = sum(matrix.shape[0] for matrix in matrices) // num_parts, 0
+    for matrix in matrices:
+        start = 0
+        while start < matrix.shape[0]:
+            part, inside = divmod(at, each)
+            stop = min(matrix.shape[0], start + each - inside)
+            parts[part].append(matrix.rows(start, stop))
+            start, at = stop, at + stop - start
+    return parts
+
+
 def with_common_inputs(parts: Sequence[PackedMatrix]) -> list[PackedMatrix]:
     """Of a rank's experts, whose rows are rounded together: the largest stored scale, so that nothing is cut off."""
     scales = [part.inputs.scale for part in parts if part.inputs is not None and part.inputs.scale is not None]

@@ -220,7 +220,7 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ModelError, match="architecture 'mamba', supported: llama, qwen2, qwen2moe"):
+    with pytest.raises(ModelError, match="architecture 'mamba', supported: llama, qwen, qwen2, qwen2moe"):
         open_checkpoint(tmp_path / "x.gguf")
 
 

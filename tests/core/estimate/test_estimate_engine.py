@@ -97,7 +97,7 @@ def test_gguf_blocks_are_kept_as_run_keeps_them(dtype: str, is_packed: bool, tmp
         device = DeviceFacts(kind=kind, total_bytes=FREE)  # type: ignore[arg-type]
         (found,) = estimate(Question(source=source, device=device, dtype=dtype), 1, 1).ranks
         size = found.weights_bytes / (2 if dtype == "float32" else 1)
-        assert (size < whole) == (is_packed and kind == "cpu")
+        assert (size < whole) == is_packed
 
 
 @families

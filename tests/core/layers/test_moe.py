@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from aphro_core.layers.expert_stacks import DenseStack, DequantisedStack, OrderedStack, SideBySide, packed_stack
 from aphro_core.layers.linear import Linear
-from aphro_core.layers.moe import DenseStack, GroupedExperts, LoopedExperts, SparseMoe
+from aphro_core.layers.moe import GroupedExperts, LoopedExperts, SparseMoe
+from aphro_core.models.quantization import Kind
 from aphro_core.models.spec import MoeSpec
+from aphro_core.quantization.linear import QuantizedLinear
+from aphro_core.quantization.matrix import PackedMatrix, below_each_other, cut_rows
+from aphro_core.quantization.online import quantise
 
 NUM_EXPERTS, HIDDEN, WIDTH = 5, 24, 16
 
@@ -57,3 +64,60 @@ def test_tokens_go_through_the_experts_of_their_choice(num_tokens: int, top: int
     torch.testing.assert_close(by_experts, reference, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(in_groups, reference, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(by_columns, reference, atol=1e-4, rtol=1e-4)
+
+
+def _matrix(kind: Kind, rows: int, order: str, seed: int) -> PackedMatrix:
+    generator = torch.Generator().manual_seed(seed)
+    matrix = quantise(torch.randn(rows, 64, generator=generator), kind, 16, torch.float32)
+    shuffled = torch.randperm(64, generator=generator)
+    if order == "order":
+        return replace(matrix, order=shuffled.to(torch.int32))
+    return replace(matrix, group_index=(shuffled // 16).to(torch.int32)) if order == "groups" else matrix
+
+
+@pytest.mark.parametrize("here", [range(4), range(1, 3)])
+@pytest.mark.parametrize("num_tokens", [1, 300])
+@pytest.mark.parametrize(
+    ("kinds", "orders", "stack"),
+    [
+        (("int4", "int8"), ("", ""), SideBySide),  # gate and up of a GGUF file in two block formats
+        (("int4", "int4"), ("order", ""), SideBySide),
+        (("int4", "int8"), ("order", "order"), SideBySide),
+        (("int4",), ("order",), OrderedStack),  # act-order
+        (("int8",), ("groups",), DequantisedStack),  # act-order, of a rank with some of the columns
+    ],
+)
+def test_experts_that_are_kept_in_several_ways(
+    kinds: tuple[Kind, ...], orders: tuple[str, ...], stack: type, num_tokens: int, here: range
+) -> None:
+    """As by one expert after the other, whose matrices are dequantised."""
+    torch.manual_seed(num_tokens)
+    rows = 128 // len(kinds)
+    parts = [
+        _matrix(kind, rows, order, 7 * e + at)
+        for e in here
+        for at, (kind, order) in enumerate(zip(kinds, orders, strict=True))
+    ]
+    gate_up = below_each_other(parts)
+    down = [_matrix("int4", 64, "", 90 + e) for e in here]
+    x = torch.randn(num_tokens, 64)
+    chosen, shares = torch.randint(0, 4, (num_tokens, 2)), torch.rand(num_tokens, 2)
+    looped = LoopedExperts(
+        [QuantizedLinear(each, None, torch.float32) for each in cut_rows(gate_up, len(here))],
+        [QuantizedLinear([each], None, torch.float32) for each in down],
+        here.start,
+        "silu",
+    )
+    stacked = packed_stack(gate_up, len(here))
+    assert type(stacked) is stack
+    grouped = GroupedExperts(
+        stacked, packed_stack(below_each_other(down), len(here)), first=here.start, num_experts=4, activation="silu"
+    )
+    out = torch.zeros_like(x)
+    for local, expert in enumerate(here):
+        weights = [part.dequantise(torch.float32) for part in parts[local * len(kinds) : (local + 1) * len(kinds)]]
+        gate, up = linear(x, torch.cat(weights)).chunk(2, dim=-1)
+        share = (shares * (chosen == expert)).sum(dim=1, keepdim=True)
+        out += share * linear(silu(gate) * up, down[local].dequantise(torch.float32))
+    torch.testing.assert_close(grouped(x, chosen, shares), out, atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(looped(x, chosen, shares), out, atol=2e-3, rtol=1e-3)
