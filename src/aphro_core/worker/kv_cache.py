@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from math import prod
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel.shard import RankShard
+
+# Of the cache, which is filled from its beginning. A page of 2 MiB takes 0.2 ms, and up to 5 in a virtual machine whose
+# host has to find it, too: for the first requests of a small model that was a twentieth of their time.
+_PREPARED_BYTES: Final = 512 * 2**20
+_MADV_POPULATE_WRITE: Final = 23  # Linux; Python has no name for it
 
 
 def allocate_kv_cache(
@@ -21,16 +28,19 @@ def allocate_kv_cache(
     """
     shape = (num_blocks, 2, len(shard.kv_heads), block_size, spec.head_dim)
     if device.type == "cpu":
-        return [_lazy_zeros(shape, dtype) for _ in shard.layers]
+        return [_lazy_zeros(shape, dtype, _PREPARED_BYTES // len(shard.layers)) for _ in shard.layers]
     return [torch.zeros(shape, dtype=dtype, device=device) for _ in shard.layers]
 
 
-def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, num_prepared: int) -> Tensor:
     """Pages that the kernel zeroes when they are first written: what no request uses costs no memory and no time.
 
-    Private ones: of memory that could be shared the kernel makes no huge pages unless it is set up to.
+    The first ``num_prepared`` bytes are, when this is called. Private pages: of memory that could be shared the kernel
+    makes no huge ones unless it is set up to.
     """
     buffer = mmap.mmap(-1, prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         buffer.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError):  # Linux before 5.14: they are zeroed when they are written
+        buffer.madvise(_MADV_POPULATE_WRITE, 0, min(num_prepared, len(buffer)))
     return torch.frombuffer(buffer, dtype=dtype).view(shape)
