@@ -85,6 +85,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_batched_tokens: int = 2048  # of a step in which sequences decode: they wait for all of it
     max_num_prefill_tokens: int | None = None  # of a step in which none does; None = the same
     context_per_token: int | None = None  # tokens of context that take as long to read as one of a prompt to compute
+    free_context: int = 0  # tokens of it for which a step of max_num_batched_tokens leaves the time
+    tokens_unit: int = 1  # of what is left of a step then
 
     @property
     def most_tokens(self) -> int:

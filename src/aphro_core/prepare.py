@@ -35,7 +35,8 @@ from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel.shard import ShardingPlan, build_plan
 from aphro_core.parallel.step_sizes import (
     BLOCK_SIZES,
-    context_per_token,
+    GPU_TOKENS_UNIT,
+    context_room,
     default_step_sizes,
     parameters_on_the_way,
 )
@@ -252,16 +253,19 @@ def _choose_steps(
     options: EngineOptions, spec: DecoderSpec, plan: ShardingPlan, device: Device, reporter: Reporter
 ) -> SchedulerConfig:
     default = default_step_sizes(device, parameters_on_the_way(spec, plan))
-    kv_dtype_bytes = 2 if options.kv_cache_dtype == "auto" else 1
     tokens = options.max_num_batched_tokens or default.decode_tokens
+    is_gpu = device == "cuda"
+    room = context_room(spec, plan, 2 if options.kv_cache_dtype == "auto" else 1)
     steps = SchedulerConfig(
         max_num_seqs=options.max_num_seqs or default.max_num_seqs,
         max_num_batched_tokens=tokens,
         max_num_prefill_tokens=options.max_num_prefill_tokens
-        or (max(default.prefill_tokens, tokens) if device == "cuda" else None),
-        context_per_token=context_per_token(spec, plan, kv_dtype_bytes) if device == "cuda" else None,
+        or (max(default.prefill_tokens, tokens) if is_gpu else None),
+        context_per_token=room.context_per_token if is_gpu else None,
+        free_context=room.free_context if is_gpu else 0,
+        tokens_unit=GPU_TOKENS_UNIT if is_gpu else 1,
     )
-    if device == "cuda":
+    if is_gpu:
         reporter.line(
             f"Steps of up to {steps.max_num_seqs} sequences: {tokens} tokens while any of them decodes, fewer beside "
             f"long contexts, {steps.max_num_prefill_tokens} otherwise."

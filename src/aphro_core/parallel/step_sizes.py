@@ -15,9 +15,12 @@ BLOCK_SIZES: Final = (8, 16, 32)  # tokens of a block of the cache
 # At least and at most. Beyond 8,192 linears gain nothing, but a host takes 14 ms and more to launch a step of any size.
 GPU_TOKENS: Final = (1024, 16384)
 GPU_PREFILL_TOKENS: Final = 8192  # where nothing decodes, at least
-_GPU_PARAMETER_TOKENS: Final = 1792 * 8.2e9  # tokens times parameters that a Hopper GPU computes in 40 to 45 ms
+# Tokens times parameters that a Hopper GPU computes in 45 to 50 ms. The 8B shape's products fill the multiprocessors
+# best in steps of 1,024 and 2,048 tokens: 1,792 take as long as 1,850 would.
+_GPU_PARAMETER_TOKENS: Final = 2048 * 8.2e9
 _GPU_FLOPS_PER_BYTE: Final = 200  # that a Hopper GPU computes while it reads: 165 (H200) to 235 (H100), as measured
-_GPU_TOKENS_UNIT: Final = 256  # the largest tile of a product
+_GPU_FREE_KV_BYTES: Final = 34e9  # of K and V that it reads in the time that is left beside these tokens, 8 to 11 ms
+GPU_TOKENS_UNIT: Final = 256  # the largest tile of a product
 
 
 @dataclass(frozen=True)
@@ -39,18 +42,27 @@ def parameters_on_the_way(spec: DecoderSpec, plan: ShardingPlan) -> int:
 def default_step_sizes(device: str, parameters: int) -> StepSizes:
     """For ``parameters`` that a token meets one after the other, on ``cpu`` or ``cuda``.
 
-    While anything decodes its streams wait for the whole of a step, its own attention included: about 50 ms, so as
-    many tokens as a GPU reads in 45, in inverse proportion to the parameters. Where nothing decodes, large steps are
-    multiplied faster.
+    While anything decodes its streams wait for the whole of a step, its own attention included, and no more than 60 ms:
+    so as many tokens as a GPU computes in 50, in inverse proportion to the parameters. Where nothing decodes, nobody
+    waits for more than his own prompt.
     """
     if device == "cpu":
         return StepSizes(MAX_NUM_SEQS["cpu"], CPU_TOKENS, CPU_TOKENS)
-    fitting = int(_GPU_PARAMETER_TOKENS / max(parameters, 1)) // _GPU_TOKENS_UNIT * _GPU_TOKENS_UNIT
+    fitting = int(_GPU_PARAMETER_TOKENS / max(parameters, 1)) // GPU_TOKENS_UNIT * GPU_TOKENS_UNIT
     decode_tokens = min(max(fitting, GPU_TOKENS[0]), GPU_TOKENS[1])
     return StepSizes(MAX_NUM_SEQS["cuda"], decode_tokens, max(decode_tokens, GPU_PREFILL_TOKENS))
 
 
-def context_per_token(spec: DecoderSpec, plan: ShardingPlan, kv_dtype_bytes: int) -> int:
-    """Tokens of context that GPUs read while they compute one of a prompt."""
+@dataclass(frozen=True)
+class ContextRoom:
+    """What rows that decode behind long contexts take from the prompts beside them, in tokens."""
+
+    free_context: int  # that all rows together may read beside a full step
+    context_per_token: int  # beyond these, that GPUs read while they compute one token of a prompt
+
+
+def context_room(spec: DecoderSpec, plan: ShardingPlan, kv_dtype_bytes: int) -> ContextRoom:
+    """On GPUs."""
     kv_bytes = sum(kv_block_bytes(spec, shard, 1, kv_dtype_bytes) for shard in plan.ranks if not shard.tp_rank)
-    return max(2 * parameters_on_the_way(spec, plan) // (max(kv_bytes, 1) * _GPU_FLOPS_PER_BYTE), 1)
+    per_token = 2 * parameters_on_the_way(spec, plan) // (max(kv_bytes, 1) * _GPU_FLOPS_PER_BYTE)
+    return ContextRoom(int(_GPU_FREE_KV_BYTES) // max(kv_bytes, 1), max(per_token, 1))

@@ -36,7 +36,8 @@ class Scheduler:
 
     A plan has ``max_num_batched_tokens`` tokens at most, and ``max_num_prefill_tokens`` if nothing decodes: then no
     stream waits for it. What rows that decode have to read takes time too: for ``context_per_token`` tokens of context
-    there is room for one token of a prompt less, down to a quarter of the plan.
+    beyond ``free_context`` there is room for one token of a prompt less, down to a quarter of the plan; such plans have
+    multiples of ``tokens_unit``.
     """
 
     def __init__(
@@ -59,7 +60,8 @@ class Scheduler:
         self._max_num_batched_tokens = config.max_num_batched_tokens
         self._max_model_len = max_model_len
         self._max_num_prefill_tokens = config.max_num_prefill_tokens or config.max_num_batched_tokens
-        self._context_per_token = config.context_per_token
+        self._context_per_token, self._free_context = config.context_per_token, config.free_context
+        self._tokens_unit = config.tokens_unit
         self._num_stages = num_stages
         self._run_ahead = run_ahead
         self._max_in_flight = max_in_flight
@@ -172,9 +174,7 @@ class Scheduler:
         draft = Draft(self._max_num_batched_tokens if decodes else self._max_num_prefill_tokens)
         self._schedule_decodes(draft, decodes, prefills)
         if self._context_per_token is not None and draft.scheduled:
-            taken = sum(row.start for row in draft.scheduled) // self._context_per_token
-            least = max(self._max_num_batched_tokens // 4, 1)
-            draft.tokens_left = min(draft.tokens_left, max(draft.tokens_left - taken, least))
+            self._leave_room_to_read(draft, self._context_per_token)
         prefill_share = self._prefill_share(prefills)
         for sequence in prefills:
             if draft.tokens_left and draft.num_prefill_tokens < prefill_share:
@@ -201,6 +201,15 @@ class Scheduler:
             Sent(plan.step_id, cohort.rows, samples, is_plain, cohort.seq_ids, cohort.stop_token_ids)
         )
         return plan
+
+    def _leave_room_to_read(self, draft: Draft, context_per_token: int) -> None:
+        """Of a plan that has decoding rows only so far: prompts get less room beside long contexts."""
+        taken = (sum(row.start for row in draft.scheduled) - self._free_context) // context_per_token
+        if taken > 0:
+            room = self._max_num_batched_tokens - taken
+            whole = room if room < self._tokens_unit else room // self._tokens_unit * self._tokens_unit
+            least = max(self._max_num_batched_tokens // 4, 1)
+            draft.tokens_left = min(draft.tokens_left, max(whole - len(draft.scheduled), least))
 
     def _may_run_ahead(self, sequence: Sequence) -> bool:
         """Also not so soon that the first stage would wait for its token from the last: the others take their turn."""

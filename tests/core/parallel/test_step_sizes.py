@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aphro_core.parallel.shard import build_plan
-from aphro_core.parallel.step_sizes import GPU_TOKENS, context_per_token, default_step_sizes, parameters_on_the_way
+from aphro_core.parallel.step_sizes import GPU_TOKENS, context_room, default_step_sizes, parameters_on_the_way
 from tests.core.parallel.test_memory import LLAMA_8B
 
 
 @pytest.mark.parametrize(
-    ("parameters", "tokens"), [(8_030_000_000, 1792), (494_000_000, 16384), (3_000_000_000, 4864), (70 * 10**9, 1024)]
+    ("parameters", "tokens"), [(8_030_000_000, 2048), (494_000_000, 16384), (3_000_000_000, 5376), (70 * 10**9, 1024)]
 )
 def test_a_step_beside_streams_lasts_about_50_ms(parameters: int, tokens: int) -> None:
     assert default_step_sizes("cuda", parameters).decode_tokens == tokens
@@ -31,8 +31,11 @@ def test_stages_are_on_the_way_and_ranks_beside_each_other_are_not(tp: int, pp: 
     spec, whole, plan = LLAMA_8B, build_plan(LLAMA_8B, 1, 1), build_plan(LLAMA_8B, tp, pp)
     share = parameters_on_the_way(spec, plan) / parameters_on_the_way(spec, whole)
     assert share == pytest.approx(1 / tp, rel=0.15)
-    assert context_per_token(spec, whole, 2) == 2 * parameters_on_the_way(spec, whole) // (131_072 * 200) == 612
-    assert context_per_token(spec, plan, 1) == pytest.approx(2 * 612, rel=0.1)
+    room, halved = context_room(spec, whole, 2), context_room(spec, plan, 1)
+    assert room.context_per_token == 2 * parameters_on_the_way(spec, whole) // (131_072 * 200) == 612
+    assert halved.context_per_token == pytest.approx(2 * 612, rel=0.1)
+    assert room.free_context == 34e9 // 131_072
+    assert halved.free_context >= 2 * room.free_context
 
 
 def test_cpus_have_one_size() -> None:

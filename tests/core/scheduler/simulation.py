@@ -27,6 +27,8 @@ class Setup:
     run_ahead: int = 0
     max_num_prefill_tokens: int | None = None
     context_per_token: int | None = None
+    free_context: int = 0
+    tokens_unit: int = 1
     enable_prefix_caching: bool = True
     vocab_size: int = 1000
 
@@ -37,6 +39,8 @@ class Setup:
                 max_num_batched_tokens=self.max_num_batched_tokens,
                 max_num_prefill_tokens=self.max_num_prefill_tokens,
                 context_per_token=self.context_per_token,
+                free_context=self.free_context,
+                tokens_unit=self.tokens_unit,
             ),
             num_blocks=self.num_blocks,
             block_size=self.block_size,

@@ -25,6 +25,8 @@ def random_setup(rng: random.Random) -> Setup:
         max_num_batched_tokens=rng.choice([1, 2, 5, 8, 16, 64]),
         max_num_prefill_tokens=rng.choice([None, None, 64]),
         context_per_token=rng.choice([None, None, 1, 6]),
+        free_context=rng.choice([0, 0, 10]),
+        tokens_unit=rng.choice([1, 4]),
         run_ahead=(run_ahead := rng.choice([0, 1, 1, 2])),
         max_in_flight=run_ahead + rng.randint(1, 4),
         enable_prefix_caching=rng.random() < 0.7,

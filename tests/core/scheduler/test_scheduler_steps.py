@@ -272,3 +272,25 @@ def test_context_that_is_read_takes_room_from_prompts_down_to_a_quarter() -> Non
     longer.add(sequence(2, prompt(2, 40)))
     assert rows(longer.schedule()) == [(0, 24, 1), (1, 8, 1), (2, 0, 8)]
     longer.drain()
+
+
+@pytest.mark.parametrize(
+    ("free_context", "tokens_unit", "prompt_tokens"),
+    [(32, 8, 30), (28, 1, 29), (28, 8, 22), (8, 8, 22), (4, 16, 14), (0, 64, 22)],
+)
+def test_some_context_is_free_and_what_is_left_of_a_step_is_whole_units(
+    free_context: int, tokens_unit: int, prompt_tokens: int
+) -> None:
+    setup = Setup(
+        max_num_batched_tokens=32,
+        context_per_token=4,
+        free_context=free_context,
+        tokens_unit=tokens_unit,
+        num_blocks=32,
+    )
+    simulation = started(setup, [24, 8])
+    simulation.step()
+    simulation.add(sequence(2, prompt(2, 40)))
+    assert rows(simulation.schedule()) == [(0, 24, 1), (1, 8, 1), (2, 0, prompt_tokens)]
+    simulation.answer()
+    simulation.drain()
