@@ -15,7 +15,7 @@ from aphro_core.request import SamplingParams
 from aphro_core.worker.compile_ahead import can_compile_ahead, compiling_ahead
 from aphro_core.worker.device_runner import DeviceRunner
 
-_SHORT: Final = 512  # tokens
+_SHORT: Final = 128  # tokens; longer prompts take the kernels of the longest
 _DIALS = (SamplingParams(temperature=0.0), SamplingParams(), SamplingParams(top_k=20, top_p=0.9))
 
 
@@ -62,6 +62,13 @@ def _reserve_pinned_memory() -> None:
     sizes = [2**power for power in range(6, 21)]
     held = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes for _ in range(4)]
     del held
+
+
+def reserve_memory(num_bytes: int, device: torch.device) -> None:
+    """Leave the allocator a free block that holds a whole step. One whose tensors fit nowhere makes it ask the driver,
+    which waits for the steps in flight: their streams would wait for two steps instead of one."""
+    if num_bytes > 0:
+        torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
 
 def _run_pair(runner: DeviceRunner, steps: count[int], length: int, dials: SamplingParams, block_size: int) -> None:
