@@ -20,6 +20,8 @@ COLUMNS: Final = 128  # of the gate, and as many of up
 INPUTS: Final = 64
 _STAGES: Final = 4
 _FEWEST_ROWS: Final = 1024
+# (rows of the weight, inputs): other numbers of rows at which it is the faster one, padded decode steps' (an H200)
+_OTHER_ROWS: Final = {(28672, 4096): (256, 448)}
 _GROUP: Final = 16  # tiles of rows that take turns over one stripe of columns: they share the second-level cache
 
 
@@ -31,7 +33,7 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
     """Whether the kernel takes these, and is faster than the library's product with SiLU after it (on an H100)."""
     n, k = weight.shape
     is_taken = suits_hopper(x) and x.is_contiguous() and weight.dtype == x.dtype and n % 16 == 0 and k % 8 == 0
-    return is_taken and x.shape[0] >= _FEWEST_ROWS
+    return is_taken and (x.shape[0] >= _FEWEST_ROWS or x.shape[0] in _OTHER_ROWS.get((n, k), ()))
 
 
 def gated_linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:

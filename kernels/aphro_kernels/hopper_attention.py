@@ -13,21 +13,20 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from aphro_kernels.chunk_tiles import FIELDS, KEYS
 from aphro_kernels.hopper import TensorDescriptor, gl, hopper, jit, num_multiprocessors, suits_hopper
 from aphro_kernels.hopper_loads import load
 from aphro_kernels.hopper_softmax import attend
 from aphro_kernels.language import chain_options, tl
 
-_FEWEST_ROWS: Final = 2**16  # queries times heads of a call
-_FEWEST_QUERIES: Final = 1024  # of a sequence, on average
-ROWS: Final = 128  # of a tile: queries times heads of a group, half of them for each group of warps
-KEYS: Final = 128  # of a tile
+_FEWEST_ROWS: Final = 2**14  # queries times heads of a call
+_FEWEST_QUERIES: Final = 192  # of a sequence, on average
 _STAGES: Final = {64: 3, 128: 2}  # tiles of keys, and of values, in shared memory at once; by head_dim
 
 
 def suits(q: Tensor, k_cache: Tensor, num_seqs: int, window: int | None, softcap: float | None) -> bool:
-    """Whether the kernel is made for such a call of ``num_seqs`` sequences, and is the faster one (on an H100): a tile
-    of queries costs it some microseconds beside its keys, which short sequences do not earn back."""
+    """Whether the kernel is made for such a call of ``num_seqs`` sequences, and is the faster one (on an H200): a tile
+    of queries costs it some microseconds beside its keys, which very short sequences do not earn back."""
     is_taken = suits_hopper(q) and k_cache.dtype == q.dtype and not window and not softcap
     has_shape = q.shape[2] in _STAGES and k_cache.shape[2] in (16, 32, 64, 128)
     is_long = q.shape[0] >= _FEWEST_QUERIES * num_seqs and q.shape[0] * q.shape[1] >= _FEWEST_ROWS
@@ -41,16 +40,14 @@ def hopper_attention(
     out: Tensor,
     *,
     block_tables: Tensor,
-    seq_lens: Tensor,
-    query_start_loc: Tensor,
+    tiles: Tensor,
     scale: float,
 ) -> None:
-    """Into ``out``, which is contiguous; arguments as of ``paged_attention``, and such as :func:`suits` agrees to."""
-    num_tokens, num_heads, head_dim = q.shape
+    """Into ``out``, which is contiguous; arguments as of ``paged_attention``, and such as :func:`suits` agrees to.
+    ``tiles`` of this step, by ``list_tiles``."""
+    num_heads, head_dim = q.shape[1:]
     num_kv_heads, block_size = k_cache.shape[1:3]
-    group = num_heads // num_kv_heads
-    tiles = num_tokens * group // ROWS + len(seq_lens)  # at most
-    programs = min(tiles * num_kv_heads, num_multiprocessors(q.device.index))
+    programs = min((len(tiles) - 1) * num_kv_heads, num_multiprocessors(q.device.index))
     hopper_attention_kernel[(programs,)](
         q,
         _descriptor(k_cache),
@@ -58,20 +55,18 @@ def hopper_attention(
         v_cache,
         out,
         block_tables,
-        seq_lens,
-        query_start_loc,
-        len(seq_lens),
         tiles,
         q.stride(0),
         k_cache.stride(0) // head_dim,
         block_tables.stride(0),
         scale * math.log2(math.e),
         NUM_KV_HEADS=num_kv_heads,
-        GROUP=group,
+        GROUP=num_heads // num_kv_heads,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         STAGES=_STAGES[head_dim],
         KEYS=KEYS,
+        FIELDS=FIELDS,
         num_warps=4,
         **chain_options(q),
     )
@@ -85,7 +80,7 @@ def _descriptor(keys: Tensor) -> Any:
     return TensorDescriptor(keys, [rows, head_dim], [head_dim, 1], [block_size, 64], layout)
 
 
-@jit(do_not_specialize=["num_seqs", "num_tiles", "table_stride", "scale"])
+@jit(do_not_specialize=["table_stride", "scale"])
 def hopper_attention_kernel(
     q: tl.tensor,
     keys: tl.tensor,
@@ -93,10 +88,7 @@ def hopper_attention_kernel(
     v_cache: tl.tensor,
     out: tl.tensor,
     block_tables: tl.tensor,
-    seq_lens: tl.tensor,
-    query_start_loc: tl.tensor,
-    num_seqs: tl.tensor,
-    num_tiles: tl.tensor,
+    tiles: tl.tensor,
     q_stride: tl.tensor,
     block_rows: tl.tensor,
     table_stride: tl.tensor,
@@ -107,9 +99,10 @@ def hopper_attention_kernel(
     BLOCK_SIZE: gl.constexpr,
     STAGES: gl.constexpr,
     KEYS: gl.constexpr,
+    FIELDS: gl.constexpr,
     CHAINED: gl.constexpr,
 ) -> None:
-    """Tiles of 128 rows, the last of each sequence first, dealt out to and fro; ``block_rows``: of a cache's block."""
+    """Tiles of 128 rows, the long ones first, dealt out to and fro; ``block_rows``: of a cache's block."""
     if CHAINED:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -137,29 +130,29 @@ def hopper_attention_kernel(
             (
                 attend,
                 (
-                    0, q, out, q_tiles, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, turns, seq_lens,
-                    query_start_loc, num_seqs, num_tiles, q_stride, scale, NUM_KV_HEADS, GROUP, HEAD_DIM, STAGES, KEYS,
+                    0, q, out, q_tiles, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, turns, tiles,
+                    q_stride, scale, NUM_KV_HEADS, GROUP, HEAD_DIM, STAGES, KEYS, FIELDS,
                 ),
             ),
             (
                 attend,
                 (
-                    1, q, out, q_tiles, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, turns, seq_lens,
-                    query_start_loc, num_seqs, num_tiles, q_stride, scale, NUM_KV_HEADS, GROUP, HEAD_DIM, STAGES, KEYS,
+                    1, q, out, q_tiles, k_tiles, v_tiles, k_full, v_full, k_empty, v_empty, turns, tiles,
+                    q_stride, scale, NUM_KV_HEADS, GROUP, HEAD_DIM, STAGES, KEYS, FIELDS,
                 ),
             ),
             (
                 load,
                 (
-                    False, keys, v_cache, k_tiles, k_full, k_empty, block_tables, seq_lens, query_start_loc, num_seqs,
-                    num_tiles, block_rows, table_stride, NUM_KV_HEADS, GROUP, HEAD_DIM, BLOCK_SIZE, STAGES, KEYS,
+                    False, keys, v_cache, k_tiles, k_full, k_empty, block_tables, tiles, block_rows,
+                    table_stride, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, STAGES, KEYS, FIELDS,
                 ),
             ),
             (
                 load,
                 (
-                    True, values, v_cache, v_tiles, v_full, v_empty, block_tables, seq_lens, query_start_loc, num_seqs,
-                    num_tiles, block_rows, table_stride, NUM_KV_HEADS, GROUP, HEAD_DIM, BLOCK_SIZE, STAGES, KEYS,
+                    True, values, v_cache, v_tiles, v_full, v_empty, block_tables, tiles, block_rows,
+                    table_stride, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, STAGES, KEYS, FIELDS,
                 ),
             ),
         ],

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from aphro_kernels.hopper import barrier, gl, hopper, jit
-from aphro_kernels.hopper_tiles import tile_of
+from aphro_kernels.hopper_tiles import num_items_of, tile_of
 from aphro_kernels.language import tl
 
 
@@ -17,18 +17,15 @@ def load(
     full: tl.tensor,
     empty: tl.tensor,
     block_tables: tl.tensor,
-    seq_lens: tl.tensor,
-    query_start_loc: tl.tensor,
-    num_seqs: tl.tensor,
-    num_tiles: tl.tensor,
+    list_: tl.tensor,
     block_rows: tl.tensor,
     table_stride: tl.tensor,
     NUM_KV_HEADS: gl.constexpr,
-    GROUP: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
     STAGES: gl.constexpr,
     KEYS: gl.constexpr,
+    FIELDS: gl.constexpr,
 ) -> None:
     """One warp: the tiles of keys, or of values, of all its program's rows, each from the last to the first.
 
@@ -42,9 +39,15 @@ def load(
     SHARED: gl.constexpr = tiles.layout
     NOWHERE: gl.constexpr = 2**30  # a row beyond all caches: the copy engine writes zeros
     loaded = 0
-    for item in range(gl.program_id(0), num_tiles * NUM_KV_HEADS + gl.num_programs(0) - 1, gl.num_programs(0)):
-        kv_head, seq, _start, seq_len, _rows, _first, steps = tile_of(
-            item, seq_lens, query_start_loc, num_seqs, num_tiles, NUM_KV_HEADS, GROUP, KEYS
+    programs = gl.num_programs(0)
+    num_items = num_items_of(list_, NUM_KV_HEADS)
+    n_kv_head, n_seq, _start, n_seq_len, _rows, _first, n_steps = tile_of(
+        gl.program_id(0), list_, num_items, NUM_KV_HEADS, FIELDS
+    )
+    for item in range(gl.program_id(0), num_items + programs - 1, programs):
+        kv_head, seq, seq_len, steps = n_kv_head, n_seq, n_seq_len, n_steps
+        n_kv_head, n_seq, _start, n_seq_len, _rows, _first, n_steps = tile_of(
+            item + programs, list_, num_items, NUM_KV_HEADS, FIELDS
         )
         if steps > 0:
             table = block_tables + seq.to(gl.int64) * table_stride

@@ -1,10 +1,10 @@
 """The computing half of hopper_attention.py: scores, their softmax and the sum of values, 64 rows for four warps."""
-# ruff: noqa: N803, N806  (constants in capitals; a kernel is one piece)
+# ruff: noqa: N803, N806, PLR0915  (constants in capitals; a kernel is one piece)
 
 from __future__ import annotations
 
 from aphro_kernels.hopper import barrier, gl, hopper, jit
-from aphro_kernels.hopper_tiles import tile_of
+from aphro_kernels.hopper_tiles import num_items_of, tile_of
 from aphro_kernels.language import tl
 
 
@@ -21,10 +21,7 @@ def attend(
     k_empty: tl.tensor,
     v_empty: tl.tensor,
     turns: tl.tensor,
-    seq_lens: tl.tensor,
-    query_start_loc: tl.tensor,
-    num_seqs: tl.tensor,
-    num_tiles: tl.tensor,
+    list_: tl.tensor,
     q_stride: tl.tensor,
     scale: tl.tensor,
     NUM_KV_HEADS: gl.constexpr,
@@ -32,14 +29,16 @@ def attend(
     HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
     KEYS: gl.constexpr,
+    FIELDS: gl.constexpr,
 ) -> None:
     """Four warps, 64 rows: scores of a tile of keys while the weights of the tile before multiply its values."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
     MIXED: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     rows = gl.arange(0, 64, gl.SliceLayout(1, SCORES))
     programs = gl.num_programs(0)
+    num_items = num_items_of(list_, NUM_KV_HEADS)
     kv_head, _seq, start, seq_len, num_rows, first, steps = tile_of(
-        gl.program_id(0), seq_lens, query_start_loc, num_seqs, num_tiles, NUM_KV_HEADS, GROUP, KEYS
+        gl.program_id(0), list_, num_items, NUM_KV_HEADS, FIELDS
     )
     if steps > 0:
         _copy_queries(
@@ -48,7 +47,7 @@ def attend(
     used = 0
     turn = 0
     buffer = 0
-    for item in range(gl.program_id(0), num_tiles * NUM_KV_HEADS + programs - 1, programs):
+    for item in range(gl.program_id(0), num_items + programs - 1, programs):
         first += PART * 64
         if steps > 0:
             q_tile = q_tiles.index(2 * PART + buffer)
@@ -62,7 +61,7 @@ def attend(
                 q_tile, k_tiles.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True
             )
             n_kv_head, _seq, n_start, n_seq_len, n_num_rows, n_first, n_steps = tile_of(
-                item + programs, seq_lens, query_start_loc, num_seqs, num_tiles, NUM_KV_HEADS, GROUP, KEYS
+                item + programs, list_, num_items, NUM_KV_HEADS, FIELDS
             )
             if n_steps > 0:
                 _copy_queries(
@@ -105,7 +104,7 @@ def attend(
             _store(out, mixed, total, kv_head, start, num_rows, first, NUM_KV_HEADS, GROUP, HEAD_DIM, MIXED)
         else:
             n_kv_head, _seq, n_start, n_seq_len, n_num_rows, n_first, n_steps = tile_of(
-                item + programs, seq_lens, query_start_loc, num_seqs, num_tiles, NUM_KV_HEADS, GROUP, KEYS
+                item + programs, list_, num_items, NUM_KV_HEADS, FIELDS
             )
             if n_steps > 0:
                 _copy_queries(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from aphro_kernels import hopper_attention
 from aphro_kernels.attention_kernels import attention_kernel
+from aphro_kernels.chunk_tiles import list_tiles
 from aphro_kernels.decode_attention import decode_attention
 from aphro_kernels.decode_work import DecodeWork, build_decode_work, plan_decode_
 from aphro_kernels.float8 import float8_as_bytes
@@ -31,6 +32,7 @@ def paged_attention_reference(
     key_scale: float = 1.0,
     value_scale: float = 1.0,
     work: DecodeWork | None = None,
+    tiles: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     num_kv_heads, block_size, head_dim = k_cache.shape[1:]
@@ -73,6 +75,7 @@ def paged_attention(
     key_scale: float = 1.0,
     value_scale: float = 1.0,
     work: DecodeWork | None = None,
+    tiles: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """``[num_tokens, num_heads, head_dim]``, the shape and dtype of ``q``; tokens of a sequence stand together.
@@ -102,6 +105,7 @@ def paged_attention(
         key_scale=key_scale,
         value_scale=value_scale,
         work=work,
+        tiles=tiles,
         out=out,
     )
 
@@ -122,6 +126,7 @@ def _launch(
     key_scale: float = 1.0,
     value_scale: float = 1.0,
     work: DecodeWork | None = None,
+    tiles: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     num_tokens, num_heads, head_dim = q.shape
@@ -149,14 +154,15 @@ def _launch(
     if not num_tokens:
         return out
     if value_scale == 1.0 and hopper_attention.suits(q, k_cache, len(seq_lens), window, softcap):
+        if tiles is None:
+            tiles = list_tiles(seq_lens, query_start_loc, num_tokens, num_heads // num_kv_heads)
         hopper_attention.hopper_attention(
             q,
             k_cache,
             v_cache,
             out,
             block_tables=block_tables,
-            seq_lens=seq_lens,
-            query_start_loc=query_start_loc,
+            tiles=tiles,
             scale=scale,
         )
         return out

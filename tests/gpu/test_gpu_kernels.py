@@ -15,6 +15,7 @@ from tests.kernels.comparisons import (
     compare_gated_linear,
     compare_grouped_linear,
     compare_grouped_packed_linear,
+    compare_list_tiles,
     compare_packed_linear,
     compare_quantise_rows,
     compare_rms_norm,
@@ -102,6 +103,12 @@ def test_chunks_on_hopper(num_heads: int, num_kv_heads: int, head_dim: int, dtyp
         compare_attention([63, 1, 300, 0, 1], [63, 500, 1100, 40, 1], *heads)
         compare_attention([1500], [1500], *heads)
         compare_attention([7, 2] * 100, [7, 300] * 100, *heads)
+
+
+@pytest.mark.parametrize("group", [1, 4, 7])
+def test_list_tiles(group: int) -> None:
+    compare_list_tiles([512, 1, 300, 0, 1] * 3, [512, 500, 9100, 40, 0] * 3, group, "cuda")
+    compare_list_tiles([7, 2] * 200, [7, 300] * 200, group, "cuda")
 
 
 HEADS = [(9, 3, 64), (32, 8, 128), (28, 4, 128), (4, 4, 80), (7, 1, 96), (4, 2, 256), (40, 1, 64), (4, 2, 8)]

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from aphro_kernels import (
+    chunk_tiles,
     gated_gemm,
     grouped_gemm,
     grouped_packed,
@@ -158,6 +159,31 @@ def compare_gated_linear(num_rows: int, n: int, k: int, dtype: torch.dtype) -> N
     for _ in range(2):
         out = gated_gemm.gated_linear(x, weight, nans(num_rows, n, dtype=dtype, device="cuda"))
         assert_close(out, expected)
+
+
+def compare_list_tiles(query_lens: Sequence[int], seq_lens: Sequence[int], group: int, device: str) -> None:
+    """Every tile that sees a key is there once, the longer ones first as far as that counts."""
+    starts = [sum(query_lens[:index]) for index in range(len(query_lens) + 1)]
+    expected = []
+    for seq, (query_len, seq_len) in enumerate(zip(query_lens, seq_lens, strict=True)):
+        num_rows = query_len * group
+        for first in range(0, num_rows, chunk_tiles.ROWS):
+            last_query = (min(first + chunk_tiles.ROWS, num_rows) - 1) // group
+            steps = -(-(seq_len - query_len + last_query + 1) // chunk_tiles.KEYS)
+            if steps > 0:
+                expected.append([seq, starts[seq], seq_len, num_rows, first, steps])
+    listed = chunk_tiles.list_tiles(
+        torch.tensor(seq_lens, dtype=torch.int32, device=device),
+        torch.tensor(starts, dtype=torch.int32, device=device),
+        starts[-1],
+        group,
+    )
+    count = int(listed[0, 0])
+    found = listed[1 : 1 + count, :6].tolist()
+    assert sorted(found) == sorted(expected)
+    kinds = [min(entry[5], 8) for entry in found]
+    assert kinds == sorted(kinds, reverse=True)
+    assert found == sorted(found, key=lambda entry: (-min(entry[5], 8), -entry[0], -entry[4]))
 
 
 def compare_attention(

@@ -11,6 +11,7 @@ from tests.kernels.comparisons import (
     compare_attention,
     compare_grouped_linear,
     compare_grouped_packed_linear,
+    compare_list_tiles,
     compare_packed_linear,
     compare_peer_all_reduce,
     compare_quantise_rows,
@@ -193,3 +194,16 @@ def test_grouped_packed_linear(num_tokens: int, here: range, groups: int, kind: 
 def test_quantise_rows(kind: str, scale: float | None) -> None:
     compare_quantise_rows(3, 63, kind, scale, F32, "cpu")
     compare_quantise_rows(2, 2100, kind, scale, F32, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("query_lens", "seq_lens", "group"),
+    [
+        ([2], [2], 1),
+        ([512, 512, 400], [512, 512, 700], 4),
+        ([63, 1, 300, 0, 1, 20], [63, 500, 1100, 40, 1, 0], 7),
+        ([33, 0, 32] * 40, [33, 0, 2000] * 40, 4),
+    ],
+)
+def test_list_tiles(query_lens: list[int], seq_lens: list[int], group: int) -> None:
+    compare_list_tiles(query_lens, seq_lens, group, "cpu")

@@ -67,6 +67,14 @@ KERNELS: dict[str, dict[str, Any]] = {  # "module.kernel": types of its argument
         **{"num_rows": "i32", "num_programs": "i32"},
         **{"NUM_KV_HEADS": 2, "KEYS": 64, "WINDOW": 100, "ROWS": 256, "AT_ONCE": 8, "FIELDS": 8},
     },
+    "chunk_tiles._find_kernel": {
+        **dict.fromkeys(["seq_lens", "query_start_loc", "found"], "*i32"),
+        **{"num_seqs": "i32", "num_tiles": "i32"},
+        **{"GROUP": 7, "ROWS": 128, "KEYS": 128, "MOST": 4096, "AT_ONCE": 128, "FIELDS": 8},
+    },
+    "chunk_tiles._order_kernel": {
+        **{"found": "*i32", "listed": "*i32", "num_tiles": "i32", "LONG": 8, "AT_ONCE": 128, "FIELDS": 8}
+    },
     "step_rows._step_rows_kernel": {
         **dict.fromkeys(["rows", "last_token_ids", "token_ids", "positions", "slot_mapping"], "*i64"),
         **dict.fromkeys(["block_tables", "seq_lens", "row_tables"], "*i32"),

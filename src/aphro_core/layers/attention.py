@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+from aphro_kernels import hopper_attention
+from aphro_kernels.chunk_tiles import list_tiles
 from aphro_kernels.paged_attention import paged_attention
 from aphro_kernels.rotary import rotary_and_cache
 from torch import Tensor
 
-from aphro_core.layers.batch import GatheredRows, PagedRows
+from aphro_core.layers.batch import GatheredRows, PagedPart, PagedRows
 from aphro_core.layers.cache_format import PLAIN_SCALES
 from aphro_core.layers.gathered_attention import GatheredAttention
 from aphro_core.layers.linear import AnyLinear
@@ -110,8 +112,11 @@ class PagedAttention:
         )
         attended = torch.empty_like(q)
         for part in rows.parts:
+            queries = q[part.start : part.stop]
+            if part.tiles is None and part.max_query_len > 1:
+                part.tiles = self._list_tiles(queries, k_cache, part)
             paged_attention(
-                q[part.start : part.stop],
+                queries,
                 k_cache,
                 v_cache,
                 block_tables=part.block_tables,
@@ -125,6 +130,14 @@ class PagedAttention:
                 key_scale=self._key_scale,
                 value_scale=self._value_scale,
                 work=part.works.get(self._window),
+                tiles=part.tiles,
                 out=attended[part.start : part.stop],
             )
         return attended.view(len(qkv), -1)
+
+    def _list_tiles(self, queries: Tensor, k_cache: Tensor, part: PagedPart) -> Tensor | None:
+        """Once a step: the layers that follow find the list in the part."""
+        if not hopper_attention.suits(queries, k_cache, len(part.seq_lens), self._window, self._softcap):
+            return None
+        group = queries.shape[1] // k_cache.shape[1]
+        return list_tiles(part.seq_lens, part.query_start_loc, len(queries), group)

@@ -66,6 +66,7 @@ class PagedPart:
     max_query_len: int
     max_seq_len: int
     works: Mapping[int | None, DecodeWork] = field(default_factory=dict)  # by window; planned, if max_query_len is 1
+    tiles: Tensor | None = None  # of chunks, listed by the first layer whose kernel reads such a list
 
 
 @dataclass(slots=True)
