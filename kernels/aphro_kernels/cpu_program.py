@@ -81,9 +81,16 @@ class _ForeignOperations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.names: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func.is_view:
+        result = func(*args, **(kwargs or {}))
+        # contiguous, reshape and others call themselves views, and copy if they must
+        if not func.is_view or not _share_memory(result, args[0]):
             self.names.add(str(func))
-        return func(*args, **(kwargs or {}))
+        return result
+
+
+def _share_memory(one: Any, other: Any) -> bool:
+    ones = [one] if isinstance(one, Tensor) else one
+    return all(each.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() for each in ones)
 
 
 class Program:

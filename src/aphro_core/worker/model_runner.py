@@ -39,6 +39,7 @@ class ModelRunner:
         self._hidden_size = spec.hidden_size
         self._shard = shard
         self._decoder = decoder
+        self._caches = caches
         self.steps = ReplayedSteps(decoder, caches, can_replay=links.tensor.size == 1)
         self._links = links
         self._dtype = dtype
