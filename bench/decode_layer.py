@@ -79,7 +79,7 @@ class Chain:
         self.slots = self.tables[:, -1].long() * BLOCK_SIZE + (context - 1) % BLOCK_SIZE
         angles = torch.randn(num_rows, shape.head_dim // 2, device=device)
         self.cos, self.sin = angles.cos(), angles.sin()
-        plan_decode_(self.work, self.seq_lens, shape.num_kv_heads)
+        plan_decode_(self.work, self.seq_lens, shape.num_kv_heads, is_new=torch.zeros_like(self.seq_lens))
         self.start = torch.randn(num_rows, shape.hidden, device=device, dtype=torch.bfloat16)
 
     @property

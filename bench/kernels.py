@@ -206,7 +206,7 @@ def time_attention(table: Table, shape: Shape, name: str, query_lens: list[int],
     if max(query_lens) == 1:
         heads = {"num_heads": shape.num_heads, "num_kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim}
         work = build_decode_work(len(seq_lens), **heads, dtype=q.dtype, device=q.device)
-        plan_decode_(work, lens, shape.num_kv_heads)
+        plan_decode_(work, lens, shape.num_kv_heads, is_new=torch.zeros_like(lens))
 
     def call(index: int) -> Tensor:
         return paged_attention(

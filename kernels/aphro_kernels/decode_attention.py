@@ -16,6 +16,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from aphro_kernels import hopper_decode
 from aphro_kernels.attention_kernels import attend
 from aphro_kernels.decode_work import FIELDS, DecodeWork, num_tiles_of
 from aphro_kernels.language import chain_options, fetch, jit, let_next_start, next_power_of_2, tl, wait_for_last
@@ -50,6 +51,19 @@ def decode_attention(
     assert work.parts.shape[1:] == (num_heads // num_kv_heads, head_dim)
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     if not num_rows:
+        return out
+    if hopper_decode.suits(q, k_cache, work, softcap):
+        hopper_decode.launch(
+            q,
+            k_cache,
+            v_cache,
+            out,
+            block_tables=block_tables,
+            seq_lens=seq_lens,
+            scale=scale,
+            value_scale=value_scale,
+            work=work,
+        )
         return out
     group = num_heads // num_kv_heads
     _decode_kernel[(work.num_programs,)](

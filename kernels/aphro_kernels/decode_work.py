@@ -17,9 +17,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from aphro_kernels.hopper import is_hopper
 from aphro_kernels.language import jit, next_power_of_2, tl
 
-FIELDS: Final = 8  # of a program's stretch; one unused
+FIELDS: Final = 8  # of a program's stretch
+_HOPPER_TILES: Final = {64: (128, 3, 2), 128: (64, 3, 2)}  # head_dim: keys, stages, programs a multiprocessor
 _AT_ONCE: Final = 8  # programs whose stretch one program of the plan kernel finds
 
 
@@ -32,11 +34,13 @@ class DecodeWork:
 
     num_programs: int
     keys: int  # of a tile
+    stages: int  # tiles of keys, and of values, in shared memory at once in hopper_decode.py; 0: not for that kernel
     window: int  # 0: none
     # [num_programs, FIELDS] int32: first tile, number of segments, first row, first tile of that row, end of the tiles;
-    # of a piece the first and the last program of its segment, else -1 twice
+    # of a piece the first and the last program of its segment, else -1 twice; length of the first row
     stretches: Tensor
-    totals: Tensor  # [2] int32: tiles, programs that have any
+    # [3] int32: tiles, programs that have any, 1 if a row may read keys that another row of the step writes
+    totals: Tensor
     arrivals: Tensor  # [max_rows * num_kv_heads] int32, 0 between calls: parts of a segment that are done
     parts: Tensor  # [2 * num_programs, group, head_dim] float32
     part_weights: Tensor  # [2 * num_programs, group] float32: log2 of a part's sum of exponentials
@@ -50,11 +54,19 @@ def build_decode_work(
     head_dim: int,
     dtype: torch.dtype,
     device: torch.device,
+    cache_dtype: torch.dtype | None = None,
     window: int | None = None,
     num_programs: int | None = None,
 ) -> DecodeWork:
-    """For up to ``max_rows`` rows of one rank's heads. ``num_programs`` None: as many as the GPU runs at once."""
+    """For up to ``max_rows`` rows of one rank's heads. ``num_programs`` None: as many as the GPU runs at once.
+
+    ``cache_dtype`` None: that of the queries.
+    """
     keys, programs = _tile(head_dim, dtype)
+    stages = 0
+    is_plain = window is None and cache_dtype in (None, dtype)
+    if is_plain and head_dim in _HOPPER_TILES and num_heads <= 16 * num_kv_heads and is_hopper(device, dtype):
+        keys, stages, programs = _HOPPER_TILES[head_dim]
     if num_programs is None:
         num_programs = torch.cuda.get_device_properties(device).multi_processor_count * programs
     group = num_heads // num_kv_heads
@@ -65,9 +77,10 @@ def build_decode_work(
     return DecodeWork(
         num_programs=num_programs,
         keys=keys,
+        stages=stages,
         window=window or 0,
         stretches=buffer(num_programs, FIELDS),
-        totals=buffer(2),
+        totals=buffer(3),
         arrivals=buffer(max_rows * num_kv_heads),
         parts=buffer(2 * num_programs, group, head_dim, dtype=torch.float32),
         part_weights=buffer(2 * num_programs, group, dtype=torch.float32),
@@ -80,16 +93,22 @@ def _tile(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
     return (32, 2) if head_bytes > 256 else (128, 2) if head_bytes > 128 else (128, 3)
 
 
-def plan_decode_(work: DecodeWork, seq_lens: Tensor, num_kv_heads: int) -> None:
-    """Share out a step's keys: ``seq_lens`` [num_rows] int32 on the device. Once a step, before any layer."""
+def plan_decode_(work: DecodeWork, seq_lens: Tensor, num_kv_heads: int, *, is_new: Tensor | None = None) -> None:
+    """Share out a step's keys: ``seq_lens`` [num_rows] int32 on the device. Once a step, before any layer.
+
+    ``is_new`` [num_rows], not 0 for rows that may read keys which another row of this very step writes. Where there are
+    none, all but a row's last key is there when the step begins, and read so. None: any row may.
+    """
     num_rows = seq_lens.shape[0]
     assert num_rows * num_kv_heads <= work.arrivals.shape[0], "more rows than the buffers were built for"
     _plan_kernel[(-(-work.num_programs // _AT_ONCE),)](
         seq_lens,
+        is_new,
         work.stretches,
         work.totals,
         num_rows,
         work.num_programs,
+        0 if is_new is None else is_new.stride(0),
         NUM_KV_HEADS=num_kv_heads,
         KEYS=work.keys,
         WINDOW=work.window,
@@ -100,13 +119,15 @@ def plan_decode_(work: DecodeWork, seq_lens: Tensor, num_kv_heads: int) -> None:
     )
 
 
-@jit(do_not_specialize=["num_rows", "num_programs"])
+@jit(do_not_specialize=["num_rows", "num_programs", "new_stride"])
 def _plan_kernel(
     seq_lens: tl.tensor,
+    is_new: tl.tensor | None,
     stretches: tl.tensor,
     totals: tl.tensor,
     num_rows: tl.tensor,
     num_programs: tl.tensor,
+    new_stride: tl.tensor,
     NUM_KV_HEADS: tl.constexpr,
     KEYS: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -157,6 +178,7 @@ def _plan_kernel(
         first = programs - piece
         last = first + row_pieces - 1
         num_segments = (programs < used_by_pieces).to(tl.int32)
+    first_len = tl.sum(tl.where(rows[None, :] == row[:, None], seq_len[None, :], 0), axis=1)
     at = stretches + programs * FIELDS
     is_program = programs < num_programs
     tl.store(at, start, mask=is_program)
@@ -166,9 +188,15 @@ def _plan_kernel(
     tl.store(at + 4, stop, mask=is_program)
     tl.store(at + 5, first, mask=is_program)
     tl.store(at + 6, last, mask=is_program)
+    tl.store(at + 7, first_len, mask=is_program)
     if tl.program_id(0) == 0:
         tl.store(totals, total)
         tl.store(totals + 1, used)
+        any_new = 1
+        if is_new is not None:
+            news = tl.load(is_new + rows * new_stride, mask=rows < num_rows, other=0)
+            any_new = tl.max((news != 0).to(tl.int32), axis=0)
+        tl.store(totals + 2, any_new)
 
 
 @jit()

@@ -28,7 +28,7 @@ try:
 except ImportError:
     gluon = gl = hopper = TensorDescriptor = barrier = None
 
-__all__ = ["TensorDescriptor", "barrier", "gl", "hopper", "jit", "num_multiprocessors", "suits_hopper"]
+__all__ = ["TensorDescriptor", "barrier", "gl", "hopper", "is_hopper", "jit", "num_multiprocessors", "suits_hopper"]
 
 
 def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -38,7 +38,14 @@ def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 def suits_hopper(x: Tensor) -> bool:
     """Whether kernels in Gluon run for a 16-bit tensor: on Hopper, with the Triton that they were written for."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and _is_ready(x.device.index)
+    return is_hopper(x.device, x.dtype)
+
+
+def is_hopper(device: torch.device, dtype: torch.dtype) -> bool:
+    """As :func:`suits_hopper`."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return _is_ready(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @cache

@@ -9,6 +9,7 @@ A device keeps, by slot (the place that a sequence has as long as it lives, and 
 - TOKEN: that token, or -1 if only the device has it
 - BLOCK: the block that holds the position if the step begins it, which is noted in the slot's table; else -1
 - DRAW_SLOT: where the token that is drawn goes; the last slot if none is
+- IS_NEW: 1 if it is the sequence's first step, in which others may write the prefix that it reads; for decode_work.py
 """
 # ruff: noqa: N803  (the constants of a kernel are in capitals)
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from aphro_kernels.language import jit, runs_kernels, tl
 
-SLOT, POSITION, TOKEN, BLOCK, DRAW_SLOT, ROW_FIELDS = 0, 1, 2, 3, 4, 6  # one unused: rows stay 16-byte aligned
+SLOT, POSITION, TOKEN, BLOCK, DRAW_SLOT, IS_NEW, ROW_FIELDS = range(7)
 _BLOCKS_AT_ONCE: Final = 256
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from unittest import mock
 
 import pytest
 import torch
-from aphro_kernels import hopper_attention
+from aphro_kernels import decode_work, hopper_attention
+from aphro_kernels.decode_attention import decode_attention
+from aphro_kernels.decode_work import build_decode_work, plan_decode_
 from aphro_kernels.hopper import suits_hopper
+from aphro_kernels.paged_attention import paged_attention_reference
+from aphro_kernels.rms_norm import rms_norm
+from aphro_kernels.rotary import rotary_and_cache
 from aphro_kernels.skinny_linear import SkinnyConfig, build_skinny_workspace, rows_bucket
 
 from tests.kernels.comparisons import (
@@ -149,6 +155,55 @@ def test_caps_and_float8(
 def test_rotary_into_float8(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
     for num_tokens in (1, 63, 1500):
         compare_rotary(num_tokens, num_heads, num_kv_heads, head_dim, head_dim, dtype, "cuda", is_float8=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim"), [(14, 2, 64), (16, 1, 64), (32, 8, 128), (28, 4, 128), (16, 1, 128)]
+)
+def test_decode_of_many_rows(num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    """By the kernel for Hopper where there is one, and by the other: pieces, segments cut over programs, empty rows."""
+    heads = (num_heads, num_kv_heads, head_dim, dtype, "cuda")
+    for seq_lens in ([640] * 40, [64, 128, 192, 0] * 80, [*range(1, 700, 3)], [3000, 20, 700, 1025]):
+        compare_attention([1] * len(seq_lens), seq_lens, *heads)
+        with mock.patch.object(decode_work, "is_hopper", return_value=False):
+            compare_attention([1] * len(seq_lens), seq_lens, *heads)
+
+
+def test_rows_read_what_rows_of_their_step_write() -> None:
+    """A prefix may be written by the very step that reads it: what is read early is not that. 200 tokens of a sequence
+    as rows of one token, behind a long kernel, so that the later ones of the chain are there while it runs."""
+    num_rows, num_heads, num_kv_heads, head_dim = 200, 8, 2, 128
+    scale = head_dim**-0.5
+    qkv = torch.randn(num_rows, num_heads + 2 * num_kv_heads, head_dim, device="cuda", dtype=torch.bfloat16)
+    angles = torch.randn(num_rows, head_dim // 2, device="cuda")
+    cache = torch.empty(13, 2, num_kv_heads, 16, head_dim, device="cuda", dtype=torch.bfloat16)
+    k_cache, v_cache = cache.unbind(1)
+    slots = torch.arange(num_rows, device="cuda")
+    tables = torch.arange(13, device="cuda", dtype=torch.int32).repeat(num_rows, 1)
+    seq_lens = slots.int() + 1
+    size = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    work = build_decode_work(num_rows, **size, dtype=cache.dtype, device=cache.device)
+    plan_decode_(work, seq_lens, num_kv_heads, is_new=torch.ones_like(slots))
+    large, gain = torch.randn(2**16, 4096, device="cuda", dtype=cache.dtype), torch.ones(4096, device="cuda").bfloat16()
+    for _ in range(5):
+        cache.fill_(math.nan)
+        rms_norm(large, gain, 1e-5)
+        into = {"k_cache": k_cache, "v_cache": v_cache, "slot_mapping": slots}
+        q = rotary_and_cache(qkv.clone(), angles.cos(), angles.sin(), **into)
+        found = decode_attention(q, k_cache, v_cache, block_tables=tables, seq_lens=seq_lens, scale=scale, work=work)
+        expected = paged_attention_reference(
+            q,
+            k_cache,
+            v_cache,
+            block_tables=tables[:1],
+            seq_lens=seq_lens[-1:],
+            query_start_loc=torch.tensor([0, num_rows], device="cuda", dtype=torch.int32),
+            max_query_len=num_rows,
+            max_seq_len=num_rows,
+            scale=scale,
+        )
+        torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
 
 
 def test_decode_is_the_same_run_for_run() -> None:

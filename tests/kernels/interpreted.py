@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from aphro_kernels.decode_work import build_decode_work, plan_decode_
 from aphro_kernels.skinny_linear import SkinnyConfig
 from aphro_kernels.tile_linear import TileConfig
 
@@ -82,6 +83,16 @@ def test_step_rows(num_rows: int) -> None:
 @pytest.mark.parametrize("seq_lens", [[1, 16, 63], [257, 0, 400], [0, 0]])
 def test_decode(seq_lens: list[int], window: int | None) -> None:
     compare_attention([1] * len(seq_lens), seq_lens, 6, 2, 64, F32, "cpu", window)
+
+
+@pytest.mark.parametrize(("is_new", "any_new"), [(None, 1), ([0, 0, 0], 0), ([0, 1, 0], 1)])
+def test_plan_says_whether_a_row_may_read_what_its_step_writes(is_new: list[int] | None, any_new: int) -> None:
+    size = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "dtype": F32, "device": torch.device("cpu")}
+    work = build_decode_work(3, **size, num_programs=5)
+    column = None if is_new is None else torch.tensor([[7, new] for new in is_new])[:, 1]
+    plan_decode_(work, torch.tensor([300, 1, 130], dtype=torch.int32), 2, is_new=column)
+    assert work.totals.tolist() == [2 * (3 + 1 + 2), 5, any_new]
+    assert work.stretches[:, 7].tolist() == [[300, 1, 130][row] for row in work.stretches[:, 2].tolist()]
 
 
 @pytest.mark.parametrize("window", [None, 1, 20])

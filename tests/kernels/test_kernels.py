@@ -64,7 +64,7 @@ KERNELS: dict[str, dict[str, Any]] = {  # "module.kernel": types of its argument
     "attention_kernels.attention_kernel float8": ATTENTION | OF_FLOAT8 | {"QUERIES": 32, "ROWS": 128},
     "decode_work._plan_kernel": {
         **dict.fromkeys(["seq_lens", "stretches", "totals"], "*i32"),
-        **{"num_rows": "i32", "num_programs": "i32"},
+        **{"is_new": "*i64", "num_rows": "i32", "num_programs": "i32", "new_stride": "i32"},
         **{"NUM_KV_HEADS": 2, "KEYS": 64, "WINDOW": 100, "ROWS": 256, "AT_ONCE": 8, "FIELDS": 8},
     },
     "chunk_tiles._find_kernel": {

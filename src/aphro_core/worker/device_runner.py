@@ -7,6 +7,7 @@ that the device sampler does not draw (penalties, biases, log-probabilities ...)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from aphro_kernels.decode_work import build_decode_work
@@ -48,7 +49,16 @@ class DeviceRunner:
         self._dtype, self._device = dtype, device
         self._sequences: dict[int, SequenceState] = {}
         self._applied: StepPlan | None = None  # the last one
-        heads = {"num_heads": len(shard.heads), "num_kv_heads": len(shard.kv_heads), "head_dim": spec.head_dim}
+        build_work = partial(
+            build_decode_work,
+            max_rows,
+            num_heads=len(shard.heads),
+            num_kv_heads=len(shard.kv_heads),
+            head_dim=spec.head_dim,
+            dtype=dtype,
+            cache_dtype=caches[0].dtype if caches else dtype,
+            device=device,
+        )
         windows = {spec.window_of(layer) for layer in shard.layers} if device.type == "cuda" else set()
         self._inputs = PagedInputs(
             max_rows=max_rows,
@@ -57,10 +67,7 @@ class DeviceRunner:
             device=device,
             num_kv_heads=len(shard.kv_heads),
             keeps_tokens=shard.pp_size == 1,
-            works={
-                window: build_decode_work(max_rows, **heads, dtype=dtype, device=device, window=window)
-                for window in windows
-            },
+            works={window: build_work(window=window) for window in windows},
         )
         self._buckets = row_buckets(max_rows)
         # a decode step's way in and out of the layers, in fixed memory

@@ -14,7 +14,17 @@ from typing import Final
 import numpy as np
 import torch
 from aphro_kernels.decode_work import DecodeWork, plan_decode_
-from aphro_kernels.step_rows import BLOCK, DRAW_SLOT, POSITION, ROW_FIELDS, TOKEN, StepRows, build_step_rows, step_rows
+from aphro_kernels.step_rows import (
+    BLOCK,
+    DRAW_SLOT,
+    IS_NEW,
+    POSITION,
+    ROW_FIELDS,
+    TOKEN,
+    StepRows,
+    build_step_rows,
+    step_rows,
+)
 from torch import Tensor
 
 from aphro_core.layers.batch import Batch, PagedPart, PagedRows
@@ -116,6 +126,9 @@ class PagedInputs:
         for entry in chunks:
             self._note_blocks(entry, sequences[entry.seq_id], table_at, table_blocks)
         values = self._row_values(decode, padded, sequences, table_at, table_blocks)
+        if plan.new:
+            begun = {sequence.seq_id for sequence in plan.new}
+            values[: len(decode), IS_NEW] = [entry.seq_id in begun for entry in decode]
         self._send_rows(values)
         if not chunks:
             if table_at:
@@ -140,6 +153,7 @@ class PagedInputs:
         ours[:, POSITION] += 1
         ours[:, TOKEN] = -1  # drawn by the step before, and kept here
         ours[:, BLOCK] = -1
+        ours[:, IS_NEW] = 0
         for index, block in again.new_blocks:
             ours[index, BLOCK] = block
             sequences[seq_ids[index]].block_table.append(block)
@@ -316,7 +330,7 @@ class PagedInputs:
         sent = self._sent[:num_rows]
         rows = step_rows(sent, self.last_token_ids, self._block_tables, block_size=self._block_size, out=self._rows)
         for work in self._works.values():
-            plan_decode_(work, rows.seq_lens, self._num_kv_heads)
+            plan_decode_(work, rows.seq_lens, self._num_kv_heads, is_new=sent[:, IS_NEW])
         part = PagedPart(
             start=0,
             stop=num_rows,
