@@ -10,6 +10,7 @@ from aphro_kernels.language import tl
 @jit()
 def load(
     cache: tl.tensor,
+    cache_at: tl.tensor,
     tiles: tl.tensor,
     full: tl.tensor,
     empty: tl.tensor,
@@ -34,7 +35,7 @@ def load(
     """One warp: the tiles of keys, or of values, of a stretch. A block behind the last key becomes zeros.
 
     Only a row's last tile holds what this step writes: for that one the kernels before must have ended, and with
-    ``any_new`` for all.
+    ``any_new`` for all. Meanwhile it is asked for in the second-level cache.
     """
     BLOCKS: gl.constexpr = KEYS // BLOCK_SIZE
     HALVES: gl.constexpr = HEAD_DIM // 64
@@ -42,6 +43,7 @@ def load(
     NOWHERE: gl.constexpr = 2**30  # a row beyond all caches: the copy engine writes zeros
     stage = 0
     phase = 1
+    must_wait = any_new == 0
     if CHAINED:  # noqa: SIM102  (one of the two is a constant)
         if any_new != 0:
             tl.extra.cuda.gdc_wait()
@@ -56,14 +58,17 @@ def load(
         for step in range(tile - begin, until - begin):
             first = step * BLOCKS
             held = tiles.index(stage)._reinterpret(cache.dtype, [HALVES * BLOCKS, BLOCK_SIZE, 64], SHARED)
-            if CHAINED:  # noqa: SIM102  (one of the two is a constant)
-                if step == row_tiles - 1:
-                    tl.extra.cuda.gdc_wait()
             places = ()
             for i in gl.static_range(BLOCKS):
                 is_block = (first + i) * BLOCK_SIZE < seq_len
-                at = gl.load(table + gl.where(is_block, first + i, 0)) * block_rows + kv_head * BLOCK_SIZE
-                places = places + (gl.where(is_block, at, NOWHERE),)  # type: ignore[assignment]  # noqa: RUF005
+                place = gl.load(table + gl.where(is_block, first + i, 0)) * block_rows + kv_head * BLOCK_SIZE
+                places = places + (gl.where(is_block, place, NOWHERE),)  # type: ignore[assignment]  # noqa: RUF005
+            if CHAINED:  # noqa: SIM102
+                if must_wait & (step == row_tiles - 1):
+                    for i in gl.static_range(BLOCKS):
+                        _fetch_block(cache_at, places[i], places[i] != NOWHERE, HEAD_DIM, BLOCK_SIZE)
+                    tl.extra.cuda.gdc_wait()
+                    must_wait = False
             hopper.mbarrier.wait(empty.index(stage), phase)
             hopper.mbarrier.expect(full.index(stage), KEYS * HEAD_DIM * 2)
             for i in gl.static_range(BLOCKS):
@@ -80,3 +85,20 @@ def load(
             row_tile = until
             row += 1
             seq_len = next_len
+
+
+@jit()
+def _fetch_block(
+    cache_at: tl.tensor,
+    place: tl.tensor,
+    is_block: tl.tensor,
+    HEAD_DIM: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+) -> None:
+    """Ask for a block's lines of 128 bytes in the second-level cache: a hint, which never gives old bytes."""
+    LINES: gl.constexpr = BLOCK_SIZE * HEAD_DIM // 64
+    lines = gl.arange(0, LINES, gl.BlockedLayout([1], [32], [1], [0]))
+    at = cache_at + gl.where(is_block, place, 0).to(gl.int64) * HEAD_DIM + lines * 64
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=gl.int32, is_pure=False, pack=1
+    )
