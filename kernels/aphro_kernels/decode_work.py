@@ -11,8 +11,8 @@ The line depends on lengths alone, so one plan a step serves all layers of one w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -44,6 +44,7 @@ class DecodeWork:
     arrivals: Tensor  # [max_rows * num_kv_heads] int32, 0 between calls: parts of a segment that are done
     parts: Tensor  # [2 * num_programs, group, head_dim] float32
     part_weights: Tensor  # [2 * num_programs, group] float32: log2 of a part's sum of exponentials
+    descriptors: dict[object, Any] = field(default_factory=dict)  # of caches, for the copy engine; hopper_decode.py
 
 
 def build_decode_work(

@@ -48,8 +48,8 @@ def launch(
     group = num_heads // num_kv_heads
     hopper_decode_kernel[(work.num_programs,)](
         q,
-        _descriptor(k_cache),
-        _descriptor(v_cache),
+        _descriptor(k_cache, work),
+        _descriptor(v_cache, work),
         k_cache,
         v_cache,
         out,
@@ -79,12 +79,16 @@ def launch(
     )
 
 
-def _descriptor(keys: Tensor) -> Any:
+def _descriptor(keys: Tensor, work: DecodeWork) -> Any:
     """Of rows of one key, [BLOCK_SIZE, 64] at a time: what 128 bytes of swizzled shared memory hold of a row."""
-    num_blocks, num_kv_heads, block_size, head_dim = keys.shape
-    rows = (num_blocks - 1) * (keys.stride(0) // head_dim) + num_kv_heads * block_size
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return TensorDescriptor(keys, [rows, head_dim], [head_dim, 1], [block_size, 64], layout)
+    named = (keys.data_ptr(), keys.shape, keys.stride(0))
+    if (kept := work.descriptors.get(named)) is None:  # making one takes the host longer than the rest of a launch
+        num_blocks, num_kv_heads, block_size, head_dim = keys.shape
+        rows = (num_blocks - 1) * (keys.stride(0) // head_dim) + num_kv_heads * block_size
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+        kept = TensorDescriptor(keys, [rows, head_dim], [head_dim, 1], [block_size, 64], layout)
+        work.descriptors[named] = kept
+    return kept
 
 
 @jit(do_not_specialize=["table_stride", "scale", "value_scale"])
