@@ -177,6 +177,7 @@ def test_rows_read_what_rows_of_their_step_write() -> None:
     scale = head_dim**-0.5
     qkv = torch.randn(num_rows, num_heads + 2 * num_kv_heads, head_dim, device="cuda", dtype=torch.bfloat16)
     angles = torch.randn(num_rows, head_dim // 2, device="cuda")
+    cos, sin = angles.cos(), angles.sin()
     cache = torch.empty(13, 2, num_kv_heads, 16, head_dim, device="cuda", dtype=torch.bfloat16)
     k_cache, v_cache = cache.unbind(1)
     slots = torch.arange(num_rows, device="cuda")
@@ -188,9 +189,9 @@ def test_rows_read_what_rows_of_their_step_write() -> None:
     large, gain = torch.randn(2**16, 4096, device="cuda", dtype=cache.dtype), torch.ones(4096, device="cuda").bfloat16()
     for _ in range(5):
         cache.fill_(math.nan)
+        rows = qkv.clone()
         rms_norm(large, gain, 1e-5)
-        into = {"k_cache": k_cache, "v_cache": v_cache, "slot_mapping": slots}
-        q = rotary_and_cache(qkv.clone(), angles.cos(), angles.sin(), **into)
+        q = rotary_and_cache(rows, cos, sin, k_cache=k_cache, v_cache=v_cache, slot_mapping=slots)
         found = decode_attention(q, k_cache, v_cache, block_tables=tables, seq_lens=seq_lens, scale=scale, work=work)
         expected = paged_attention_reference(
             q,
