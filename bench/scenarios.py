@@ -1,13 +1,14 @@
-"""S1 to S5 for the three model shapes with dummy weights, in one command: rates, latencies, shares of the limit.
+"""S1 to S5 for three model shapes (X1 to X256 for Mixtral's) with dummy weights: rates, latencies, shares of the limit.
 
     python bench/scenarios.py [--models llama3-8b qwen2.5-0.5b] [--scenarios S1 S2] [--rounds 3] [-tp 2] [--json FILE]
-                              [--http] [-q fp8|int8|int4] [--kv-cache-dtype fp8]
+                              [--http] [-q fp8|int8|int4] [--kv-cache-dtype fp8] [--layers 8]
 
 One untimed run of each scenario, then ``--rounds``; medians. Throughput counts from the first submission to the last
 token; TTFT and ITL (time between a stream's tokens) are those of each stream as its client sees them, pooled over the
 rounds. "of limit" is the share of what the card's bandwidth and FLOPs allow (bench/workloads.py), "x vLLM" the ratio to
 vLLM's recorded figure on an H200: on another card only the share of the limit means anything. ``--http`` asks a server,
 ``aphro run``, with a stream a request from four client processes; ITL is then the time between a stream's chunks.
+``--layers``: only so many of the model's, for cards that do not hold all; the limit and the first column say so.
 """
 
 from __future__ import annotations
@@ -217,6 +218,13 @@ def line(row: Row) -> str:
     )
 
 
+def with_layers(model: str, layers: int) -> str:
+    """The name of the same shape with so many layers, which has no figure of vLLM's."""
+    name = f"{model} ({layers} of {MODELS[model]['num_hidden_layers']} layers)"
+    MODELS[name] = {**MODELS[model], "num_hidden_layers": layers}
+    return name
+
+
 def card() -> str:
     """The first GPU's name, or "CPU"."""
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
@@ -229,7 +237,7 @@ def card() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--models", nargs="+", choices=list(MODELS), default=[name for name in MODELS if name != "tiny"]
+        "--models", nargs="+", choices=list(MODELS), default=["llama3-8b", "qwen2.5-7b", "qwen2.5-0.5b"]
     )
     parser.add_argument("--scenarios", nargs="+", choices=list(SCENARIOS), default=["S1", "S2", "S3", "S4", "S5"])
     parser.add_argument("--rounds", type=int, default=3)
@@ -238,9 +246,12 @@ def main() -> None:
     parser.add_argument("--http", action="store_true", help="over HTTP, with streaming clients")
     parser.add_argument("-q", choices=[name for name in WEIGHT_BYTES if name], help="quantise the weights")
     parser.add_argument("--kv-cache-dtype", choices=["auto", "fp8"], default="auto")
+    parser.add_argument("--layers", type=int, help="of the model, to fit a card that does not hold all")
     parser.add_argument("--options", default="{}", help="further EngineOptions as JSON")
     parser.add_argument("--json", help="file that gets the rows")
     arguments = parser.parse_args()
+    if arguments.layers:
+        arguments.models = [with_layers(model, arguments.layers) for model in arguments.models]
     name = card()
     ceilings = next((value for key, value in CEILINGS.items() if key in name), CEILINGS["H200"])
     print(

@@ -1,7 +1,7 @@
 """Where each microsecond of a decode step on a GPU goes: kernels by name, gaps between them, and what the host costs.
 
     python bench/step_profile.py [--model llama3-8b] [--rows 1 32 256] [--context 640] [--steps 30] [--top 14]
-                                 [--prompts 512 512 512]
+                                 [--prompts 512 512 512] [-q fp8]
 
 Dummy weights of a shape. For each number of rows: the time of every kernel in a step (profiler), their sum, the wall
 time of the captured graph, and the period of whole steps launched one after the other, as the engine does; the
@@ -25,7 +25,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from workloads import CEILINGS, MODELS
+from workloads import CEILINGS, MODELS, WEIGHT_BYTES
 
 from aphro_core.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from aphro_core.messages.steps import NewSequence, ScheduledSequence, StartWorker, StepPlan
@@ -86,7 +86,12 @@ def build_worker(model: str, max_rows: int, arguments: argparse.Namespace) -> tu
         num_blocks = max_rows * (arguments.context // BLOCK_SIZE + 20) + 600
         config = EngineConfig(
             model=ModelConfig(
-                path=folder, served_name=model, dtype="bfloat16", max_model_len=length, load_format="dummy"
+                path=folder,
+                served_name=model,
+                dtype="bfloat16",
+                max_model_len=length,
+                load_format="dummy",
+                quantization=arguments.q,
             ),
             cache=CacheConfig(num_blocks=num_blocks),
             scheduler=SchedulerConfig(max_num_seqs=max_rows, max_num_prefill_tokens=8192),
@@ -157,6 +162,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--top", type=int, default=14)
     parser.add_argument("--prompts", type=int, nargs="*", default=[])
+    parser.add_argument("-q", choices=[name for name in WEIGHT_BYTES if name], help="quantise the weights")
     parser.add_argument("--host", action="store_true", help="also a profile of the thread that launches")
     parser.add_argument("--sampled", action="store_true", help="temperature 1 instead of greedy")
     arguments = parser.parse_args()

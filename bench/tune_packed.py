@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from aphro_kernels.float8_kernel import float8_kernel
+from aphro_kernels.float8_linear import Float8Config
 from aphro_kernels.packed_linear import PackedConfig, PackedWeight, dequantise, in_tiles, packed_config, packed_linear
 from aphro_kernels.rms_norm import rms_norm
 from aphro_kernels.silu_and_mul import silu_and_mul
@@ -65,6 +67,10 @@ def candidates(layer: Layer, rows: int) -> Iterator[PackedConfig]:
     if layer.kind == "int4" and rows <= 8:
         yield from tile_candidates()
         return
+    if layer.kind != "int8":
+        yield from float8_candidates(rows)
+    if rows > 32:
+        return
     n = SIZES[layer.name][0] // (2 if layer.is_gated else 1)
     for bucket, columns, inputs, warps, stages, splits in tiles(layer, rows):
         stripes = -(-n // columns)
@@ -80,11 +86,8 @@ def candidates(layer: Layer, rows: int) -> Iterator[PackedConfig]:
 def tiles(layer: Layer, rows: int) -> Iterator[tuple[int, ...]]:
     """(rows of a tile, columns, inputs, warps, stages, splits)."""
     if rows == 1 and layer.kind != "int4":
-        if layer.group:
-            yield from ((1, 64, 128, 4, 4, 1), (1, 32, 128, 4, 4, 1), (1, 32, 128, 4, 5, 1), (1, 16, 128, 2, 6, 1))
-        else:
-            yield from ((1, 8, 1024, 4, 3, 1), (1, 16, 512, 4, 3, 1), (1, 4, 2048, 4, 3, 1), (1, 8, 1024, 4, 4, 1))
-            yield from ((1, 4, 1024, 4, 4, 1), (1, 8, 512, 2, 4, 1))
+        yield from ((1, 8, 1024, 4, 3, 1), (1, 16, 512, 4, 3, 1), (1, 4, 2048, 4, 3, 1), (1, 8, 1024, 4, 4, 1))
+        yield from ((1, 4, 1024, 4, 4, 1), (1, 8, 512, 2, 4, 1))
     bucket = rows_bucket(max(rows, 8))
     shapes = [(32, 4, 4, 4), (16, 4, 4, 4), (16, 8, 8, 3), (32, 2, 2, 4)]
     shapes += [(32, 8, 8, 3), (64, 4, 4, 3), (64, 2, 2, 3)] if rows < 32 else []
@@ -98,6 +101,25 @@ def tile_candidates() -> Iterator[TileConfig]:
     for warps, ahead in ((4, 2), (4, 4), (8, 1), (8, 2), (8, 3), (8, 4), (16, 2), (16, 3)):
         yield TileConfig(warps, ahead, is_unrolled=True)
     yield TileConfig(4, 1, is_unrolled=False, registers=72)
+
+
+def float8_candidates(rows: int) -> Iterator[Float8Config]:
+    for tile in (8, 16, 32, 64):
+        if tile <= max(2 * rows, 8) and rows <= 4 * tile:
+            for splits, stages in product((1, 2, 4, 5, 8), (3, 4)):
+                yield Float8Config(tile, 128, splits, 8 if tile == 64 else 4, stages)
+
+
+def compile_float8(layer: Layer, config: Float8Config) -> None:
+    n, k, _ = SIZES[layer.name]
+    codes = torch.float8_e4m3fn if layer.kind == "fp8" else torch.uint8
+    scale = torch.bfloat16 if layer.group else torch.float32
+    pointers = [torch.float8_e4m3fn, torch.float32, torch.float32, codes, scale, torch.bfloat16, torch.bfloat16]
+    constants = {"ROWS": config.rows, "BN": config.columns, "SPLITS": config.splits, "STAGES": config.num_stages}
+    constants |= {"IS_GATED": layer.is_gated, "HAS_BIAS": False, "KIND": layer.kind, "GROUP": layer.group}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "CHAINED": True, "launch_pdl": True}
+    pointers += [torch.float32, torch.int32]
+    float8_kernel.warmup(*pointers, 7, n, k, HAS_ASM=True, **constants, **options, grid=(1,))
 
 
 def compile_tiles(layer: Layer, config: TileConfig) -> None:
@@ -115,6 +137,9 @@ def compile_candidate(job: tuple[Layer, PackedConfig]) -> None:
     layer, config = job
     if isinstance(config, TileConfig):
         compile_tiles(layer, config)
+        return
+    if isinstance(config, Float8Config):
+        compile_float8(layer, config)
         return
     n, k, _ = SIZES[layer.name]
     codes = {"int4": torch.uint8, "int8": torch.int8, "fp8": torch.uint8}[layer.kind]
@@ -164,7 +189,7 @@ class Timer:
             except Exception as error:
                 print(f"{layer} {rows} {astuple(config)}: {type(error).__name__} {str(error)[:100]}")
         timed.sort(key=lambda pair: pair[0])
-        rule = packed_config(first, rows, is_gated=layer.is_gated)
+        rule = packed_config(first, x, is_gated=layer.is_gated)
         try:
             ruled = run(rule) if rule is not None else float("nan")
         except Exception as error:
@@ -204,9 +229,9 @@ def main() -> int:
     kinds = {}
     for layer, rows in jobs:
         for config in candidates(layer, rows):
-            is_tiles = isinstance(config, TileConfig)
-            is_even = is_tiles or SIZES[layer.name][1] % config.inputs == 0
-            kept = config if is_tiles else replace(config, programs=0, ahead=0)
+            is_even, kept = True, config
+            if isinstance(config, SkinnyConfig):
+                is_even, kept = SIZES[layer.name][1] % config.inputs == 0, replace(config, programs=0, ahead=0)
             key = (layer.kind, layer.group, layer.is_gated, kept, is_even, SIZES[layer.name][1])
             kinds[key] = (layer, config)
     with multiprocessing.get_context("fork").Pool(max((os.cpu_count() or 2) - 1, 1)) as pool:  # before CUDA starts here

@@ -1,4 +1,5 @@
-"""What the speed of a GPU is judged by: model shapes, requests S1 to S5, their physical limits, the figures to beat.
+"""What the speed of a GPU is judged by: model shapes, requests S1 to S5 (X of experts), their physical limits, the
+figures to beat.
 
 The requests are those of the recorded runs: seeded ids and lengths, greedy, end-of-sequence ignored, no shared prefix.
 """
@@ -53,12 +54,25 @@ _LLAMA3 = {
     "eos_token_id": 128001,
     "tie_word_embeddings": False,
 }
+_MIXTRAL = {
+    **{key: value for key, value in _LLAMA3.items() if key not in ("attention_bias", "mlp_bias")},
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "rope_theta": 1000000.0,
+    "max_position_embeddings": 32768,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "llama3-8b": {**_LLAMA3, **_sizes(4096, 32, 32, 8, 14336, 128256)},
     "qwen2.5-7b": {**_QWEN2, "tie_word_embeddings": False, **_sizes(3584, 28, 28, 4, 18944, 152064)},
     "qwen2.5-0.5b": {**_QWEN2, "tie_word_embeddings": True, **_sizes(896, 24, 14, 2, 4864, 151936)},
+    "mixtral-8x7b": {**_MIXTRAL, **_sizes(4096, 32, 32, 8, 14336, 32000)},
     # to try the programs out on a CPU
     "tiny": {**_LLAMA3, **_sizes(256, 2, 4, 2, 512, 4096), "rope_theta": 10000.0, "eos_token_id": 2, "bos_token_id": 1},
+    "tiny-moe": {**_MIXTRAL, **_sizes(256, 2, 4, 2, 512, 4096)},
 }
 
 
@@ -82,6 +96,10 @@ SCENARIOS = {
     "S3": Scenario("256 x 512 -> 256", 256, 512, 256),
     "S4": Scenario("16 x 4,096 -> 1", 16, 4096, 1),
     "S5": Scenario("512 x (32-1,024) -> (32-512)", 512, (32, 1024), (32, 512)),
+    "X1": Scenario("1 x 128 -> 128", 1, 128, 128),
+    "X8": Scenario("8 x 128 -> 128", 8, 128, 128),
+    "X32": Scenario("32 x 128 -> 128", 32, 128, 128),
+    "X256": Scenario("256 x 128 -> 128", 256, 128, 128),
     "T5": Scenario("12 x (4-40) -> (2-12)", 12, (4, 40), (2, 12)),
 }
 
@@ -121,6 +139,49 @@ def requests(scenario: str, vocab_size: int, repeat: int, seed: int = 0) -> list
 WEIGHT_BYTES = {None: 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.5 + 4 / 128}
 
 
+@dataclass(frozen=True)
+class Parameters:
+    """Of a shape, by how often a step needs them. A model without experts has one, which every token chooses."""
+
+    shared: int  # of the layers, for every token
+    expert: int  # one expert in all layers
+    num_experts: int
+    chosen: int  # experts of a token
+    head: int
+    kv_heads: int  # in all layers, as the next
+    attention: int  # heads * head_dim
+    head_dim: int
+
+    @property
+    def body(self) -> int:
+        """What a token is multiplied with before the head."""
+        return self.shared + self.chosen * self.expert
+
+    def read(self, num_tokens: int) -> float:
+        """Of the body, by a step of so many tokens whose choices of experts are even and independent."""
+        return self.shared + self.expert * self.num_experts * (1 - (1 - self.chosen / self.num_experts) ** num_tokens)
+
+
+def parameters(model: str) -> Parameters:
+    config = MODELS[model]
+    hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
+    kv_heads, head_dim = config["num_key_value_heads"], hidden // heads
+    experts = config.get("num_local_experts", 1)
+    bias = (heads + 2 * kv_heads) * head_dim if config["model_type"] == "qwen2" else 0
+    layer = hidden * (heads + 2 * kv_heads) * head_dim + bias + heads * head_dim * hidden + 2 * hidden
+    layer += hidden * experts if experts > 1 else 0  # the router
+    return Parameters(
+        shared=layers * layer + hidden,
+        expert=layers * 3 * hidden * config["intermediate_size"],
+        num_experts=experts,
+        chosen=config.get("num_experts_per_tok", 1),
+        head=config["vocab_size"] * hidden,
+        kv_heads=layers * kv_heads,
+        attention=layers * heads * head_dim,
+        head_dim=head_dim,
+    )
+
+
 def limit(
     model: str,
     scenario: str,
@@ -137,24 +198,23 @@ def limit(
     better of that and of the sum of all bytes or all FLOPs, whichever is larger, since the two kinds may share a step.
     FLOPs are those of 16 bits, also of quantised weights.
     """
-    config = MODELS[model]
-    hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
-    kv_heads, vocab = config["num_key_value_heads"], config["vocab_size"]
-    head_dim, wide = hidden // heads, config["intermediate_size"]
-    bias = (heads + 2 * kv_heads) * head_dim if config["model_type"] == "qwen2" else 0
-    layer = hidden * (heads + 2 * kv_heads) * head_dim + bias + heads * head_dim * hidden + 3 * hidden * wide
-    body, head = layers * (layer + 2 * hidden) + hidden, vocab * hidden
-    kv_bytes, attention = 2 * layers * kv_heads * head_dim * kv_dtype_bytes, heads * head_dim * layers
+    shape = parameters(model)
+    body, head, attention = shape.body, shape.head, shape.attention
+    kv_bytes = 2 * shape.kv_heads * shape.head_dim * kv_dtype_bytes
     bandwidth, flops = bandwidth * num_gpus, flops * num_gpus
     sizes = lengths(scenario)
-    weights = WEIGHT_BYTES[quantization] * body + 2 * head  # the head stays in 16 bits
+
+    def weights(num_tokens: int) -> float:
+        return WEIGHT_BYTES[quantization] * shape.read(num_tokens) + 2 * head  # the head stays in 16 bits
+
+    prompt_bytes = weights(sum(prompt for prompt, _ in sizes))
     prefill_flops = sum(2 * body * i + 2 * i * i * attention for i, _ in sizes) + 2 * head * len(sizes)
-    prefill = max(prefill_flops / flops, weights / bandwidth)
-    decode, all_bytes, all_flops = 0.0, float(weights), float(prefill_flops)
+    prefill = max(prefill_flops / flops, prompt_bytes / bandwidth)
+    decode, all_bytes, all_flops = 0.0, prompt_bytes, float(prefill_flops)
     for step in range(1, max(output for _, output in sizes)):
         running = [prompt for prompt, output in sizes if output > step]
         context = sum(running) + step * len(running)
-        step_bytes = weights + context * kv_bytes
+        step_bytes = weights(len(running)) + context * kv_bytes
         step_flops = 2 * (body + head) * len(running) + 4 * context * attention
         decode += max(step_bytes / bandwidth, step_flops / flops)
         all_bytes, all_flops = all_bytes + step_bytes, all_flops + step_flops

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from aphro_kernels.float8 import float8_as_bytes
+from aphro_kernels.float8_linear import Float8Config, float8_config, launch_float8
 from aphro_kernels.language import jit, runs_kernels, tl, triton
 from aphro_kernels.skinny_linear import SkinnyConfig, SkinnyWorkspace, launch_skinny, rows_bucket
 from aphro_kernels.tile_linear import MAX_ROWS as MAX_TILE_ROWS
@@ -99,23 +100,27 @@ def packed_linear_reference(
     return y.to(x.dtype)
 
 
-PackedConfig = SkinnyConfig | TileConfig
+PackedConfig = SkinnyConfig | TileConfig | Float8Config
 
 
-def packed_config(weight: PackedWeight, num_rows: int, *, is_gated: bool = False) -> PackedConfig | None:
-    """How the kernel runs this product; None: it is dequantised instead.
+def packed_config(weight: PackedWeight, x: Tensor, *, is_gated: bool = False) -> PackedConfig | None:
+    """How a kernel runs this product with rows like ``x``; None: the weight is dequantised instead.
 
     Rules that hold for every shape, from measurements of those of Llama-3-8B on a Hopper GPU (docs/kernels.md).
     """
+    num_rows, is_tiled = len(x), weight.is_tiled
+    is_float8 = is_tiled or (weight.kind == "fp8" and weight.tile_group % 128 == 0)
+    if is_float8 and (found := float8_config(weight.kind, weight.shape, x, is_gated=is_gated)):
+        return found
     if not weight.suits_kernel or not 0 < num_rows <= MAX_ROWS:
         return None
-    if weight.is_tiled and num_rows <= MAX_TILE_ROWS and (tiles := tile_config(weight.shape, is_gated=is_gated)):
+    if is_tiled and num_rows <= MAX_TILE_ROWS and (tiles := tile_config(weight.shape, is_gated=is_gated)):
         return tiles
     n = weight.shape[0] // 2 if is_gated else weight.shape[0]
     group, is_early = weight.tile_group, num_rows == 1
-    if num_rows == 1 and not group:
+    if num_rows == 1 and weight.kind != "int4":
         inputs = widest_tile(weight.shape[1], 512)
-        columns, warps, stages = (8, 2, 4) if is_gated else (16, 4, 3)
+        columns, warps, stages = (8, 2, 4) if is_gated or group else (16, 4, 3)
         return SkinnyConfig(1, columns, inputs, _programs(n, columns), warps, stages, 4, is_early)
     rows, is_wide = max(rows_bucket(num_rows), 8), n >= _WIDE
     columns, splits, stages = (64, 4, 3) if is_wide else (16, 8, 3)
@@ -159,6 +164,21 @@ def packed_linear(
     out = x.new_empty(num_rows, n) if out is None else out
     if isinstance(config, TileConfig):
         launch_tiles(x, weight.codes, weight.scales, bias, out, config=config, is_gated=is_gated)
+        return out
+    if isinstance(config, Float8Config):
+        launch_float8(
+            x,
+            weight.codes,
+            weight.scales,
+            bias,
+            out,
+            kind=weight.kind,
+            group=weight.tile_group,
+            config=config,
+            parts=workspace.parts,
+            arrivals=workspace.arrivals,
+            is_gated=is_gated,
+        )
         return out
     assert num_rows <= config.rows
     stripes = -(-n // config.columns)

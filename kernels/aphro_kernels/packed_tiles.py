@@ -54,7 +54,7 @@ def multiply_packed(
     else:
         return _multiply_bytes(
             x, x_rows, is_row, codes, scales, columns, is_column, low, high, k, KIND, GROUP, ROWS, BN, BK, SPLIT,
-            IS_EVEN, STAGES, HAS_ASM,
+            IS_EVEN, STAGES,
         )  # fmt: skip
 
 
@@ -75,11 +75,14 @@ def _multiply_row(
     IS_EVEN: tl.constexpr,
     STAGES: tl.constexpr,
 ) -> tl.tensor:
-    total = tl.zeros([BN, BK], tl.float32)
+    # a thread's 16 codes, which follow each other, are of one group: their sum takes the scale
+    RUN: tl.constexpr = 16 if GROUP > 0 else 1
+    total = tl.zeros([BN, BK // RUN], tl.float32)
     at = codes + columns[:, None] * k
-    scale_at = scales
+    runs = tl.arange(0, BK // RUN) * RUN
+    scale_at = scales + columns[:, None] * (k // GROUP if GROUP > 0 else 1)
     if GROUP > 0:
-        scale_at = scales + columns * (k // GROUP)
+        next_scale = _scales_of_runs(scale_at, low, high, runs, is_column, k, GROUP, BK)
     for chunk in tl.range(low, high, num_stages=STAGES):
         inputs = chunk * BK + tl.arange(0, BK)
         if IS_EVEN:
@@ -90,10 +93,29 @@ def _multiply_row(
             row = tl.load(x + inputs, mask=inputs < k, other=0.0)
         product = _as_float32(q, KIND) * row.to(tl.float32)[None, :]
         if GROUP > 0:
-            s = tl.load(scale_at + chunk * BK // GROUP, mask=is_column, other=0.0).to(tl.float32)
-            product = product * s[:, None]
-        total += product
+            s = next_scale.to(tl.float32)
+            next_scale = _scales_of_runs(scale_at, chunk + 1, high, runs, is_column, k, GROUP, BK)
+            total += tl.sum(tl.reshape(product, [BN, BK // RUN, RUN]), axis=2) * s
+        else:
+            total += product
     return tl.sum(total, axis=1, keep_dims=True)
+
+
+@jit()
+def _scales_of_runs(
+    at: tl.tensor,
+    chunk: tl.tensor,
+    high: tl.tensor,
+    runs: tl.tensor,
+    is_column: tl.tensor,
+    k: tl.tensor,
+    GROUP: tl.constexpr,
+    BK: tl.constexpr,
+) -> tl.tensor:
+    """``[BN, BK / 16]`` of a tile, asked for one tile ahead."""
+    starts = chunk * BK + runs
+    mask = is_column[:, None] & (starts < tl.minimum(k, high * BK))[None, :]
+    return tl.load(at + (starts // GROUP)[None, :], mask=mask, other=0.0)
 
 
 @jit()
@@ -116,7 +138,6 @@ def _multiply_bytes(
     SPLIT: tl.constexpr,
     IS_EVEN: tl.constexpr,
     STAGES: tl.constexpr,
-    HAS_ASM: tl.constexpr,
 ) -> tl.tensor:
     total = tl.zeros([SPLIT, BN, ROWS], tl.float32)
     EACH: tl.constexpr = BK // SPLIT
@@ -138,11 +159,19 @@ def _multiply_bytes(
         else:
             q = tl.load(at + start, mask=is_column[None, :, None] & is_input[:, None, :], other=0)
         tile = tl.load(x_at + start, mask=is_row[None, None, :] & is_input[:, :, None], other=0.0)
-        w = _as_floats(q, x.dtype.element_ty, KIND, HAS_ASM)
-        if GROUP > 0:
-            total += tl.dot(w, tile) * s
+        if KIND == "fp8" and x.dtype.element_ty == tl.bfloat16:
+            # float16 is what an instruction makes of two codes; the rows are scaled into its range
+            tile, size = _as_float16(tile)
+            part = tl.dot(q.to(tl.float8e4nv, bitcast=True).to(tl.float16), tile)
+            if GROUP > 0:
+                size = size * s
+            total += part * size
         else:
-            total = tl.dot(w, tile, total)
+            w = _as_floats(q, x.dtype.element_ty, KIND)
+            if GROUP > 0:
+                total += tl.dot(w, tile) * s
+            else:
+                total = tl.dot(w, tile, total)
     return tl.sum(total, axis=0)
 
 
@@ -263,24 +292,21 @@ def nibbles(q: tl.tensor, dtype: tl.constexpr, BIAS: tl.constexpr, HAS_ASM: tl.c
 
 
 @jit()
-def _as_floats(q: tl.tensor, dtype: tl.constexpr, KIND: tl.constexpr, HAS_ASM: tl.constexpr) -> tl.tensor:
+def _as_float16(tile: tl.tensor) -> tl.tensor:
+    """``[SPLIT, EACH, ROWS]`` bfloat16 as float16 times the size ``[SPLIT, 1, ROWS]`` of its largest, a power of two:
+    exact down to 2**-14 of that."""
+    wide = tile.to(tl.float32)
+    peak = tl.max(tl.abs(wide), axis=1, keep_dims=True).to(tl.int32, bitcast=True)
+    exponent = tl.minimum(peak & 0x7F800000, 253 << 23)  # infinity stays what it is
+    scaled = wide * ((254 << 23) - exponent).to(tl.float32, bitcast=True)
+    return scaled.to(tl.float16), exponent.to(tl.float32, bitcast=True)
+
+
+@jit()
+def _as_floats(q: tl.tensor, dtype: tl.constexpr, KIND: tl.constexpr) -> tl.tensor:
     """Codes of 8 bits as 16-bit floats."""
     if KIND == "int8":
         return q.to(dtype)
-    elif HAS_ASM and dtype == tl.bfloat16:
-        # its bits in a bfloat16, whose exponent counts from 127 instead of 7; the library's way is by float32
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 a, b, c, d, e, f; mov.b32 e, 0x7B807B80; mov.b32 f, 0x80008000;"
-            " prmt.b32 a, $2, 0, 0x1404; prmt.b32 b, $2, 0, 0x3424;"
-            " shr.b32 c, a, 4; shr.b32 d, b, 4; and.b32 c, c, 0x07F007F0; and.b32 d, d, 0x07F007F0;"
-            " lop3.b32 a, a, 0x80008000, c, 0xEA; lop3.b32 b, b, 0x80008000, d, 0xEA;"
-            " fma.rn.bf16x2 $0, a, e, f; fma.rn.bf16x2 $1, b, e, f; }",
-            "=r,=r,r",
-            [q],
-            dtype=tl.bfloat16,
-            is_pure=True,
-            pack=4,
-        )
     else:
         return q.to(tl.float8e4nv, bitcast=True).to(dtype)
 

@@ -30,6 +30,7 @@ from tests.kernels.comparisons import (
     compare_sample,
     compare_silu_and_mul,
     compare_skinny_linear,
+    compare_split_rows,
     compare_step_rows,
 )
 
@@ -177,7 +178,6 @@ def test_rows_read_what_rows_of_their_step_write() -> None:
     scale = head_dim**-0.5
     qkv = torch.randn(num_rows, num_heads + 2 * num_kv_heads, head_dim, device="cuda", dtype=torch.bfloat16)
     angles = torch.randn(num_rows, head_dim // 2, device="cuda")
-    cos, sin = angles.cos(), angles.sin()
     cache = torch.empty(13, 2, num_kv_heads, 16, head_dim, device="cuda", dtype=torch.bfloat16)
     k_cache, v_cache = cache.unbind(1)
     slots = torch.arange(num_rows, device="cuda")
@@ -189,9 +189,9 @@ def test_rows_read_what_rows_of_their_step_write() -> None:
     large, gain = torch.randn(2**16, 4096, device="cuda", dtype=cache.dtype), torch.ones(4096, device="cuda").bfloat16()
     for _ in range(5):
         cache.fill_(math.nan)
-        rows = qkv.clone()
         rms_norm(large, gain, 1e-5)
-        q = rotary_and_cache(rows, cos, sin, k_cache=k_cache, v_cache=v_cache, slot_mapping=slots)
+        into = {"k_cache": k_cache, "v_cache": v_cache, "slot_mapping": slots}
+        q = rotary_and_cache(qkv.clone(), angles.cos(), angles.sin(), **into)
         found = decode_attention(q, k_cache, v_cache, block_tables=tables, seq_lens=seq_lens, scale=scale, work=work)
         expected = paged_attention_reference(
             q,
@@ -268,6 +268,8 @@ def test_grouped_linear(
         (16, (1500, 960), 30),
         (32, (4100, 768), 6),
         (3, (72, 96), 1),
+        (17, (4104, 4096), 1),
+        (32, (4096, 14336), 112),
         (1, (1504, 14336), 112),
     ],
 )
@@ -287,6 +289,20 @@ def test_packed_linear_of_gguf_blocks(num_rows: int, shape: tuple[int, int], kin
 @pytest.mark.parametrize("num_rows", [1, 3, 8, 17])
 def test_packed_linear_of_tiles(num_rows: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
     compare_packed_linear(num_rows, shape, "int4", shape[1] // 128, dtype, "cuda", is_tiled=True)
+
+
+def test_packed_linear_of_tiles_and_split_rows() -> None:
+    compare_packed_linear(150, (4096, 4096), "int4", 32, torch.bfloat16, "cuda", is_tiled=True)
+
+
+@pytest.mark.parametrize(("num_rows", "groups"), [(2, 32), (33, 1), (200, 32)])
+def test_packed_linear_of_split_rows(num_rows: int, groups: int) -> None:
+    compare_packed_linear(num_rows, (1030, 4096), "fp8", groups, torch.bfloat16, "cuda")
+
+
+@pytest.mark.parametrize(("num_rows", "width"), [(1, 128), (33, 4096), (5, 14336), (200, 640)])
+def test_split_rows(num_rows: int, width: int) -> None:
+    compare_split_rows(num_rows, width, "cuda")
 
 
 def test_grouped_packed_linear_of_tiles() -> None:

@@ -25,6 +25,7 @@ from aphro_kernels import (
     sample,
     silu_and_mul,
     skinny_linear,
+    split_rows,
     step_rows,
 )
 from aphro_kernels.decode_work import DecodeWork, build_decode_work, plan_decode_
@@ -450,7 +451,7 @@ def compare_packed_linear(
     workspace = skinny_linear.build_skinny_workspace(torch.device(device))
     bias = random(shape[0], dtype=dtype, device=device, seed=3)
     for is_gated, added in ((False, None), (True, bias)):
-        chosen = config or packed_linear.packed_config(weight, num_rows, is_gated=is_gated)
+        chosen = config or packed_linear.packed_config(weight, x, is_gated=is_gated)
         assert chosen is not None
         for _ in range(2):
             workspace.parts.fill_(math.nan)
@@ -459,6 +460,19 @@ def compare_packed_linear(
             packed_linear.packed_linear(x, weight, added, **options, out=out)
             assert_close(out, packed_linear.packed_linear_reference(x, weight, added, is_gated=is_gated))
         assert not bool(workspace.arrivals.any())
+
+
+def compare_split_rows(num_rows: int, width: int, device: str) -> None:
+    """Rows of all sizes, one of zeros, one with infinity: the kernel's bits are the reference's, and they are x."""
+    x = random(num_rows, width, dtype=torch.bfloat16, device=device)
+    x *= torch.logspace(-30, 30, num_rows, device=device)[:, None].to(x.dtype)
+    x[num_rows // 2] = 0.0
+    split, expected = (function(x) for function in (split_rows._launch, split_rows.split_rows_reference))
+    assert torch.equal(split.codes.float(), expected.codes.float())
+    assert torch.equal(split.scales, expected.scales)
+    torch.testing.assert_close(split.sums, expected.sums, atol=0.01, rtol=1e-5)
+    x[0, -1] = math.inf
+    assert split_rows._launch(x).scales.isnan().tolist() == [row == 0 for row in range(num_rows)]
 
 
 def compare_grouped_packed_linear(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from aphro_kernels.decode_work import build_decode_work, plan_decode_
+from aphro_kernels.float8_linear import Float8Config
 from aphro_kernels.skinny_linear import SkinnyConfig
 from aphro_kernels.tile_linear import TileConfig
 
@@ -188,6 +189,24 @@ def test_packed_linear(num_rows: int, shape: tuple[int, int], num_groups: int, k
 )
 def test_packed_linear_of_tiles(num_rows: int, shape: tuple[int, int], config: TileConfig | None) -> None:
     compare_packed_linear(num_rows, shape, "int4", shape[1] // 128, F16, "cpu", config, is_tiled=True)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "splits", "kind", "shape", "num_groups"),
+    [(9, 1, "fp8", (72, 256), 1), (35, 2, "fp8", (72, 256), 2), (18, 2, "int4", (96, 384), 3)],
+)
+def test_packed_linear_of_split_rows(
+    num_rows: int, splits: int, kind: str, shape: tuple[int, int], num_groups: int
+) -> None:
+    config = Float8Config(16, 64, splits, 4, 2)
+    compare_packed_linear(num_rows, shape, kind, num_groups, BF16, "cpu", config, is_tiled=kind == "int4")
+
+
+@pytest.mark.parametrize("num_groups", [1, 2])
+def test_packed_linear_of_float8_in_float16(num_groups: int) -> None:
+    """bfloat16 rows are scaled into the range of float16."""
+    config = SkinnyConfig(8, 16, 256, 5, 4, 2, 2, True, splits=2)
+    compare_packed_linear(5, (66, 256), "fp8", num_groups, BF16, "cpu", config)
 
 
 def test_grouped_packed_linear_of_tiles() -> None:

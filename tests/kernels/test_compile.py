@@ -55,6 +55,30 @@ def test_packed_linear(kind: str, codes: str, rows: int, columns: int, group: in
     compile_for_hopper(skinny_kernel, constants, weight=codes, **plain, **others)
 
 
+@pytest.mark.parametrize(
+    ("kind", "codes", "group"), [("fp8", "*fp8e4nv", 0), ("fp8", "*fp8e4nv", 128), ("int4", "*u8", 128)]
+)
+def test_split_rows_take_the_float8_tensor_cores(kind: str, codes: str, group: int) -> None:
+    from aphro_kernels.float8_kernel import float8_kernel
+
+    constants = {
+        "ROWS": 32,
+        "BN": 128,
+        "SPLITS": 4,
+        "STAGES": 4,
+        "IS_GATED": group == 0,
+        "HAS_BIAS": True,
+        "KIND": kind,
+    }
+    floats = dict.fromkeys(("row_scales", "sums", "parts"), "*fp32")
+    plain = dict.fromkeys(("bias", "out"), "*bf16")
+    types = {"pieces": "*fp8e4nv", "codes": codes, "scales": "*bf16" if group else "*fp32", "arrivals": "*i32"}
+    options = constants | {"KIND": kind, "GROUP": group, "HAS_ASM": True, "CHAINED": True}
+    built = compile_for_hopper(float8_kernel, options, **types, **floats, **plain)
+    assert "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3" in built.asm["ptx"]
+    assert "cvt.rn.f16x2.e4m3x2" not in built.asm["ptx"], "no code is decoded"
+
+
 @pytest.mark.parametrize(("is_gated", "dtype"), [(True, "bf16"), (False, "fp16")])
 def test_tiles_are_decoded_where_they_are_loaded(is_gated: bool, dtype: str) -> None:
     """No value changes its thread before the sums of the warps: no shuffle and no shared memory but for these. (Triton

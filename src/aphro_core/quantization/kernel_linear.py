@@ -31,7 +31,7 @@ class KernelProduct:
     def _few_rows(self, x: Tensor, *, is_gated: bool) -> Tensor | None:
         if self._workspace is None or x.dtype.itemsize != 2:
             return None
-        config = packed_config(self._weight, x.shape[0], is_gated=is_gated)
+        config = packed_config(self._weight, x, is_gated=is_gated)
         if config is None:
             return None
         return packed_linear(x, self._weight, self._bias, config=config, workspace=self._workspace, is_gated=is_gated)
