@@ -41,22 +41,26 @@ class TinyFormat:
     inputs: float | Literal["dynamic"] | None = None  # how activations are rounded: by this scale, or each row's own
 
 
-def write_tiny_format(folder: Path, name: str, family: str = "llama", **overrides: Any) -> Any:
-    """Write the checkpoint; returns the transformers model with the dequantised weights in float32."""
+def write_tiny_format(
+    folder: Path, name: str, family: str = "llama", *, has_head: bool = False, **overrides: Any
+) -> Any:
+    """Write the checkpoint; returns the transformers model with the dequantised weights in float32. ``has_head``: its
+    head is quantised too."""
     row, model = TINY_FORMATS[name], tiny_model(family, **(SIZES | overrides))
     generator = torch.Generator().manual_seed(1)
     meaning = folder / "meaning"
     model.save_pretrained(meaning)  # under the names of published checkpoints
     state, meant = {}, load_file(meaning / "model.safetensors")
     for key, weight in list(meant.items()):
-        if not key.endswith(LINEAR):
+        if not key.endswith(LINEAR) and not (has_head and key == "lm_head.weight"):
             state[key] = weight
             continue
         tensors, meant[key] = row.write(weight, generator)
         for part, tensor in tensors.items():
             state.setdefault(f"{key.removesuffix('weight')}{part}", tensor.contiguous())  # a bias may be there
     save_file(meant, meaning / "model.safetensors", metadata={"format": "pt"})
-    config = model.config.to_dict() | {"architectures": [type(model).__name__], "quantization_config": row.config}
+    section = row.config | ({"lm_head": True, "ignore": []} if has_head else {})
+    config = model.config.to_dict() | {"architectures": [type(model).__name__], "quantization_config": section}
     (folder / "config.json").write_text(json.dumps(config))
     save_file(state, folder / "model.safetensors")
     return type(model).from_pretrained(meaning, dtype=torch.float32, attn_implementation="eager").eval()
@@ -127,11 +131,12 @@ def _gptq(bits: int, *, symmetric: bool, act_order: bool, version: int = 1) -> T
         if act_order:
             index = index[torch.randperm(len(index), generator=generator)]
         codes, scales, zeros = _codes(weight, bits, index, symmetric=symmetric)
-        zeros = zeros.clamp(min=1)
-        stored = zeros - 1 if version == 1 else zeros
+        if not symmetric:
+            zeros[1, 0] = 0  # less 1 it borrows from the zero point above it in its word
+        ones = sum(1 << bits * code for code in range(32 // bits)) if version == 1 else 0
         tensors = {
             "qweight": pack(codes.T, bits, 0),
-            "qzeros": pack(stored.T, bits, 1),
+            "qzeros": pack(zeros.T, bits, 1) - ones,
             "scales": scales.T,
             "g_idx": index.to(torch.int32),
             "bias": torch.zeros(len(weight)),
@@ -231,6 +236,7 @@ TINY_FORMATS: Final[dict[str, TinyFormat]] = {
     "gptq-asymmetric-v2": _gptq(4, symmetric=False, act_order=False, version=2),
     "gptq-act-order": _gptq(4, symmetric=False, act_order=True),
     "gptq-8bit": _gptq(8, symmetric=True, act_order=False),
+    "gptq-8bit-asymmetric": _gptq(8, symmetric=False, act_order=False),
     "awq": TinyFormat(
         {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}, _awq_write
     ),

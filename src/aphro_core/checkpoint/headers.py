@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
+from aphro_core.checkpoint.older_configs import with_quantization
 from aphro_core.errors import ModelError
 from aphro_core.estimate.weights import StoredTensor
 
@@ -81,7 +82,7 @@ def _of_folder(folder: Path) -> ModelHeaders:
         from aphro_core.checkpoint.open import read_hf_config
 
         return ModelHeaders(read_hf_config(folder))  # which says what is missing
-    config = _read_json(folder / "config.json")
+    config = with_quantization(_read_json(folder / "config.json"), folder, _read_json)
     files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated"))
     index = folder / "model.safetensors.index.json"
     named = set(_read_json(index).get("weight_map", {}).values()) if index.is_file() else set()

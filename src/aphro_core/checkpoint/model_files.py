@@ -11,10 +11,11 @@ import msgspec
 
 from aphro_core.checkpoint.file import ModelFile
 from aphro_core.checkpoint.gguf_header import GGUFHeader
+from aphro_core.checkpoint.older_configs import QUANT_FILES
 from aphro_core.config import FileStamp
 from aphro_core.errors import ModelError
 
-_CONFIGS: Final = ("config.json", "generation_config.json")
+_CONFIGS: Final = ("config.json", "generation_config.json", *QUANT_FILES)
 _WHOLE: Final = "model.safetensors"
 _INDEX: Final = "model.safetensors.index.json"
 _LEAST_HEAD_BYTES: Final = 1 << 20  # of a file whose header cannot be read: enough to see that it is another one

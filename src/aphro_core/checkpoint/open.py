@@ -12,6 +12,7 @@ from aphro_core.checkpoint.checkpoint import FETCH_AGAIN, Checkpoint
 from aphro_core.checkpoint.file import ModelFile
 from aphro_core.checkpoint.gguf import GGUFCheckpoint
 from aphro_core.checkpoint.hub import download
+from aphro_core.checkpoint.older_configs import with_quantization
 from aphro_core.checkpoint.safetensors import SafetensorsCheckpoint
 from aphro_core.errors import ModelError
 
@@ -84,7 +85,7 @@ def _checked_folder(path: Path) -> Path:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     """config.json; the end-of-sequence ids of generation_config.json join its own, as transformers stops at them."""
-    config = _read_json(folder / "config.json")
+    config = with_quantization(_read_json(folder / "config.json"), folder, _read_json)
     generation_path = folder / "generation_config.json"
     if generation_path.is_file():
         found = [config.get("eos_token_id"), _read_json(generation_path).get("eos_token_id")]

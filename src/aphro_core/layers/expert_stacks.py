@@ -89,7 +89,7 @@ class SideBySide:
 
 
 class DequantisedStack:
-    """What no kernel takes is dequantised for each product: columns whose groups are looked up."""
+    """What no kernel takes is dequantised for each product: columns whose groups are looked up, 8 bits with offsets."""
 
     def __init__(self, experts: Sequence[Sequence[PackedMatrix]]) -> None:
         self.num_experts = len(experts)
@@ -103,7 +103,7 @@ class DequantisedStack:
 
 def packed_stack(weight: Sequence[PackedMatrix], num_experts: int) -> Stack:
     """Of matrices below each other, of one expert after the other."""
-    if len(weight) == 1 and weight[0].order is None and weight[0].group_index is None:
+    if len(weight) == 1 and weight[0].order is None and weight[0].suits_kernels:
         return PackedStack(weight[0], num_experts)
     experts = cut_rows(weight, num_experts)
     parts = [_column_of_parts(list(column)) for column in zip(*experts, strict=False)]
@@ -117,7 +117,7 @@ def _column_of_parts(matrices: list[PackedMatrix]) -> Stack | None:
     """The same part of every expert; None where no kernel takes it."""
     orders = [matrix.order for matrix in matrices]
     alike = below_each_other([replace(matrix, order=None) for matrix in matrices])
-    if len(alike) > 1 or alike[0].group_index is not None:
+    if len(alike) > 1 or not alike[0].suits_kernels:
         return None
     stack = PackedStack(alike[0], len(matrices))
     found = [order for order in orders if order is not None]

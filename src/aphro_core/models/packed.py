@@ -37,6 +37,14 @@ def is_packed(rule: TensorRule, spec: DecoderSpec) -> bool:
     return covered == {True}
 
 
+def is_expanded(rule: TensorRule, spec: DecoderSpec) -> bool:
+    """Whether a parameter is stored quantised and kept in the run's dtype: an output head of its own."""
+    found = spec.quantization
+    if found is None or not found.has_head or rule.parameter != "lm_head.weight" or spec.tie_word_embeddings:
+        return False
+    return all(found.covers(module_of(source.name)) for source in rule.sources)
+
+
 def column_group(spec: DecoderSpec, axis: Axis) -> int | None:
     """Inputs of a matrix with columns along ``axis`` that share a scale, None for the whole row: between their
     multiples the columns may be cut."""
@@ -78,7 +86,12 @@ def checkpoint_shapes(rules: Sequence[TensorRule], spec: DecoderSpec) -> dict[st
     quantization, shapes = spec.quantization, source_shapes(rules, spec)
     if quantization is None or quantization.layout in ("online", "gguf"):
         return shapes
-    linear = {source.name for rule in rules_everywhere(rules, spec) if is_packed(rule, spec) for source in rule.sources}
+    linear = {
+        source.name
+        for rule in rules_everywhere(rules, spec)
+        if is_packed(rule, spec) or is_expanded(rule, spec)
+        for source in rule.sources
+    }
     found: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         found |= quantization.tensors_of(module_of(name), *shape) if name in linear else {name: shape}
@@ -129,7 +142,10 @@ def matrix_bytes(spec: DecoderSpec, axis: Axis, module: str, rows: int, columns:
     assert quantization is not None
     kind, group = quantization.kind_of(module), source_group(spec, module, column_group(spec, axis))
     codes = rows * columns // 2 if kind == "int4" else rows * columns
-    per_scale = 2 if kind == "int4" else 1  # a scale and an offset
+    per_scale = 2 if kind == "int4" or not quantization.is_symmetric else 1  # a scale and an offset
+    width = columns
+    if quantization.has_act_order:  # inputs in an order of their own; those of a part of the rows are of any group
+        codes, width = codes + 4 * columns, axis_sizes(spec)[axis]
     if group is None:
         return codes + rows * 4 * per_scale
-    return codes + rows * (columns // group) * dtype_bytes * per_scale
+    return codes + rows * (width // group) * dtype_bytes * per_scale

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -23,6 +23,14 @@ RECOGNISED: Final = (
     "higgs", "hqq", "marlin", "modelopt", "mxfp4", "qqq", "quant_llm", "quark", "quip", "quip_sharp", "squeezellm",
     "torchao", "vptq",
 )  # fmt: skip
+
+# name -> whether codes stand in words of 32 bits
+_COMPRESSED_FORMATS: Final = {
+    "float-quantized": False,
+    "int-quantized": False,
+    "naive-quantized": False,
+    "pack-quantized": True,
+}
 
 
 def quant_spec(section: HfConfig) -> QuantSpec:
@@ -91,38 +99,38 @@ def _gptq(section: HfConfig) -> QuantSpec:
         is_symmetric=section.flag("sym", True),
         has_act_order=section.flag("desc_act", False),
         zeros_less_one=version,
+        has_head=section.flag("lm_head", False),
         ignored=_ignored(section, "modules_in_block_to_not_convert"),
     )
 
 
 def _awq(section: HfConfig) -> QuantSpec:
-    section.choice("version", {"gemm": True}, "gemm")
-    section.choice_of("bits", (4,))
+    section.choice("version", {"gemm": True, "GEMM": True}, "gemm")
+    section.choice_of("w_bit" if section.has("w_bit") else "bits", (4,))
     return QuantSpec(
         layout="awq",
         kind="int4",
         bits=4,
-        group_size=_group(section),
+        group_size=_group(section, "q_group_size" if section.has("q_group_size") else "group_size"),
         is_symmetric=not section.flag("zero_point", True),
         ignored=_ignored(section, "modules_to_not_convert"),
     )
 
 
 def _compressed_tensors(section: HfConfig) -> QuantSpec:
-    """One group for all linear layers: FP8 and INT8, static or dynamic, and W4A16 or W8A16 packed in words."""
-    formats = {
-        "float-quantized": False,
-        "int-quantized": False,
-        "naive-quantized": False,
-        "pack-quantized": True,
-    }
-    has_words = section.choice("format", formats)
+    """One scheme for the linear layers that are targets: FP8 and INT8, static or dynamic, W4A16 or W8A16 in words."""
+    section.choice("format", dict.fromkeys((*_COMPRESSED_FORMATS, "mixed-precision"), True), "mixed-precision")
     groups = section.section("config_groups")
-    if len(groups.keys) != 1:
-        raise section.refuse("config_groups", "one group with targets Linear")
-    group = groups.section(groups.keys[0])
-    if group.names("targets") != ["Linear"]:
-        raise group.refuse("targets", "['Linear']")
+    found = [_compressed_group(section, groups.section(name)) for name in groups.keys]
+    if not found or any(each != found[0] for each in found):
+        raise section.refuse("config_groups", "one group, or several with the same scheme")
+    targets = [target for name in groups.keys for target in groups.section(name).names("targets")]
+    _check_patterns(groups.section(groups.keys[0]), "targets", targets)
+    return replace(found[0], targets=() if "Linear" in targets else tuple(targets), ignored=_ignored(section, "ignore"))
+
+
+def _compressed_group(section: HfConfig, group: HfConfig) -> QuantSpec:
+    has_words = (group if group.has("format") else section).choice("format", _COMPRESSED_FORMATS)
     weights = group.section("weights")
     is_float = weights.choice("type", {"float": True, "int": False})
     bits = weights.choice_of("num_bits", (8,) if is_float or not has_words else (4, 8))
@@ -142,7 +150,7 @@ def _compressed_tensors(section: HfConfig) -> QuantSpec:
         has_act_order=order == "group",
         has_words=has_words,
         activations=None if has_words else _activations(group.section("input_activations"), bits, is_float=is_float),
-        ignored=_ignored(section, "ignore"),
+        has_head=True,  # unless it is ignored or no target
     )
 
 
@@ -178,19 +186,23 @@ def _kind(bits: int) -> Kind:
     return "int4" if bits == 4 else "int8"
 
 
-def _group(section: HfConfig) -> int | None:
+def _group(section: HfConfig, key: str = "group_size") -> int | None:
     """-1 means the whole row."""
-    group = section.integer("group_size", -1, minimum=-1)
+    group = section.integer(key, -1, minimum=-1)
     if group == 0 or (group > 0 and group % 2):
-        raise section.refuse("group_size", "an even number, or -1 for whole rows")
+        raise section.refuse(key, "an even number, or -1 for whole rows")
     return None if group == -1 else group
 
 
 def _ignored(section: HfConfig, *keys: str) -> tuple[str, ...]:
     found = tuple(name for key in keys for name in section.names(key))
-    for pattern in found:
+    _check_patterns(section, keys[0], found)
+    return found
+
+
+def _check_patterns(section: HfConfig, key: str, patterns: Sequence[str]) -> None:
+    for pattern in patterns:
         try:
             re.compile(pattern.removeprefix("re:") if pattern.startswith("re:") else "")
         except re.error as error:
-            raise section.refuse(keys[0], f"names, or re: and a regular expression ({pattern!r}: {error})") from error
-    return found
+            raise section.refuse(key, f"names, or re: and a regular expression ({pattern!r}: {error})") from error

@@ -51,6 +51,8 @@ class QuantSpec:
     has_words: bool = False  # compressed-tensors: codes side by side in words of 32 bits
     zeros_less_one: bool = False  # GPTQ's first checkpoint format stores zero points less 1
     activations: Activations = None  # rounded to 8 bits as well, by a stored scale a layer or one found a token
+    has_head: bool = False  # an output head that is covered is stored quantised as well; it is kept in 16 bits
+    targets: tuple[str, ...] = ()  # modules that are quantised, as in ``ignored``; none: all
     ignored: tuple[str, ...] = ()  # modules that are left as they are: names or parts of them, or "re:" and a pattern
     block_formats: Mapping[str, str] = field(default_factory=dict)  # gguf: tensor name -> block format
 
@@ -58,7 +60,8 @@ class QuantSpec:
         """Whether this linear layer is quantised: ``model.layers.0.self_attn.q_proj``."""
         if self.layout == "gguf":
             return self.block_formats.get(f"{module}.weight") in GGUF_KINDS
-        return not any(_names(pattern, module) for pattern in self.ignored)
+        is_target = not self.targets or any(_names(pattern, module) for pattern in self.targets)
+        return is_target and not any(_names(pattern, module) for pattern in self.ignored)
 
     def kind_of(self, module: str) -> Kind:
         return GGUF_KINDS[self.block_formats[f"{module}.weight"]][0] if self.layout == "gguf" else self.kind

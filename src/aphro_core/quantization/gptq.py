@@ -33,8 +33,11 @@ def _all_groups(source: QuantSource) -> range:
 
 
 def _zeros(source: QuantSource, groups: range) -> Tensor:
-    """[rows, groups]; the first checkpoint format stores them less 1 (and 0 as the largest code)."""
+    """[rows, groups]; the first checkpoint format stores them less 1, taken from whole words: a zero point of 0 has
+    borrowed from the one above it."""
     spec = source.spec
     words, inside = words_of(source.rows, spec.per_word)
-    zeros = unpack_words(source.read("qzeros", groups, words), spec.bits, 1)[:, inside].T.to(torch.int32)
-    return (zeros + 1) & (2**spec.bits - 1) if spec.zeros_less_one else zeros
+    stored = source.read("qzeros", groups, words)
+    if spec.zeros_less_one:
+        stored = stored + sum(1 << spec.bits * code for code in range(spec.per_word))
+    return unpack_words(stored, spec.bits, 1)[:, inside].T.to(torch.int32)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -22,20 +20,13 @@ def from_unsigned(
     if index is not None and _are_whole(index, scales.shape[1]):
         order, group_index = index.argsort(stable=True).to(torch.int32), None
         codes = codes[:, order.long()].contiguous()
-    if source.spec.kind == "int4":
-        offsets = (-zeros.float() * scales.float()).to(dtype).contiguous()
-        return PackedMatrix("int4", pack_nibbles(codes), scales.to(dtype).contiguous(), offsets, group_index, order)
-    if not bool((zeros == 128).all()):
-        # 8 bits with other zero points do not fit an int8: the matrix is quantised anew, symmetrically
-        from aphro_core.quantization.online import quantise
-
-        columns = torch.arange(codes.shape[1], device=codes.device)
-        at = columns * zeros.shape[1] // codes.shape[1] if group_index is None else group_index.long()
-        weight = (codes.float() - zeros.float()[:, at]) * scales.float()[:, at]
-        group = source.group if group_index is None else None
-        return replace(quantise(weight, "int8", group, source.scale_dtype), order=order)
-    signed = (codes.to(torch.int16) - 128).to(torch.int8)
-    return PackedMatrix("int8", signed, scales.to(dtype).contiguous(), None, group_index, order)
+    is_int4 = source.spec.kind == "int4"
+    centre = 0 if is_int4 else 128  # of 8 bits, for codes to fit an int8; usual zero points are there
+    offsets = None
+    if is_int4 or not bool((zeros == centre).all()):
+        offsets = ((centre - zeros.float()) * scales.float()).to(dtype).contiguous()
+    kept = pack_nibbles(codes) if is_int4 else (codes.to(torch.int16) - centre).to(torch.int8)
+    return PackedMatrix(source.spec.kind, kept, scales.to(dtype).contiguous(), offsets, group_index, order)
 
 
 def _are_whole(index: Tensor, num_groups: int) -> bool:

@@ -69,7 +69,7 @@ class QuantizedLinear:
 
 
 def _takes_kernel(matrix: PackedMatrix) -> bool:
-    return matrix.inputs is None and matrix.codes.is_cuda and matrix.group_index is None and matrix.order is None
+    return matrix.inputs is None and matrix.codes.is_cuda and matrix.suits_kernels and matrix.order is None
 
 
 def build_product(matrix: PackedMatrix, dtype: torch.dtype, workspace: SkinnyWorkspace | None = None) -> Product:
@@ -78,13 +78,18 @@ def build_product(matrix: PackedMatrix, dtype: torch.dtype, workspace: SkinnyWor
         return RoundedProduct(matrix, matrix.inputs, plain)
     if matrix.order is not None:
         return OrderedProduct(matrix, dtype, workspace)
+    if matrix.kind == "int8" and matrix.offsets is not None and matrix.group_index is None:
+        return OffsetProduct(replace(matrix, offsets=None), matrix.offsets, dtype, workspace)
     if matrix.codes.device.type == "cpu" and dtype == torch.bfloat16:
-        if host.has_product_kernels() and (product := build_cpu_product(matrix)) is not None:
-            return product
-        return Int4Product(matrix) if _suits_int4(matrix) else Int8Product(in_rows(matrix))
-    if _takes_kernel(matrix):
-        return KernelProduct(matrix, None, workspace)
-    return DequantisedProduct(matrix)
+        return _build_bfloat16_product(matrix)
+    return KernelProduct(matrix, None, workspace) if _takes_kernel(matrix) else DequantisedProduct(matrix)
+
+
+def _build_bfloat16_product(matrix: PackedMatrix) -> Product:
+    """On CPUs."""
+    if host.has_product_kernels() and (product := build_cpu_product(matrix)) is not None:
+        return product
+    return Int4Product(matrix) if _suits_int4(matrix) else Int8Product(in_rows(matrix))
 
 
 def scale_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -120,6 +125,20 @@ class OrderedProduct:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._product(x.index_select(1, self._order))
+
+
+class OffsetProduct:
+    """8 bits with zero points: the codes' product, and that of the offsets with the sums of each group's inputs."""
+
+    def __init__(
+        self, matrix: PackedMatrix, offsets: Tensor, dtype: torch.dtype, workspace: SkinnyWorkspace | None
+    ) -> None:
+        self._product, self._offsets = build_product(matrix, dtype, workspace), offsets.to(dtype)
+        self.nbytes = self._product.nbytes + self._offsets.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        sums = x.reshape(len(x), self._offsets.shape[1], -1).sum(dim=-1, dtype=torch.float32)
+        return self._product(x).add_(linear(sums.to(x.dtype), self._offsets))
 
 
 class DequantisedProduct:

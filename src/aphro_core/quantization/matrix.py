@@ -28,8 +28,9 @@ class PackedMatrix:
     """[rows, columns]: weight = code * scale (+ offset), with as many groups of equal size as ``scales`` has columns.
 
     ``codes``: two a byte for int4 [rows, columns / 2] uint8, else [rows, columns] int8 or float8_e4m3fn. ``scales`` and
-    ``offsets`` (int4) [rows, groups]. Act-order: with ``order`` [columns] int32 column j is input ``order[j]``; where
-    a rank has part of the groups, with ``group_index`` [columns] int32 column j is of group ``group_index[j]``.
+    ``offsets`` (int4, and int8 with zero points of its own) [rows, groups]. Act-order: with ``order`` [columns] int32
+    column j is input ``order[j]``; where a rank has part of the groups, with ``group_index`` [columns] int32 column j
+    is of group ``group_index[j]``.
     """
 
     kind: Kind
@@ -58,6 +59,11 @@ class PackedMatrix:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
 
+    @property
+    def suits_kernels(self) -> bool:
+        """Whether ``for_kernels`` has it: groups follow each other, and only int4 has offsets."""
+        return self.group_index is None and (self.offsets is None or self.kind == "int4")
+
     def rows(self, start: int, stop: int) -> PackedMatrix:
         """Some rows, as views."""
         offsets = None if self.offsets is None else self.offsets[start:stop]
@@ -72,7 +78,7 @@ class PackedMatrix:
 
     def for_kernels(self) -> PackedWeight:
         """As the kernels read it: int4 codes in another order, which is a copy, and in tiles where sizes allow."""
-        assert self.group_index is None, "of groups that follow each other"
+        assert self.suits_kernels
         codes = halve_groups(self.codes, self.group_size) if self.kind == "int4" else self.codes
         return in_tiles(PackedWeight(codes.contiguous(), self.scales.contiguous(), self.offsets))
 
@@ -83,7 +89,7 @@ class PackedMatrix:
 
     def _values(self, dtype: torch.dtype) -> Tensor:
         num_rows, num_columns = self.shape
-        if self.codes.is_cuda and self.group_index is None:
+        if self.codes.is_cuda and self.suits_kernels:
             return dequantise(self.for_kernels(), dtype)
         codes = unpack_nibbles(self.codes) if self.kind == "int4" else self.codes
         wide = _widened(codes, dtype if self.scales.dtype == dtype else torch.float32)
@@ -140,7 +146,7 @@ def _are_alike(a: PackedMatrix, b: PackedMatrix) -> bool:
     ):
         return False
     alike = a.kind == b.kind and a.scales.shape[1] == b.scales.shape[1] and a.scales.dtype == b.scales.dtype
-    alike = alike and a.inputs == b.inputs
+    alike = alike and a.inputs == b.inputs and (a.offsets is None) == (b.offsets is None)
     if a.group_index is None or b.group_index is None:
         return alike and a.group_index is b.group_index
     return alike and torch.equal(a.group_index, b.group_index)

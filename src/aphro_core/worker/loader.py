@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from aphro_core.checkpoint.checkpoint import Checkpoint
-from aphro_core.models.packed import column_group, is_packed, module_of, parameter_bytes, source_group
+from aphro_core.models.packed import column_group, is_expanded, is_packed, module_of, parameter_bytes, source_group
 from aphro_core.models.registry import family_of
 from aphro_core.models.spec import DecoderSpec
 from aphro_core.models.tensors import Axis, TensorPiece, parameter_shapes, rank_pieces, rules_of_rank, tied_parameters
@@ -45,7 +45,12 @@ def load_weights(
     another shape than ``spec`` has it, or the file ends early.
     """
 
+    expanded = {source.name for rule in family_of(spec).tensors if is_expanded(rule, spec) for source in rule.sources}
+
     def read(target: Tensor, piece: TensorPiece) -> None:
+        if piece.source in expanded:
+            target.copy_(read_packed(piece, column_group(spec, "hidden")).dequantise(dtype))
+            return
         dim, index = (piece.dim, piece.index) if piece.dim is not None else (None, range(0))
         checkpoint.read_into(target, piece.source, dim, index.start, index.stop if dim is not None else None)
 

@@ -19,7 +19,9 @@ from huggingface_hub.errors import (
 )
 from safetensors.torch import load_file, save_file
 
-from aphro_core.checkpoint.open import open_checkpoint, resolve_model
+from aphro_core.checkpoint.headers import read_headers
+from aphro_core.checkpoint.model_files import model_files
+from aphro_core.checkpoint.open import open_checkpoint, read_hf_config, resolve_model
 from aphro_core.errors import ModelError
 from aphro_core.models.registry import load_spec
 from tests import tiny
@@ -277,3 +279,32 @@ def test_a_cached_model_is_found_offline(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert resolve_model("owner/name") == snapshot
     with pytest.raises(ModelError, match="not in the Hugging Face cache, and the Hub cannot be reached"):
         resolve_model("owner/other")
+
+
+@pytest.mark.parametrize(
+    ("name", "section", "method"),
+    [
+        ("quantize_config.json", {"bits": 4, "group_size": 128, "desc_act": True, "sym": True}, "gptq"),
+        ("quant_config.json", {"w_bit": 4, "q_group_size": 128, "zero_point": True, "version": "GEMM"}, "awq"),
+        ("config.json", None, "compressed-tensors"),
+    ],
+)
+def test_a_quantisation_that_older_writers_put_elsewhere(
+    name: str, section: dict[str, Any] | None, method: str, whole: Path
+) -> None:
+    if section is None:
+        weights = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+        groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+        change_json(whole / name, compression_config={"format": "float-quantized", "config_groups": groups})
+    else:
+        (whole / name).write_text(json.dumps(section))
+    found = load_spec(read_hf_config(whole)).quantization
+    assert found is not None
+    assert (found.layout, found.bits) == (method, 8 if section is None else 4)
+    headers = read_headers(str(whole))
+    assert load_spec(headers.hf_config).quantization == found
+    assert name in [file.name for file in model_files(whole)]
+    change_json(whole / "config.json", quantization_config={"quant_method": "fp8"})
+    found = load_spec(read_hf_config(whole)).quantization
+    assert found is not None
+    assert found.layout == "fp8"

@@ -45,6 +45,45 @@ def test_what_is_not_supported_is_named(change: dict[str, Any], problem: str) ->
         quant_spec(HfConfig(GPTQ | change))
 
 
+AWQ: dict[str, Any] = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}
+
+
+def test_awq_keys_of_older_writers() -> None:
+    older = {"quant_method": "awq", "w_bit": 4, "q_group_size": 128, "version": "GEMM", "zero_point": True}
+    assert quant_spec(HfConfig(older)) == quant_spec(HfConfig(AWQ))
+
+
+def compressed(**groups: dict[str, Any]) -> dict[str, Any]:
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True}
+    base = {"weights": weights, "format": "pack-quantized"}
+    section = {"quant_method": "compressed-tensors", "format": "mixed-precision", "ignore": ["lm_head"]}
+    return section | {"config_groups": {name: base | group for name, group in groups.items()}}
+
+
+def test_targets_of_compressed_tensors() -> None:
+    """Classes, names and patterns, in one group or several of one scheme."""
+    attention, mlp = (
+        {"targets": ["re:.*self_attn.*_proj"]},
+        {"targets": ["re:.*mlp.*_proj", "model.layers.0.self_attn"]},
+    )
+    found = quant_spec(HfConfig(compressed(a=attention)))
+    assert [found.covers(f"model.layers.1.{name}") for name in ("self_attn.q_proj", "mlp.up_proj")] == [True, False]
+    found = quant_spec(HfConfig(compressed(a=attention, b=mlp)))
+    assert found.covers("model.layers.1.self_attn.q_proj")
+    assert found.covers("model.layers.1.mlp.up_proj")
+    assert not found.covers("lm_head")
+    everything = quant_spec(HfConfig(compressed(a={"targets": ["Linear"]})))
+    assert everything.covers("model.layers.1.mlp.up_proj")
+    assert everything.has_head
+    assert not everything.covers("lm_head")
+    other = {"weights": {"num_bits": 8, "type": "int", "strategy": "channel"}}
+    for groups in ({}, {"a": attention, "b": mlp | other}):
+        with pytest.raises(ModelError, match="allowed: one group, or several with the same scheme"):
+            quant_spec(HfConfig(compressed(**groups)))
+    with pytest.raises(ModelError, match="targets"):
+        quant_spec(HfConfig(compressed(a={"targets": ["re:("]})))
+
+
 def test_a_request_and_a_checkpoint_must_agree() -> None:
     gptq = quant_spec(HfConfig(GPTQ))
     gguf = QuantSpec(layout="gguf", kind="int4", bits=4, block_formats={"x.weight": "Q4_K"})

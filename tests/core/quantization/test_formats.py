@@ -42,7 +42,7 @@ SHARED |= {"shared_expert_intermediate_size": 96, "mlp_only_layers": [1]}
 @pytest.mark.parametrize(
     ("family", "name", "sizes"),
     [
-        ("mixtral", "gptq", MIXTURES),
+        ("mixtral", "gptq-act-order", MIXTURES),
         ("mixtral", "fp8-block", MIXTURES),
         ("qwen2_moe", "compressed-w4a16-asymmetric", SHARED),
         ("qwen2_moe", "compressed-int8-w8a8", SHARED),
@@ -91,5 +91,20 @@ def test_ranks_hold_their_part_of_the_dequantised_weights(name: str, tmp_path: P
                     torch.testing.assert_close(found, matrix, atol=1e-5, rtol=1e-5)
                     total += sum(each.nbytes for each in packed)
             total += sum(weight.nbytes for weight in weights.values() if isinstance(weight, Tensor))
-            if "act-order" not in name:
-                assert weights_bytes(spec, shard, 4) == total
+            assert weights_bytes(spec, shard, 4) == total
+
+
+@pytest.mark.parametrize("name", ["gptq-act-order", "compressed-w4a16-asymmetric", "compressed-fp8-dynamic"])
+def test_a_quantised_head_is_kept_in_the_runs_dtype(name: str, tmp_path: Path) -> None:
+    expected_head = write_tiny_format(tmp_path, name, has_head=True, vocab_size=160).lm_head.weight
+    for tp in (1, 3):
+        for rank in range(tp):
+            with open_checkpoint(tmp_path) as checkpoint:
+                spec = load_spec(checkpoint.hf_config)
+                shard = build_plan(spec, tp, 1).ranks[rank]
+                weights = load_weights(checkpoint, spec, shard, torch.float32, CPU)
+            head = weights["lm_head.weight"]
+            assert isinstance(head, Tensor)
+            mine = expected_head[shard.vocab.start : shard.vocab.stop]
+            torch.testing.assert_close(head[: len(mine)], mine, atol=1e-5, rtol=1e-5)
+            assert not head[len(mine) :].any()

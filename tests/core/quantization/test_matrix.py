@@ -82,6 +82,23 @@ def test_a_product_is_that_of_the_dequantised_matrix(
     assert error < (1e-5 if dtype == torch.float32 else 0.015)  # bfloat16 may be kept in 8 bits a row
 
 
+@pytest.mark.parametrize("arrangement", ["", "order", "groups"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_8_bits_with_zero_points(arrangement: str, dtype: torch.dtype) -> None:
+    """GPTQ and W8A16 without symmetry: products of codes and of offsets, also in act-order."""
+    plain = quantise(weights(), "int8", 32, dtype)
+    matrix = replace(plain, offsets=(torch.rand(48, 6) * plain.scales.float() * 30).to(dtype))
+    if arrangement == "order":
+        matrix = replace(matrix, order=torch.randperm(192).to(torch.int32))
+    elif arrangement == "groups":
+        matrix = replace(matrix, group_index=(torch.randperm(192) // 32).to(torch.int32))
+    assert len(below_each_other([plain, matrix])) == 2
+    x = torch.randn(5, 192).to(dtype)
+    expected = linear(x.float(), matrix.dequantise(torch.float32))
+    error = (QuantizedLinear([matrix], None, dtype)(x).float() - expected).norm() / expected.norm()
+    assert error < (1e-5 if dtype == torch.float32 else 0.015)
+
+
 @pytest.mark.parametrize("kind", ["fp8", "int8"])
 @pytest.mark.parametrize("scale", [None, 0.01])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
