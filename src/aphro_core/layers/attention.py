@@ -63,16 +63,23 @@ class Attention:
                 cache_scales,
             )
 
-    def __call__(self, x: Tensor, rotation: Rotation, rows: GatheredRows | PagedRows, cache: Tensor) -> Tensor:
-        """``x`` [num_tokens, hidden_size] to this rank's summand of the same shape. ``cache`` as worker/kv_cache.py
-        allocates it."""
+    def __call__(
+        self,
+        x: Tensor,
+        rotation: Rotation,
+        rows: GatheredRows | PagedRows,
+        cache: Tensor,
+        kept: Tensor | None = None,
+    ) -> Tensor:
+        """``x`` [num_tokens, hidden_size] to this rank's summand of the same shape, or of its rows ``kept`` [any]
+        int64. ``cache`` as worker/kv_cache.py allocates it."""
         qkv = self._qkv(x).view(len(x), self._all_heads, self._head_dim)
         if isinstance(rows, PagedRows):
             attended = self._paged(qkv, rotation, rows, cache)
         else:
             assert self._gathered is not None, "gathered rows are a CPU's"
             attended = self._gathered(qkv, rotation, rows, cache)
-        return self._out(attended)
+        return self._out(attended if kept is None else attended.index_select(0, kept))
 
 
 class PagedAttention:

@@ -67,11 +67,23 @@ class Block:
         self._attention_out, self._mlp_out, self._group = attention_out, mlp_out, group
 
     def __call__(
-        self, x: Tensor, delta: Delta | None, rotation: Rotation, rows: GatheredRows | PagedRows, cache: Tensor
+        self,
+        x: Tensor,
+        delta: Delta | None,
+        rotation: Rotation,
+        rows: GatheredRows | PagedRows,
+        cache: Tensor,
+        kept: Tensor | None = None,
     ) -> Delta:
-        """``x`` [num_tokens, hidden_size] in place, ``delta`` what is still to be added; returns the next delta."""
+        """``x`` [num_tokens, hidden_size] in place, ``delta`` what is still to be added; returns the next delta.
+
+        With ``kept`` [any] int64, both are those rows' alone, in ``x`` the first ones: of the others K and V are
+        written, and nothing else.
+        """
         normed = self._input_norm(x) if delta is None else delta.add_to_(x, self._input_norm)
-        attended = self._attention(normed, rotation, rows, cache)
+        attended = self._attention(normed, rotation, rows, cache, kept)
+        if kept is not None:
+            x = x[: len(kept)].copy_(x.index_select(0, kept))
         normed = Delta(attended, self._group, self._attention_out).add_to_(x, self._post_norm)
         return Delta(self._mlp(normed), self._group, self._mlp_out)
 
@@ -105,13 +117,17 @@ class Decoder:
         self.weights_bytes = parts.num_bytes
         assert not weights, f"no part of the decoder reads {sorted(weights)}"
 
-    def __call__(self, batch: Batch, hidden_states: Tensor | None, caches: Sequence[Tensor]) -> Tensor:
-        """The residual stream behind this stage's layers, ``[num_tokens, hidden_size]``.
+    def __call__(
+        self, batch: Batch, hidden_states: Tensor | None, caches: Sequence[Tensor], kept: Tensor | None = None
+    ) -> Tensor:
+        """The residual stream behind this stage's layers, ``[num_tokens, hidden_size]``, or of its rows ``kept``
+        [any] int64: behind the last layer others than those that are drawn from are hardly ever asked for.
 
         ``hidden_states`` is what the stage before handed on (written in place), None on the first stage.
         """
         x = self.begin(batch, hidden_states)
-        delta = self.run_blocks(x, self.rotations(batch, x.dtype), batch.cache_rows, caches)
+        delta = self.run_blocks(x, self.rotations(batch, x.dtype), batch.cache_rows, caches, kept)
+        x = x if kept is None else x[: len(kept)]
         return x if delta is None else x.add_(delta.whole())
 
     def begin(self, batch: Batch, hidden_states: Tensor | None) -> Tensor:
@@ -130,12 +146,18 @@ class Decoder:
         return [rotary.at(batch.positions, halves=halves) for rotary in self._rotaries]
 
     def run_blocks(
-        self, x: Tensor, rotations: Sequence[Rotation], rows: GatheredRows | PagedRows, caches: Sequence[Tensor]
+        self,
+        x: Tensor,
+        rotations: Sequence[Rotation],
+        rows: GatheredRows | PagedRows,
+        caches: Sequence[Tensor],
+        kept: Tensor | None = None,
     ) -> Delta | None:
-        """``x`` in place; what is still to be added to it."""
+        """``x`` in place; what is still to be added to it. Of ``kept`` rows the last block makes the first ones."""
         delta = None
+        last = self._blocks[-1]
         for block, rotary, cache in zip(self._blocks, self._rotary_of, caches, strict=True):
-            delta = block(x, delta, rotations[rotary], rows, cache)
+            delta = block(x, delta, rotations[rotary], rows, cache, kept if block is last else None)
         return delta
 
     def logits(self, rows: Tensor, out: Tensor | None = None) -> Tensor | None:

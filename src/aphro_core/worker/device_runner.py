@@ -14,8 +14,9 @@ from aphro_kernels.decode_work import build_decode_work
 from torch import Tensor
 
 from aphro_core.distributed import Links
+from aphro_core.layers.batch import Batch
 from aphro_core.layers.decoder import Decoder
-from aphro_core.messages.steps import PromptLogprobs, StepPlan
+from aphro_core.messages.steps import PromptLogprobs, ScheduledSequence, StepPlan
 from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel.shard import RankShard
 from aphro_core.worker.cuda_graphs import CudaGraphs, DecodeSteps, row_buckets
@@ -167,27 +168,39 @@ class DeviceRunner:
     def _run_mixed(self, step: PagedStep) -> tuple[Tensor, list[PromptLogprobs]]:
         batch = self._inputs.mixed_batch(step)
         received = None if self._shard.has_embedding else self._receive(batch.num_tokens)
-        hidden = self._decoder(batch, received, self._caches)
+        kept = self._kept_rows(step, batch)
+        hidden = self._decoder(batch, received, self._caches, kept)
         logits = self._logits[: len(step.draws)]
         if not self._shard.has_head:
             self._links.stage.send(hidden)
             return logits, []
         found = self._prompt_logprobs(step, hidden)
         if step.draws:
-            self._decoder.logits(hidden.index_select(0, batch.sampled_rows), out=logits)
+            self._decoder.logits(hidden if kept is not None else hidden.index_select(0, batch.sampled_rows), out=logits)
         return logits, found
+
+    def _kept_rows(self, step: PagedStep, batch: Batch) -> Tensor | None:
+        """What the last layer goes on with: the rows that are drawn from, or one if none is; None: all of them, for
+        whoever asks what a prompt's tokens were worth, and where other ranks' sums have as many rows."""
+        assert step.chunks is not None
+        if not self._shard.has_head or self._links.tensor.size > 1 or self._asking(step.chunks.entries):
+            return None
+        return batch.sampled_rows if step.draws else batch.positions.new_zeros(1)
 
     def _receive(self, num_tokens: int) -> Tensor:
         return self._links.stage.receive((num_tokens, self._hidden.shape[1]), self._dtype, self._device)
 
     def _prompt_logprobs(self, step: PagedStep, hidden: Tensor) -> list[PromptLogprobs]:
         assert step.chunks is not None
-        asking = [e for e in step.chunks.entries if self._sequences[e.seq_id].row.sampling.prompt_logprobs is not None]
         found = [
             prompt_logprobs(self._decoder, hidden[step.first_rows[e.seq_id] :], e, self._sequences[e.seq_id].row)
-            for e in asking
+            for e in self._asking(step.chunks.entries)
         ]
         return [one for one in found if one is not None]
+
+    def _asking(self, entries: list[ScheduledSequence]) -> list[ScheduledSequence]:
+        """Those of which the log-probabilities of the prompt are wanted."""
+        return [e for e in entries if self._sequences[e.seq_id].row.sampling.prompt_logprobs is not None]
 
     def _draw(
         self, plan: StepPlan, step: PagedStep, logits: Tensor, found: list[PromptLogprobs]
