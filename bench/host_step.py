@@ -70,7 +70,7 @@ class IdleWorker:
             block_size=BLOCK_SIZE, max_rows=MAX_ROWS, max_model_len=MAX_LEN, dtype=torch.float32, device=cpu,
         )  # fmt: skip
         tokens = torch.full((MAX_ROWS,), 7)
-        self._runner._decode = lambda num_rows: None
+        self._runner._run_padded = lambda shape: None
 
         def draw(logits: Tensor, *rest: object) -> Tensor:
             return tokens[: len(logits)].clone()

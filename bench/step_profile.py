@@ -7,7 +7,7 @@ Dummy weights of a shape. For each number of rows: the time of every kernel in a
 time of the captured graph, and the period of whole steps launched one after the other, as the engine does; the
 differences are gaps between kernels, and what is outside the graph (inputs, sampling, tokens). "launch" is the time
 that the host's thread needs for a step, which must stay below the period. ``--prompts``: steps that compute new prompts
-of these lengths beside the rows, and have no graph.
+of these lengths beside the rows; "graph" is then theirs, if they have one.
 """
 
 from __future__ import annotations
@@ -147,11 +147,15 @@ def kernels(run: Callable[[], object], times: int) -> tuple[Counter[str], Counte
 
 
 @torch.inference_mode()
-def graph_seconds(worker: Worker, rows: int, times: int) -> float:
+def graph_seconds(worker: Worker, rows: int, prompts: list[int], times: int) -> float:
     runner = worker._runner
     assert isinstance(runner, DeviceRunner)
-    bucket = next(size for size in runner._buckets if size >= rows)
-    return seconds(lambda: runner._decode(bucket), times)[0]
+    shape = runner._shapes.of_rows(rows)
+    if prompts:
+        shape = runner._shapes.with_chunks(rows + sum(prompts), rows, len(prompts))
+        if not runner._shapes.has(shape):
+            return float("nan")
+    return seconds(lambda: runner._run_padded(shape), times)[0]
 
 
 def main() -> None:
@@ -175,7 +179,7 @@ def main() -> None:
         stepper.begin(SamplingParams() if arguments.sampled else SamplingParams(temperature=0.0))
         stepper.lengths = arguments.prompts
         period, host = seconds(stepper.decode, arguments.steps)
-        graph = graph_seconds(worker, rows, arguments.steps)
+        graph = graph_seconds(worker, rows, arguments.prompts, arguments.steps)
         spent, count = kernels(stepper.decode, 8)
         if arguments.host:
             print_host_profile(stepper.decode, 8, arguments.top)

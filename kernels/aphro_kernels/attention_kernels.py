@@ -6,7 +6,7 @@ from __future__ import annotations
 from aphro_kernels.language import jit, start_in_chain, tl
 
 
-@jit(do_not_specialize=["num_seqs", "table_stride", "scale", "value_scale"])
+@jit(do_not_specialize=["table_stride", "scale", "value_scale"])
 def attention_kernel(
     q: tl.tensor,
     k_cache: tl.tensor,
@@ -41,7 +41,10 @@ def attention_kernel(
     start_in_chain(CHAINED)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tiles see most keys: they go first
     kv_head = tl.program_id(1)
-    seq = _sequence_of_tile(query_start_loc, tile, num_seqs, QUERIES)
+    count = tl.load(num_seqs)
+    if tile > tl.load(query_start_loc + count) // QUERIES + count:
+        return  # room for longer sequences, or more of them
+    seq = _sequence_of_tile(query_start_loc, tile, count, QUERIES)
     start = tl.load(query_start_loc + seq)
     query_len = tl.load(query_start_loc + seq + 1) - start
     first = (tile - (start // QUERIES + seq)) * QUERIES

@@ -97,8 +97,9 @@ def _tile(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
 def plan_decode_(work: DecodeWork, seq_lens: Tensor, num_kv_heads: int, *, is_new: Tensor | None = None) -> None:
     """Share out a step's keys: ``seq_lens`` [num_rows] int32 on the device. Once a step, before any layer.
 
-    ``is_new`` [num_rows], not 0 for rows that may read keys which another row of this very step writes. Where there are
-    none, all but a row's last key is there when the step begins, and read so. None: any row may.
+    A row of length 0 gets zeros, one of negative length nothing: it is not there. ``is_new`` [num_rows], not 0 for rows
+    that may read keys which another row of this very step writes. Where there are none, all but a row's last key is
+    there when the step begins, and read so. None: any row may.
     """
     num_rows = seq_lens.shape[0]
     assert num_rows * num_kv_heads <= work.arrivals.shape[0], "more rows than the buffers were built for"
@@ -138,7 +139,7 @@ def _plan_kernel(
 ) -> None:
     rows = tl.arange(0, ROWS)
     seq_len = tl.load(seq_lens + rows, mask=rows < num_rows, other=0)
-    tiles = tl.where(rows < num_rows, num_tiles_of(seq_len, KEYS, WINDOW), 0)
+    tiles = tl.where((rows < num_rows) & (seq_len >= 0), num_tiles_of(seq_len, KEYS, WINDOW), 0)
     ends = tl.cumsum(tiles, axis=0) * NUM_KV_HEADS
     total = tl.sum(tiles, axis=0) * NUM_KV_HEADS
     used = tl.minimum(total, num_programs)

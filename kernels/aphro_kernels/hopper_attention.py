@@ -20,17 +20,26 @@ from aphro_kernels.hopper_softmax import attend
 from aphro_kernels.language import chain_options, tl
 
 _FEWEST_ROWS: Final = 2**14  # queries times heads of a call
-_FEWEST_QUERIES: Final = 192  # of a sequence, on average
+FEWEST_QUERIES: Final = 192  # of a sequence, on average
 _STAGES: Final = {64: 3, 128: 2}  # tiles of keys, and of values, in shared memory at once; by head_dim
 
 
-def suits(q: Tensor, k_cache: Tensor, num_seqs: int, window: int | None, softcap: float | None) -> bool:
-    """Whether the kernel is made for such a call of ``num_seqs`` sequences, and is the faster one (on an H200): a tile
-    of queries costs it some microseconds beside its keys, which very short sequences do not earn back."""
+def are_long(num_queries: int, num_seqs: int) -> bool:
+    """Whether the kernel is the faster one (on an H200) for so many queries of so many sequences: a tile of queries
+    costs it some microseconds beside its keys, which very short sequences do not earn back."""
+    return num_queries >= FEWEST_QUERIES * num_seqs
+
+
+def suits(q: Tensor, k_cache: Tensor, window: int | None, softcap: float | None) -> bool:
+    """Whether the kernel is made for such a call, and the call large enough for it."""
     is_taken = suits_hopper(q) and k_cache.dtype == q.dtype and not window and not softcap
     has_shape = q.shape[2] in _STAGES and k_cache.shape[2] in (16, 32, 64, 128)
-    is_long = q.shape[0] >= _FEWEST_QUERIES * num_seqs and q.shape[0] * q.shape[1] >= _FEWEST_ROWS
-    return is_taken and has_shape and is_long
+    return is_taken and has_shape and has_rows(q.shape[0], q.shape[1])
+
+
+def has_rows(num_queries: int, num_heads: int) -> bool:
+    """Whether a call has enough of them to keep all multiprocessors busy."""
+    return num_queries * num_heads >= _FEWEST_ROWS
 
 
 def hopper_attention(

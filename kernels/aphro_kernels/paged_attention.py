@@ -33,14 +33,19 @@ def paged_attention_reference(
     value_scale: float = 1.0,
     work: DecodeWork | None = None,
     tiles: Tensor | None = None,
+    num_seqs: Tensor | None = None,
+    is_long: bool | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     num_kv_heads, block_size, head_dim = k_cache.shape[1:]
-    out = torch.zeros_like(q) if out is None else out.zero_()
+    out = torch.zeros_like(q) if out is None else out
     starts = query_start_loc.tolist()
-    for i, seq_len in enumerate(seq_lens.tolist()):
+    for i, seq_len in enumerate(seq_lens.tolist() if num_seqs is None else seq_lens[: int(num_seqs)].tolist()):
         query = q[starts[i] : starts[i + 1]].float()
-        if not len(query) or not seq_len:
+        if not len(query) or seq_len < 0:
+            continue
+        if not seq_len:
+            out[starts[i] : starts[i + 1]] = 0.0
             continue
         blocks = block_tables[i, : -(-seq_len // block_size)].long()
         k, v = (
@@ -76,6 +81,8 @@ def paged_attention(
     value_scale: float = 1.0,
     work: DecodeWork | None = None,
     tiles: Tensor | None = None,
+    num_seqs: Tensor | None = None,
+    is_long: bool | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """``[num_tokens, num_heads, head_dim]``, the shape and dtype of ``q``; tokens of a sequence stand together.
@@ -87,7 +94,9 @@ def paged_attention(
     [num_seqs + 1], all int32. ``max_query_len`` 1 says that every sequence has exactly one query: that takes
     decode_attention.py, for which ``work`` should be this step's plan (without one, each call makes its own). Call
     decode rows and chunks apart: a decode row among chunks costs a chunk's tile. ``max_query_len``, ``max_seq_len``
-    are upper bounds. A sequence of length 0 gives zeros. ``out`` takes the answer.
+    are upper bounds. A sequence of length 0 gives zeros, a decode row of negative length nothing. ``out`` takes the
+    answer. ``num_seqs`` [1] int32 on the device says how many of the sequences of chunks there are, None: all; rows
+    that they leave out get nothing. ``is_long``: whether chunks are long on average, None: by their number.
     """
     op = _launch if runs_kernels(q) else paged_attention_reference
     return op(
@@ -106,6 +115,8 @@ def paged_attention(
         value_scale=value_scale,
         work=work,
         tiles=tiles,
+        num_seqs=num_seqs,
+        is_long=is_long,
         out=out,
     )
 
@@ -127,6 +138,8 @@ def _launch(
     value_scale: float = 1.0,
     work: DecodeWork | None = None,
     tiles: Tensor | None = None,
+    num_seqs: Tensor | None = None,
+    is_long: bool | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     num_tokens, num_heads, head_dim = q.shape
@@ -153,7 +166,8 @@ def _launch(
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     if not num_tokens:
         return out
-    if value_scale == 1.0 and hopper_attention.suits(q, k_cache, len(seq_lens), window, softcap):
+    is_long = hopper_attention.are_long(num_tokens, len(seq_lens)) if is_long is None else is_long
+    if is_long and value_scale == 1.0 and hopper_attention.suits(q, k_cache, window, softcap):
         if tiles is None:
             tiles = list_tiles(seq_lens, query_start_loc, num_tokens, num_heads // num_kv_heads)
         hopper_attention.hopper_attention(
@@ -166,6 +180,7 @@ def _launch(
             scale=scale,
         )
         return out
+    num_seqs = seq_lens.new_full((1,), len(seq_lens)) if num_seqs is None else num_seqs
     group, group_padded = num_heads // num_kv_heads, next_power_of_2(num_heads // num_kv_heads)
     dims = max(next_power_of_2(head_dim), 16)  # the least that tl.dot takes
     tile = _tile(num_tokens * num_heads, group_padded, dims, q.dtype)
@@ -178,7 +193,7 @@ def _launch(
         block_tables,
         seq_lens,
         query_start_loc,
-        len(seq_lens),
+        num_seqs,
         q.stride(0),
         k_cache.stride(0),
         block_tables.stride(0),

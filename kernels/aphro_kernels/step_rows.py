@@ -5,7 +5,8 @@ A device keeps, by slot (the place that a sequence has as long as it lives, and 
 ``ROW_FIELDS`` int64 a row:
 
 - SLOT: its slot; the last one for padding
-- POSITION: of the token to read; -1 for padding, which reads token 0, writes nothing and sees no key
+- POSITION: of the token to read; -1 for padding, which reads token 0, writes nothing and sees no key; below that for a
+  row that is not there: only its length of -1 is written, and whoever shares the buffers has the rest
 - TOKEN: that token, or -1 if only the device has it
 - BLOCK: the block that holds the position if the step begins it, which is noted in the slot's table; else -1
 - DRAW_SLOT: where the token that is drawn goes; the last slot if none is
@@ -34,7 +35,7 @@ class StepRows:
     token_ids: Tensor  # [n] int64
     positions: Tensor  # [n] int64
     slot_mapping: Tensor  # [n] int64 = block * block_size + offset, -1 for padding
-    seq_lens: Tensor  # [n] int32, this token included, 0 for padding
+    seq_lens: Tensor  # [n] int32, this token included, 0 for padding, -1 for a row that is not there
     block_tables: Tensor  # [n, max_blocks] int32, valid as far as seq_lens reaches
 
     def first(self, n: int) -> StepRows:
@@ -55,6 +56,11 @@ def build_step_rows(max_rows: int, max_blocks: int, device: torch.device) -> Ste
 def step_rows_reference(
     rows: Tensor, last_token_ids: Tensor, block_tables: Tensor, *, block_size: int, out: StepRows
 ) -> StepRows:
+    is_there = rows[:, POSITION] >= -1
+    out.seq_lens[: len(rows)] = rows[:, POSITION].clamp(min=-2) + 1
+    if not is_there.all():  # those that are stand before those that are not
+        step_rows_reference(rows[is_there], last_token_ids, block_tables, block_size=block_size, out=out)
+        return out.first(len(rows))
     out = out.first(len(rows))
     slots, positions, tokens, blocks = (rows[:, field] for field in (SLOT, POSITION, TOKEN, BLOCK))
     is_row, index = positions >= 0, positions.clamp(min=0) // block_size
@@ -66,7 +72,6 @@ def step_rows_reference(
     out.block_tables.copy_(block_tables[slots])
     current = out.block_tables.gather(1, index[:, None]).squeeze(1).long()
     out.slot_mapping.copy_(torch.where(is_row, current * block_size + positions % block_size, -1))
-    out.seq_lens.copy_(positions + 1)
     return out
 
 
@@ -123,6 +128,9 @@ def _step_rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(rows + row * FIELDS)  # SLOT, POSITION, TOKEN, BLOCK
     position = tl.load(rows + row * FIELDS + 1)
+    tl.store(seq_lens + row, (tl.maximum(position, -2) + 1).to(tl.int32))
+    if position < -1:
+        return
     token = tl.load(rows + row * FIELDS + 2)
     block = tl.load(rows + row * FIELDS + 3)
     table = block_tables + slot * table_stride
@@ -137,7 +145,6 @@ def _step_rows_kernel(
     tl.store(token_ids + row, tl.where(is_row, token, 0))
     tl.store(positions + row, tl.maximum(position, 0))
     tl.store(slot_mapping + row, tl.where(is_row, block * BLOCK_SIZE + position % BLOCK_SIZE, -1))
-    tl.store(seq_lens + row, (position + 1).to(tl.int32))
     for start in range(0, index + 1, AT_ONCE):
         at = start + tl.arange(0, AT_ONCE)
         blocks = tl.load(table + at, mask=at < index, other=0)

@@ -16,6 +16,7 @@ from aphro_core.messages.steps import NewSequence, ScheduledSequence, StartWorke
 from aphro_core.prepare import EngineOptions, prepare
 from aphro_core.reporter import SilentReporter
 from aphro_core.request import SamplingParams
+from aphro_core.worker.device_runner import DeviceRunner
 from aphro_core.worker.worker import Worker
 from tests.tiny import write_tiny_checkpoint
 
@@ -72,11 +73,15 @@ class Serving:
         """One row for each of ``decode``, and new sequences with prompts of these lengths."""
         scheduled = [self._row(seq_id, 1) for seq_id in decode]
         new = []
-        for seq_id, length in prompts.items():
-            new.append(NewSequence(seq_id, [3] * length, length, dials, seq_id))
+        for seed, (seq_id, length) in enumerate(prompts.items()):
+            new.append(NewSequence(seq_id, [3] * length, length, dials, seed))
             scheduled.append(self._row(seq_id, length))
         self._step += 1
         return self.worker.launch(StepPlan(self._step, scheduled, new))
+
+    def give_back(self) -> None:
+        """All blocks: nobody decodes any more."""
+        self._free = list(range(200))
 
     def _row(self, seq_id: int, count: int) -> ScheduledSequence:
         start = self._positions.get(seq_id, 0)
@@ -140,3 +145,31 @@ def test_a_step_waits_for_nothing_and_compiles_nothing(serving: Serving, dials: 
     assert [len(result.token_ids) for result in results] == [2, 4, *[4] * 20, 4, 5]
     serving.worker.launch(StepPlan(serving._step + 1, [], [], ids))
     serving._step += 1
+
+
+@pytest.mark.parametrize("dials", DIALS.values(), ids=DIALS)
+def test_a_graph_gives_what_its_launches_give(serving: Serving, dials: SamplingParams) -> None:
+    """Prompts alone, beside rows that decode, and many at once: the same tokens either way."""
+    runner = serving.worker._runner
+    assert isinstance(runner, DeviceRunner)
+    replay = runner._run_padded
+    tokens = []
+    for run in (replay, runner._run_layers):
+        runner._run_padded = run
+        first = max(serving._positions, default=-1) + 1
+        ids = list(range(first, first + 14))
+        steps = [
+            serving.launch([], {ids[0]: 33, ids[1]: 2}, dials),
+            serving.launch(ids[:2], {ids[2]: 128, ids[3]: 1}, dials),
+            serving.launch(ids[:4], dict.fromkeys(ids[4:13], 7), dials),
+            *(serving.launch(ids[:13], {}, dials) for _ in range(3)),
+            serving.launch(ids[:2], {ids[13]: 250}, dials),
+            serving.launch(ids, {}, dials),
+        ]
+        tokens.append([step.result().token_ids for step in steps])
+        serving.worker.launch(StepPlan(serving._step + 1, [], [], ids))
+        serving._step += 1
+        serving.give_back()
+    runner._run_padded = replay
+    assert [len(drawn) for drawn in tokens[0]] == [2, 4, 13, 13, 13, 13, 3, 14]
+    assert tokens[0] == tokens[1]

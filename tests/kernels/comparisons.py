@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from aphro_kernels import (
@@ -15,6 +16,7 @@ from aphro_kernels import (
     gated_gemm,
     grouped_gemm,
     grouped_packed,
+    hopper_attention,
     packed_linear,
     paged_attention,
     peer_all_reduce,
@@ -249,7 +251,30 @@ def compare_attention(
         with poisoned_memory():
             paged_attention._launch(q, k_cache, v_cache, **arguments, out=out)
         assert_close(out, expected)
+    _compare_with_room(q, k_cache, v_cache, arguments, expected)
     return out
+
+
+def _compare_with_room(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, arguments: dict[str, Any], expected: Tensor
+) -> None:
+    """The same call in buffers with room for more sequences and rows, which get nothing."""
+    num_seqs = len(arguments["seq_lens"])
+    roomy = arguments | {"block_tables": torch.cat((arguments["block_tables"], arguments["block_tables"][:1]))}
+    length = -1 if arguments["max_query_len"] == 1 else 2**20  # a decode row that is not there; one that is not read
+    roomy["seq_lens"] = torch.cat((arguments["seq_lens"], arguments["seq_lens"].new_tensor([length])))
+    roomy["query_start_loc"] = torch.cat((arguments["query_start_loc"], arguments["query_start_loc"][-1:]))
+    q = torch.cat((q, q[:1].expand(1 if length < 0 else 70, -1, -1)))
+    if length < 0:
+        roomy["work"] = poisoned_work(q, k_cache.shape[1], roomy["seq_lens"], arguments["window"])
+    else:
+        roomy["num_seqs"] = torch.tensor([num_seqs], dtype=torch.int32, device=q.device)
+        roomy["is_long"] = hopper_attention.are_long(len(expected), num_seqs)
+    for call in (paged_attention._launch, paged_attention.paged_attention_reference):
+        out = nans(*q.shape, dtype=q.dtype, device=q.device)
+        call(q, k_cache, v_cache, **roomy, out=out)
+        assert_close(out[: len(expected)], expected)
+        assert bool(out[len(expected) :].isnan().all()), "rows that no sequence has get nothing"
 
 
 def poisoned_work(q: Tensor, num_kv_heads: int, seq_lens: Tensor, window: int | None) -> DecodeWork:
@@ -541,6 +566,8 @@ def compare_step_rows(num_rows: int, device: str) -> None:
     rows[:, step_rows.BLOCK] = torch.where(torch.arange(num_rows) % 3 == 0, 99, -1)
     rows[3::4, step_rows.POSITION] = -1
     rows[3::4, step_rows.BLOCK] = -1
+    if num_rows > 4:
+        rows[-2:, step_rows.POSITION] = -2
     found, expected = ([x.to(device).clone() for x in (rows, last, tables)] for _ in range(2))
     made = [step_rows.build_step_rows(num_rows + 2, max_blocks, torch.device(device)) for _ in range(2)]
     for buffer in (made[0].token_ids, made[0].positions, made[0].slot_mapping, made[0].seq_lens):
@@ -548,9 +575,10 @@ def compare_step_rows(num_rows: int, device: str) -> None:
     step_rows._launch(*found, BLOCK_SIZE, made[0])
     step_rows.step_rows_reference(*expected, block_size=BLOCK_SIZE, out=made[1])
     for name in ("token_ids", "positions", "slot_mapping", "seq_lens"):
-        ours, theirs = (getattr(one.first(num_rows), name) for one in made)
+        count = num_rows if name == "seq_lens" or num_rows <= 4 else num_rows - 2  # the last two are not there
+        ours, theirs = (getattr(one, name)[:count] for one in made)
         assert torch.equal(ours, theirs), name
-        assert bool((getattr(made[0], name)[num_rows:] == -(2**30)).all()), "nothing behind the rows is written"
+        assert bool((getattr(made[0], name)[count:] == -(2**30)).all()), "nothing behind the rows is written"
     assert torch.equal(found[2], expected[2]), "the begun blocks, and no other, are noted"
     for row, seq_len in enumerate(made[1].seq_lens.tolist()[:num_rows]):
         width = -(-seq_len // BLOCK_SIZE)

@@ -50,8 +50,8 @@ def test_kernels_in_tritons_interpreter() -> None:
 
 ATTENTION = {
     **dict.fromkeys(["q", "k_cache", "v_cache", "out"], "*bf16"),
-    **dict.fromkeys(["block_tables", "seq_lens", "query_start_loc"], "*i32"),
-    **dict.fromkeys(["num_seqs", "q_stride", "block_stride", "table_stride"], "i32"),
+    **dict.fromkeys(["block_tables", "seq_lens", "query_start_loc", "num_seqs"], "*i32"),
+    **dict.fromkeys(["q_stride", "block_stride", "table_stride"], "i32"),
     **{"scale": "fp32", "GROUP": 4, "GROUP_PADDED": 4, "HEAD_DIM": 80, "DIMS": 128, "BLOCK_SIZE": 16},
     **{"WINDOW": 100, "SOFTCAP": 0.0, "PRECISION": "tf32", "KEYS": 64, "value_scale": "fp32"},
 }

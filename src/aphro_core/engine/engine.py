@@ -33,6 +33,7 @@ from aphro_core.messages.steps import StepFailure, StepPlan, StepResult
 from aphro_core.scheduler.scheduler import Scheduler
 
 _PULSE_SECONDS: Final = 0.25
+_AT_ONCE: Final = 8  # commands that are taken before answers are looked for
 _STACKS_SECONDS: Final = 0.3  # for the ranks of a group that hangs to write their stacks
 
 
@@ -62,7 +63,7 @@ class Engine:
         self._awaits_resume = False
         self._is_orphan = False
         self._has_api = anyio.Event()
-        self._num_answered = 0
+        self._num_answered = self._num_commands = 0
         self._wake = anyio.Event()
 
     @property
@@ -109,6 +110,9 @@ class Engine:
                 case StartEngine():
                     raise ValueError("a second StartEngine")
             self._wake.set()
+            self._num_commands += 1
+            if self._plans and self._num_commands % _AT_ONCE == 0:
+                await anyio.lowlevel.checkpoint()  # many may have come at once, and answers wait behind them
 
     def _add(self, add: AddSequence) -> None:
         try:
@@ -130,13 +134,16 @@ class Engine:
             news = [Gains(self._refused)] if self._refused or self._owes_stats else []
             self._refused, self._owes_stats = [], False
             failure = self._take_answers(news)
-            if failure is None:
+            computes = bool(self._plans)  # a step behind those answers: the next one is in no hurry
+            if failure is None and not computes:
                 await self._submit_plans()
             if not self._is_orphan:  # the next API process counts its sequences anew
                 for gains in news:
                     await self._api.send(StepOutputs(gains, self._scheduler.stats()))
             if failure is not None:
                 await self._recover(failure)
+            elif computes:
+                await self._submit_plans()
             if not self._is_orphan:
                 await self._wait_for_news()
 

@@ -138,13 +138,15 @@ class PagedAttention:
                 value_scale=self._value_scale,
                 work=part.works.get(self._window),
                 tiles=part.tiles,
+                num_seqs=part.num_seqs,
+                is_long=part.is_long,
                 out=attended[part.start : part.stop],
             )
         return attended.view(len(qkv), -1)
 
     def _list_tiles(self, queries: Tensor, k_cache: Tensor, part: PagedPart) -> Tensor | None:
         """Once a step: the layers that follow find the list in the part."""
-        if not hopper_attention.suits(queries, k_cache, len(part.seq_lens), self._window, self._softcap):
+        if not part.is_long or not hopper_attention.suits(queries, k_cache, self._window, self._softcap):
             return None
         group = queries.shape[1] // k_cache.shape[1]
         return list_tiles(part.seq_lens, part.query_start_loc, len(queries), group)

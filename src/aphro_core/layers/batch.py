@@ -65,6 +65,8 @@ class PagedPart:
     query_start_loc: Tensor  # [num_seqs + 1] int32
     max_query_len: int
     max_seq_len: int
+    num_seqs: Tensor | None = None  # [1] int32, how many of the sequences of chunks there are; None: all
+    is_long: bool = False  # whether chunks are, on average
     works: Mapping[int | None, DecodeWork] = field(default_factory=dict)  # by window; planned, if max_query_len is 1
     tiles: Tensor | None = None  # of chunks, listed by the first layer whose kernel reads such a list
 
@@ -74,7 +76,7 @@ class PagedRows:
     """For the kernels (GPU): slots to write, block tables to read."""
 
     slot_mapping: Tensor  # [num_tokens] int64 = block * block_size + offset
-    parts: list[PagedPart]  # decode rows, then chunks
+    parts: list[PagedPart]  # in the order of the calls: what one gives a row that is not its own, a later one replaces
 
 
 @dataclass(slots=True)

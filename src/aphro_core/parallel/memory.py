@@ -27,6 +27,9 @@ COMMUNICATOR_BYTES: Final = round(1.04 * _GIB)
 _MODULE_BYTES: Final = round(0.08 * _GIB)
 _ALLOCATOR_SHARE: Final = 1.4  # of the bound below, which is 1.07 times the peak
 _GRAPH_BYTES: Final = 2 * 2**20  # of the driver, a graph of 16 rows
+_MOST_MIXED_GRAPHS: Final = 45
+GRAPH_TOKENS: Final = (256, 16384)  # of a step with prompts that is a CUDA graph, at least and at most
+_LAYER_TOKENS: Final = 450_000_000_000  # tokens times a layer's parameters that a Hopper GPU computes in 1.3 ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +120,12 @@ def working_bytes(
     """All that a rank keeps free beside weights and cache: what engine and estimate alike call its activations.
 
     A step's activations; on GPUs with what the allocator holds unused, a dequantised matrix, modules, and what captured
-    decode graphs keep.
+    graphs keep.
     """
     step = activation_bytes(spec, shard, max_num_batched_tokens, max_num_seqs, dtype_bytes)
     if not is_gpu:
         return step
-    graphs = 0 if enforce_eager else graph_bytes(spec, shard, max_num_seqs, dtype_bytes)
+    graphs = 0 if enforce_eager else graph_bytes(spec, shard, max_num_batched_tokens, max_num_seqs, dtype_bytes)
     dequantised = dequantised_bytes(spec, shard, dtype_bytes)
     return round(step * _ALLOCATOR_SHARE) + dequantised + _MODULE_BYTES + graphs
 
@@ -167,15 +170,29 @@ def _mlp_width(spec: DecoderSpec, shard: RankShard) -> int:
     return experts if all(map(spec.has_experts, shard.layers)) else max(dense, experts)
 
 
-def graph_bytes(spec: DecoderSpec, shard: RankShard, max_num_seqs: int, dtype_bytes: int) -> int:
-    """Upper bound of what captured decode graphs keep besides: their own activations, and each graph's nodes.
+def graph_tokens(spec: DecoderSpec, tp_size: int, most_tokens: int) -> int:
+    """Tokens up to which a step with prompts is a CUDA graph: where launching kernels one by one would take more than
+    a good part of the time in which a GPU computes them (1 ms a layer was seen). The same on every rank."""
+    moe = spec.moe
+    mlp = moe.experts_per_token * moe.intermediate_size + moe.shared_intermediate_size if moe else 0
+    width = 2 * (spec.num_heads + spec.num_kv_heads) * spec.head_dim + 3 * max(mlp, spec.intermediate_size)
+    fitting = _LAYER_TOKENS * tp_size // (spec.hidden_size * width)
+    return min(max(fitting, GRAPH_TOKENS[0]), GRAPH_TOKENS[1], most_tokens)
 
-    All graphs share one pool, as large as the largest needs: the step of ``max_num_seqs`` rows. Beside it stand the
-    rows' fixed logits, float32, and the driver's memory for the graphs themselves.
+
+def graph_bytes(
+    spec: DecoderSpec, shard: RankShard, max_num_batched_tokens: int, max_num_seqs: int, dtype_bytes: int
+) -> int:
+    """Upper bound of what captured graphs keep besides: their own activations, and each graph's nodes.
+
+    All graphs share one pool, as large as the largest needs: the step of ``max_num_seqs`` rows or :func:`graph_tokens`.
+    Beside it stand the fixed hidden states and the rows' logits, float32, and the driver's memory for the graphs.
     """
-    fixed = max_num_seqs * len(shard.vocab) * shard.tp_size * 4 if shard.has_head else 0
-    pool = activation_bytes(spec, shard, max_num_seqs, 0, dtype_bytes)
-    return pool + fixed + (max_num_seqs // 16 + 16) * _GRAPH_BYTES
+    tokens = max(max_num_seqs, graph_tokens(spec, shard.tp_size, max_num_batched_tokens))
+    logits = max_num_seqs * len(shard.vocab) * shard.tp_size * 4 if shard.has_head else 0
+    pool = activation_bytes(spec, shard, tokens, 0, dtype_bytes)
+    fixed = tokens * spec.hidden_size * dtype_bytes + logits
+    return pool + fixed + (max_num_seqs // 16 + 16 + _MOST_MIXED_GRAPHS) * _GRAPH_BYTES
 
 
 def num_blocks(budget_bytes: int, block_bytes: int) -> int:

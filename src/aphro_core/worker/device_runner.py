@@ -10,16 +10,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from aphro_kernels import hopper_attention
 from aphro_kernels.decode_work import build_decode_work
 from torch import Tensor
 
 from aphro_core.distributed import Links
-from aphro_core.layers.batch import Batch
 from aphro_core.layers.decoder import Decoder
 from aphro_core.messages.steps import PromptLogprobs, ScheduledSequence, StepPlan
 from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel.shard import RankShard
-from aphro_core.worker.cuda_graphs import CudaGraphs, DecodeSteps, row_buckets
+from aphro_core.worker.cuda_graphs import CudaGraphs
 from aphro_core.worker.device_sampler import DeviceSampler
 from aphro_core.worker.dues import Dues, pay, prompt_gathers
 from aphro_core.worker.paged_inputs import PagedInputs, PagedStep
@@ -29,6 +29,7 @@ from aphro_core.worker.sampler import Sampler, SamplingRow, sampled_result
 from aphro_core.worker.sequences import SequenceState, apply_plan
 from aphro_core.worker.step import FinishedStep, LaunchedStep, RunningStep, SamplingError, empty_result
 from aphro_core.worker.step_failure import failed_step
+from aphro_core.worker.step_shapes import StepShape, StepShapes
 
 
 class DeviceRunner:
@@ -45,7 +46,9 @@ class DeviceRunner:
         max_model_len: int,
         dtype: torch.dtype,
         device: torch.device,
+        graph_tokens: int = 0,
     ) -> None:
+        """``graph_tokens``: up to so many tokens steps with chunks have shapes that a graph can be captured of."""
         self._shard, self._decoder, self._caches, self._links = shard, decoder, caches, links
         self._dtype, self._device = dtype, device
         self._sequences: dict[int, SequenceState] = {}
@@ -61,18 +64,23 @@ class DeviceRunner:
             device=device,
         )
         windows = {spec.window_of(layer) for layer in shard.layers} if device.type == "cuda" else set()
+        # long chunks have a kernel of their own, if there are enough of them
+        has_long = partial(hopper_attention.has_rows, num_heads=len(shard.heads))
+        self._shapes = StepShapes(max_rows, graph_tokens, hopper_attention.FEWEST_QUERIES, has_long)
         self._inputs = PagedInputs(
             max_rows=max_rows,
             max_model_len=max_model_len,
             block_size=block_size,
+            shapes=self._shapes,
             device=device,
             num_kv_heads=len(shard.kv_heads),
             keeps_tokens=shard.pp_size == 1,
             works={window: build_work(window=window) for window in windows},
         )
-        self._buckets = row_buckets(max_rows)
-        # a decode step's way in and out of the layers, in fixed memory
-        self._hidden = torch.zeros(max_rows, spec.hidden_size, dtype=dtype, device=device)
+        # a padded step's way in and out of the layers, in fixed memory
+        self._hidden = torch.zeros(self._shapes.max_tokens, spec.hidden_size, dtype=dtype, device=device)
+        # the last layer goes on with the rows that are drawn from; not where other ranks' sums have as many rows
+        self._keeps_draws = shard.has_head and links.tensor.size == 1
         self._samples = shard.has_head and shard.tp_rank == 0
         # whatever is done to logits is done in float32, else they stay as the product gives them
         is_plain = spec.logits_scale == 1.0 and spec.logits_softcap is None
@@ -83,33 +91,35 @@ class DeviceRunner:
         self._draws: list[int] = []  # of the last step, and what follows from them:
         self._drawing: list[SamplingRow] = []
         self._needs_host = False
-        self._decode: DecodeSteps = self._decode_rows
+        self._run_padded: Callable[[StepShape], None] = self._run_layers
         self._returning: ReturningTokens | None = None
         if links.tokens is not None and shard.has_embedding:
             self._returning = ReturningTokens(links.tokens, self._inputs.last_token_ids)
 
     @torch.inference_mode()
-    def run_every_size(self) -> None:
-        """The decode step of each number of rows that steps are padded to, whatever stands in its inputs."""
-        for size in self._buckets:
-            self._decode_rows(size)
+    def run_every_kind(self) -> None:
+        """Padded steps, enough of them to launch every kernel that others do."""
+        self._inputs.clear()
+        for shape in self._shapes.kinds:
+            self._run_layers(shape)
 
     @torch.inference_mode()
     def capture_graphs(self, on_progress: Callable[[int, int], None]) -> None:
-        """From here on decode steps are replayed graphs."""
-        self._decode = CudaGraphs(self._decode_rows, self._buckets, self._device, on_progress)
+        """From here on padded steps are replayed graphs."""
+        self._inputs.clear()
+        self._run_padded = CudaGraphs(self._run_layers, self._shapes.padded, self._device, on_progress)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> LaunchedStep | None:
         """A step only on tp rank 0 of the last stage."""
         self._apply(plan)
-        step = self._inputs.stage(plan, self._sequences, self._buckets)
+        step = self._inputs.stage(plan, self._sequences)
         if self._returning is not None:
             self._returning.take_for(plan, self._sequences)
         if not plan.num_rows:
             return empty_result(plan.step_id) if self._samples else None
         self._find_rows(step.draws, is_again=plan.again is not None)
-        logits, found = self._run_rows(step) if step.chunks is None else self._run_mixed(step)
+        logits, found = self._run_mixed(step) if step.chunks else self._run_rows(step)
         if self._returning is not None:
             self._returning.expect(step)
         if not self._shard.has_head:
@@ -136,9 +146,13 @@ class DeviceRunner:
             self._apply(plan)
         if not plan.num_rows:
             return
-        has_chunks = any(entry.num_tokens > 1 for entry in plan.scheduled)
+        num_chunks = sum(entry.num_tokens > 1 for entry in plan.scheduled)
+        has_chunks = num_chunks > 0
         draws = sum(entry.samples for entry in plan.scheduled) if has_chunks else plan.num_rows
-        num_rows = plan.num_tokens if has_chunks else next(size for size in self._buckets if size >= draws)
+        shape = self._shapes.of_rows(draws)
+        if has_chunks:
+            shape = self._shapes.with_chunks(plan.num_tokens, plan.num_rows - num_chunks, num_chunks)
+        num_rows = shape.num_tokens
         gathers = [*prompt_gathers(plan, self._sequences), *([draws if has_chunks else num_rows] if draws else [])]
         dues = Dues(num_rows, gathers, num_handed_out=draws)
         pay(dues, self._links, self._shard, self._hidden.shape[1], self._dtype, self._device)
@@ -146,55 +160,63 @@ class DeviceRunner:
             self._returning.expect_void(draws)
 
     def _run_rows(self, step: PagedStep) -> tuple[Tensor, list[PromptLogprobs]]:
-        size = step.padded_rows
+        size = step.shape.num_tokens
         if not self._shard.has_embedding:
             self._hidden[:size] = self._receive(size)
-        self._decode(size)
+        self._run_padded(step.shape)
         self._links.tensor.num_sums = self._links.tensor.num_gathers = 2**31  # in a graph: all of the step's
         if not self._shard.has_head:
             self._links.stage.send(self._hidden[:size].clone())
         return self._logits[: step.num_rows], []
 
-    def _decode_rows(self, num_rows: int) -> None:
-        """From what was sent of the rows to ``_logits``, or from stage to stage by ``_hidden``: fit for a graph."""
-        hidden = self._hidden[:num_rows]
-        batch = self._inputs.decode_batch(num_rows)
-        x = self._decoder(batch, None if self._shard.has_embedding else hidden, self._caches)
-        if self._shard.has_head:
-            self._decoder.logits(x, out=self._logits[:num_rows])
+    def _run_layers(self, shape: StepShape) -> None:
+        """From what was sent of the rows to ``_logits``, or ``_hidden`` where not all have any: fit for a graph."""
+        hidden = self._hidden[: shape.num_tokens]
+        batch = self._inputs.padded_batch(shape)
+        kept = batch.sampled_rows if shape.num_seqs and self._keeps_draws else None
+        x = self._decoder(batch, None if self._shard.has_embedding else hidden, self._caches, kept)
+        if self._shard.has_head and not shape.num_seqs:
+            self._decoder.logits(x, out=self._logits[: shape.num_tokens])
         else:
-            hidden.copy_(x)
+            hidden[: len(x)].copy_(x)
 
     def _run_mixed(self, step: PagedStep) -> tuple[Tensor, list[PromptLogprobs]]:
-        batch = self._inputs.mixed_batch(step)
-        received = None if self._shard.has_embedding else self._receive(batch.num_tokens)
-        kept = self._kept_rows(step, batch)
-        hidden = self._decoder(batch, received, self._caches, kept)
+        asking = self._asking(step.chunks)
+        keeps_draws = self._keeps_draws and not asking
+        hidden = self._mixed_states(step, keeps_draws=keeps_draws)
         logits = self._logits[: len(step.draws)]
         if not self._shard.has_head:
-            self._links.stage.send(hidden)
+            self._links.stage.send(hidden.clone())
             return logits, []
-        found = self._prompt_logprobs(step, hidden)
+        found = self._prompt_logprobs(step, hidden, asking)
         if step.draws:
-            self._decoder.logits(hidden if kept is not None else hidden.index_select(0, batch.sampled_rows), out=logits)
+            assert step.draw_rows is not None
+            drawn = hidden[: len(step.draws)] if keeps_draws else hidden.index_select(0, step.draw_rows)
+            self._decoder.logits(drawn, out=logits)
         return logits, found
 
-    def _kept_rows(self, step: PagedStep, batch: Batch) -> Tensor | None:
-        """What the last layer goes on with: the rows that are drawn from, or one if none is; None: all of them, for
-        whoever asks what a prompt's tokens were worth, and where other ranks' sums have as many rows."""
-        assert step.chunks is not None
-        if not self._shard.has_head or self._links.tensor.size > 1 or self._asking(step.chunks.entries):
-            return None
-        return batch.sampled_rows if step.draws else batch.positions.new_zeros(1)
+    def _mixed_states(self, step: PagedStep, *, keeps_draws: bool) -> Tensor:
+        """Behind the layers, until the next step: of all rows, or of those that are drawn from."""
+        received = None if self._shard.has_embedding else self._receive(step.shape.num_tokens)
+        if not self._shapes.has(step.shape) or keeps_draws != self._keeps_draws:
+            batch = self._inputs.mixed_batch(step)
+            return self._decoder(batch, received, self._caches, batch.sampled_rows if keeps_draws else None)
+        hidden = self._hidden[: step.shape.num_tokens]
+        if received is not None:
+            hidden.copy_(received)
+        self._run_padded(step.shape)
+        self._links.tensor.num_sums = 2**31  # in a graph: all of the step's
+        return hidden
 
     def _receive(self, num_tokens: int) -> Tensor:
         return self._links.stage.receive((num_tokens, self._hidden.shape[1]), self._dtype, self._device)
 
-    def _prompt_logprobs(self, step: PagedStep, hidden: Tensor) -> list[PromptLogprobs]:
-        assert step.chunks is not None
+    def _prompt_logprobs(
+        self, step: PagedStep, hidden: Tensor, asking: list[ScheduledSequence]
+    ) -> list[PromptLogprobs]:
         found = [
             prompt_logprobs(self._decoder, hidden[step.first_rows[e.seq_id] :], e, self._sequences[e.seq_id].row)
-            for e in self._asking(step.chunks.entries)
+            for e in asking
         ]
         return [one for one in found if one is not None]
 

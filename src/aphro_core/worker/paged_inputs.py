@@ -29,25 +29,12 @@ from torch import Tensor
 
 from aphro_core.layers.batch import Batch, PagedPart, PagedRows
 from aphro_core.messages.steps import RowsAgain, ScheduledSequence, StepPlan
+from aphro_core.worker.chunk_numbers import ChunkNumbers, chunk_block_size, chunk_numbers
 from aphro_core.worker.sequences import SequenceState
+from aphro_core.worker.step_shapes import StepShape, StepShapes
 
 # Triton compiles a kernel again for a pointer that is not a multiple of 16 bytes: sections begin at multiples of this
 _ALIGNED: Final = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Chunks:
-    """The rows of a step that are not one token each: their numbers, sent."""
-
-    entries: list[ScheduledSequence]
-    token_ids: Tensor
-    positions: Tensor
-    slot_mapping: Tensor
-    seq_lens: Tensor
-    query_start_loc: Tensor
-    slots: Tensor
-    max_query_len: int
-    max_seq_len: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +45,9 @@ class PagedStep:
     """
 
     num_rows: int  # of one token
-    padded_rows: int
-    chunks: Chunks | None
+    shape: StepShape
+    chunks: list[ScheduledSequence]  # the rows that are not one token each
+    numbers: ChunkNumbers | None  # theirs, sent
     first_rows: dict[int, int]  # seq_id -> its first row of hidden states; only with chunks
     draws: list[int]
     wanted: list[int] | None  # those of them whose tokens count, by index; None: all
@@ -75,6 +63,7 @@ class PagedInputs:
         max_rows: int,
         max_model_len: int,
         block_size: int,
+        shapes: StepShapes,
         device: torch.device,
         num_kv_heads: int = 1,
         works: Mapping[int | None, DecodeWork] = MappingProxyType({}),
@@ -87,12 +76,16 @@ class PagedInputs:
         self._block_tables = torch.zeros(max_rows + 1, max_blocks, dtype=torch.int32, device=device)
         self._sent = torch.zeros(max_rows, ROW_FIELDS, dtype=torch.int64, device=device)
         self._rows = build_step_rows(max_rows, max_blocks, device)
+        self._shapes = shapes
+        sizes = [chunk_block_size(shape) for shape in shapes.padded if shape.num_seqs]
+        self._chunk_block = torch.zeros(max(sizes, default=0), dtype=torch.int64, device=device)  # of padded steps
         self._row_starts = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
         self._block_size, self._max_blocks, self._max_model_len = block_size, max_blocks, max_model_len
         self._device = device
         self._num_kv_heads, self._works, self._keeps_tokens = num_kv_heads, works, keeps_tokens
         self._no_slot = max_rows  # the place of padding
         self._padding = (self._no_slot, -1, 0, -1, self._no_slot, 0)
+        self._no_row = (self._no_slot, -2, 0, -1, self._no_slot, 0)
         self._slots: dict[int, int] = {}  # seq_id -> slot
         self._steady: tuple[list[int], np.ndarray] | None = None  # a decode step's sequences, and what was sent of them
         self._max_rows = max_rows
@@ -104,9 +97,13 @@ class PagedInputs:
         self._steady = None
         self._free = list(range(self._max_rows - 1, -1, -1))
 
-    def stage(self, plan: StepPlan, sequences: dict[int, SequenceState], pad: Sequence[int]) -> PagedStep:
-        """Send what a plan changes. It was applied to ``sequences``; a step without chunks is padded to one of
-        ``pad``, rising numbers of rows."""
+    def clear(self) -> None:
+        """What was sent last is zeros, which any shape can read: token 0 at position 0, no chunk."""
+        self._sent.zero_()
+        self._chunk_block.zero_()
+
+    def stage(self, plan: StepPlan, sequences: dict[int, SequenceState]) -> PagedStep:
+        """Send what a plan changes. It was applied to ``sequences``."""
         if plan.forgets_all:
             self.forget_all()
         for seq_id in plan.released:
@@ -115,38 +112,40 @@ class PagedInputs:
         for new in plan.new:
             self._slots[new.seq_id] = self._free.pop()
         if plan.again is not None:
-            return self._stage_again(plan.again, sequences, pad)
+            return self._stage_again(plan.again, sequences)
         self._steady = None
         decode = [entry for entry in plan.scheduled if entry.num_tokens == 1]
         chunks = [entry for entry in plan.scheduled if entry.num_tokens > 1]
-        num_rows = len(decode)
-        padded = num_rows if chunks else next(size for size in pad if size >= num_rows)
+        if chunks:
+            shape = self._shapes.with_chunks(plan.num_tokens, len(decode), len(chunks))
+        else:
+            shape = self._shapes.of_rows(len(decode))
         table_at: list[int] = []
         table_blocks: list[int] = []
         for entry in chunks:
             self._note_blocks(entry, sequences[entry.seq_id], table_at, table_blocks)
-        values = self._row_values(decode, padded, sequences, table_at, table_blocks)
+        values = self._row_values(decode, shape, sequences, table_at, table_blocks)
         if plan.new:
             begun = {sequence.seq_id for sequence in plan.new}
             values[: len(decode), IS_NEW] = [entry.seq_id in begun for entry in decode]
         self._send_rows(values)
+        if table_at:
+            self._write_tables(table_at, table_blocks)
         if not chunks:
-            if table_at:
-                self._write_tables(*self._send([table_at, table_blocks]))
             seq_ids = [entry.seq_id for entry in decode]
             wanted = [index for index, entry in enumerate(decode) if entry.samples]
-            if len(wanted) == num_rows:
+            if len(wanted) == len(decode):
                 self._steady = seq_ids, values
-                return self._decode_step(seq_ids, padded)
-            return self._decode_step(seq_ids, padded, wanted)
-        return self._send_chunks(plan, decode, chunks, sequences, table_at, table_blocks)
+                return self._decode_step(seq_ids, shape)
+            return self._decode_step(seq_ids, shape, wanted)
+        return self._send_chunks(plan, decode, chunks, sequences, shape)
 
-    def _stage_again(self, again: RowsAgain, sequences: dict[int, SequenceState], pad: Sequence[int]) -> PagedStep:
+    def _stage_again(self, again: RowsAgain, sequences: dict[int, SequenceState]) -> PagedStep:
         """The rows of the step before, each one token on: their numbers are those sent last, but for three."""
         assert self._steady is not None, "only rows that all decoded may come again"
         assert self._keeps_tokens
         if again.without:
-            self._steady = self._leave_out(again.without, *self._steady, pad)
+            self._steady = self._leave_out(again.without, *self._steady)
         seq_ids, values = self._steady
         assert len(seq_ids) == again.num_rows
         ours = values[: again.num_rows]
@@ -158,33 +157,31 @@ class PagedInputs:
             ours[index, BLOCK] = block
             sequences[seq_ids[index]].block_table.append(block)
         self._send_rows(values)
-        return self._decode_step(seq_ids, len(values))
+        return self._decode_step(seq_ids, self._shapes.of_rows(len(values)))
 
-    def _leave_out(
-        self, without: list[int], seq_ids: list[int], values: np.ndarray, pad: Sequence[int]
-    ) -> tuple[list[int], np.ndarray]:
+    def _leave_out(self, without: list[int], seq_ids: list[int], values: np.ndarray) -> tuple[list[int], np.ndarray]:
         kept = seq_ids.copy()
         for index in reversed(without):
             del kept[index]
-        padded = np.empty((next(size for size in pad if size >= len(kept)), ROW_FIELDS), dtype=np.int64)
+        padded = np.empty((self._shapes.of_rows(len(kept)).num_rows, ROW_FIELDS), dtype=np.int64)
         padded[: len(kept)] = np.delete(values[: len(seq_ids)], without, axis=0)
         padded[len(kept) :] = self._padding
         return kept, padded
 
-    def _decode_step(self, draws: list[int], padded: int, wanted: list[int] | None = None) -> PagedStep:
+    def _decode_step(self, draws: list[int], shape: StepShape, wanted: list[int] | None = None) -> PagedStep:
         num_rows = len(draws)
         sent, positions = self._sent[:num_rows], self._rows.positions[:num_rows]
-        return PagedStep(num_rows, padded, None, {}, draws, wanted, None, sent[:, DRAW_SLOT], positions)
+        return PagedStep(num_rows, shape, [], None, {}, draws, wanted, None, sent[:, DRAW_SLOT], positions)
 
     def _row_values(
         self,
         decode: Sequence[ScheduledSequence],
-        padded: int,
+        shape: StepShape,
         sequences: dict[int, SequenceState],
         table_at: list[int],
         table_blocks: list[int],
     ) -> np.ndarray:
-        """``[padded, ROW_FIELDS]``; blocks that do not fit in go to ``table_at`` and ``table_blocks``."""
+        """``[shape.num_rows, ROW_FIELDS]``; blocks that do not fit in go to ``table_at`` and ``table_blocks``."""
         values: list[int] = []
         for entry in decode:
             state, slot, block = sequences[entry.seq_id], self._slots[entry.seq_id], -1
@@ -197,8 +194,10 @@ class PagedInputs:
                     self._note_blocks(entry, state, table_at, table_blocks)
             token = known[entry.start] if entry.start < len(known) else -1
             values += (slot, entry.start, token, block, slot if entry.samples else self._no_slot, 0)
-        values += self._padding * (padded - len(decode))
-        return np.array(values, dtype=np.int64).reshape(padded, ROW_FIELDS)
+        padded = np.empty((shape.num_rows, ROW_FIELDS), dtype=np.int64)
+        padded[: len(decode)] = np.array(values, dtype=np.int64).reshape(-1, ROW_FIELDS)
+        padded[len(decode) :] = self._no_row if shape.num_seqs else self._padding
+        return padded
 
     def _send_rows(self, values: np.ndarray) -> None:
         if len(values):
@@ -218,74 +217,61 @@ class PagedInputs:
         decode: Sequence[ScheduledSequence],
         chunks: list[ScheduledSequence],
         sequences: dict[int, SequenceState],
-        table_at: list[int],
-        table_blocks: list[int],
+        shape: StepShape,
     ) -> PagedStep:
+        block = np.zeros(chunk_block_size(shape), dtype=np.int64)
+        numbers = chunk_numbers(shape, block)
         first_rows = {entry.seq_id: row for row, entry in enumerate(decode)}
-        tokens, positions, slot_mapping, starts = [], [], [], [0]
-        for entry in chunks:
-            state, stop = sequences[entry.seq_id], entry.start + entry.num_tokens
-            first_rows[entry.seq_id] = len(decode) + starts[-1]
-            starts.append(starts[-1] + entry.num_tokens)
-            at = np.arange(entry.start, stop)
-            blocks = np.frombuffer(state.block_table, dtype=np.int64)
-            tokens.append(np.array(state.row.token_ids[entry.start : stop], dtype=np.int64))
-            positions.append(at)
-            slot_mapping.append(blocks[at // self._block_size] * self._block_size + at % self._block_size)
-            del blocks  # an array that is looked at cannot grow
+        row = len(decode)
+        for index, entry in enumerate(chunks):
+            first_rows[entry.seq_id] = row
+            numbers.query_start_loc[index + 1] = row
+            row = self._fill_chunk(numbers, row, entry, sequences[entry.seq_id])
+        numbers.query_start_loc[len(chunks) + 1 :] = row
+        numbers.slot_mapping[row:] = -1
+        numbers.num_seqs[0] = len(chunks) + 1
+        numbers.seq_lens[1 : len(chunks) + 1] = [entry.start + entry.num_tokens for entry in chunks]
+        numbers.slots[1 : len(chunks) + 1] = [self._slots[entry.seq_id] for entry in chunks]
         draws = [entry for entry in plan.scheduled if entry.samples]
-        seq_lens = [entry.start + entry.num_tokens for entry in chunks]
-        sent = self._send(
-            [
-                np.concatenate(tokens),
-                np.concatenate(positions),
-                np.concatenate(slot_mapping),
-                [first_rows[entry.seq_id] + entry.num_tokens - 1 for entry in draws],
-                [self._slots[entry.seq_id] for entry in draws],
-                table_at,
-                table_blocks,
-                [self._slots[entry.seq_id] for entry in chunks],
-                seq_lens,
-                starts,
-                [entry.start + entry.num_tokens - 1 for entry in draws],
-            ]
-        )
-        if table_at:
-            self._write_tables(sent[5], sent[6])
+        count = len(draws)
+        numbers.draw_rows[:count] = [first_rows[entry.seq_id] + entry.num_tokens - 1 for entry in draws]
+        numbers.draw_slots[:count] = [self._slots[entry.seq_id] for entry in draws]
+        numbers.draw_positions[:count] = [entry.start + entry.num_tokens - 1 for entry in draws]
+        sent = self._send_block(block, shape)
         return PagedStep(
             num_rows=len(decode),
-            padded_rows=len(decode),
-            chunks=Chunks(
-                entries=chunks,
-                token_ids=sent[0],
-                positions=sent[1],
-                slot_mapping=sent[2],
-                seq_lens=sent[8].to(torch.int32),
-                query_start_loc=sent[9].to(torch.int32),
-                slots=sent[7],
-                max_query_len=max(entry.num_tokens for entry in chunks),
-                max_seq_len=max(seq_lens),
-            ),
+            shape=shape,
+            chunks=chunks,
+            numbers=sent,
             first_rows=first_rows,
             draws=[entry.seq_id for entry in draws],
             wanted=None,
-            draw_rows=sent[3],
-            draw_slots=sent[4],
-            draw_positions=sent[10],
+            draw_rows=sent.draw_rows[:count],
+            draw_slots=sent.draw_slots[:count],
+            draw_positions=sent.draw_positions[:count],
         )
 
-    def _write_tables(self, at: Tensor, blocks: Tensor) -> None:
-        self._block_tables.view(-1).index_copy_(0, at, blocks.to(torch.int32))
+    def _fill_chunk(self, numbers: ChunkNumbers, row: int, entry: ScheduledSequence, state: SequenceState) -> int:
+        """Into the rows from ``row`` on; the row behind them."""
+        end, stop = row + entry.num_tokens, entry.start + entry.num_tokens
+        at = np.arange(entry.start, stop)
+        blocks = np.frombuffer(state.block_table, dtype=np.int64)
+        numbers.token_ids[row:end] = state.row.token_ids[entry.start : stop]
+        numbers.positions[row:end] = at
+        numbers.slot_mapping[row:end] = blocks[at // self._block_size] * self._block_size + at % self._block_size
+        return end
 
-    def _send(self, sections: Sequence[Sequence[int] | np.ndarray]) -> list[Tensor]:
-        """Each section on the device, int64, in one copy."""
-        arrays = [np.asarray(section, dtype=np.int64) for section in sections]
-        starts = np.cumsum([0, *(-(-len(array) // _ALIGNED) * _ALIGNED for array in arrays)])
-        whole = np.zeros(starts[-1], dtype=np.int64)
-        for start, array in zip(starts, arrays, strict=False):
-            whole[start : start + len(array)] = array
-        sent = self._pin(whole).to(self._device, non_blocking=True)
-        return [sent[start : start + len(array)] for start, array in zip(starts.tolist(), arrays, strict=False)]
+    def _send_block(self, block: np.ndarray, shape: StepShape) -> ChunkNumbers:
+        """A padded step's to the place that graphs read, any other's to one of its own."""
+        pinned = self._pin(block)
+        if self._shapes.has(shape):
+            return chunk_numbers(shape, self._chunk_block[: len(block)].copy_(pinned, non_blocking=True))
+        return chunk_numbers(shape, pinned.to(self._device, non_blocking=True))
+
+    def _write_tables(self, at: list[int], blocks: list[int]) -> None:
+        sent = self._pin(np.array([at, blocks], dtype=np.int64).reshape(-1)).to(self._device, non_blocking=True)
+        where, what = sent[: len(at)], sent[len(at) :]
+        self._block_tables.view(-1).index_copy_(0, where, what.to(torch.int32))
 
     def _pin(self, values: np.ndarray) -> Tensor:
         made = torch.from_numpy(values)
@@ -297,38 +283,46 @@ class PagedInputs:
 
     def decode_batch(self, num_rows: int) -> Batch:
         """The rows of one token, as sent last, ``num_rows`` with padding. Fit for a CUDA graph."""
-        rows, part = self._decode_part(num_rows)
+        rows, part = self._decode_part(num_rows, self._rows)
         return Batch(rows.token_ids, rows.positions, PagedRows(rows.slot_mapping, [part]), {}, self._row_starts[:0])
 
     def mixed_batch(self, step: PagedStep) -> Batch:
-        """Rows of one token, then chunks."""
-        chunks = step.chunks
-        assert chunks is not None
-        assert step.draw_rows is not None
-        token_ids, positions, slots = chunks.token_ids, chunks.positions, chunks.slot_mapping
-        parts = []
-        if step.num_rows:
-            rows, part = self._decode_part(step.num_rows)
-            token_ids = torch.cat((rows.token_ids, token_ids))
-            positions = torch.cat((rows.positions, positions))
-            slots = torch.cat((rows.slot_mapping, slots))
-            parts.append(part)
-        parts.append(
-            PagedPart(
-                start=step.num_rows,
-                stop=len(token_ids),
-                block_tables=self._block_tables.index_select(0, chunks.slots),
-                seq_lens=chunks.seq_lens,
-                query_start_loc=chunks.query_start_loc,
-                max_query_len=chunks.max_query_len,
-                max_seq_len=chunks.max_seq_len,
-            )
-        )
-        return Batch(token_ids, positions, PagedRows(slots, parts), step.first_rows, step.draw_rows)
+        """Rows of one token, then chunks, then padding; at least one row to draw from, wanted or not."""
+        assert step.numbers is not None
+        batch = self._batch_of(step.shape, step.numbers, max(len(step.draws), 1))
+        batch.first_rows = step.first_rows
+        return batch
 
-    def _decode_part(self, num_rows: int) -> tuple[StepRows, PagedPart]:
+    def padded_batch(self, shape: StepShape) -> Batch:
+        """Of a padded step, as sent last, its rows to draw from padded too. Fit for a CUDA graph."""
+        if not shape.num_seqs:
+            return self.decode_batch(shape.num_rows)
+        return self._batch_of(shape, chunk_numbers(shape, self._chunk_block), shape.num_rows)
+
+    def _batch_of(self, shape: StepShape, numbers: ChunkNumbers, num_draws: int) -> Batch:
+        parts = [
+            PagedPart(  # first: it gives zeros to the rows of one token
+                start=0,
+                stop=shape.num_tokens,
+                block_tables=self._block_tables.index_select(0, numbers.slots),
+                seq_lens=numbers.seq_lens,
+                query_start_loc=numbers.query_start_loc,
+                max_query_len=shape.num_tokens,
+                max_seq_len=self._max_model_len,
+                num_seqs=numbers.num_seqs,
+                is_long=shape.is_long,
+            )
+        ]
+        if shape.num_rows:
+            views = (numbers.token_ids, numbers.positions, numbers.slot_mapping)
+            out = StepRows(*views, self._rows.seq_lens, self._rows.block_tables)
+            parts.append(self._decode_part(shape.num_rows, out)[1])
+        rows = PagedRows(numbers.slot_mapping, parts)
+        return Batch(numbers.token_ids, numbers.positions, rows, {}, numbers.draw_rows[:num_draws])
+
+    def _decode_part(self, num_rows: int, out: StepRows) -> tuple[StepRows, PagedPart]:
         sent = self._sent[:num_rows]
-        rows = step_rows(sent, self.last_token_ids, self._block_tables, block_size=self._block_size, out=self._rows)
+        rows = step_rows(sent, self.last_token_ids, self._block_tables, block_size=self._block_size, out=out)
         for work in self._works.values():
             plan_decode_(work, rows.seq_lens, self._num_kv_heads, is_new=sent[:, IS_NEW])
         part = PagedPart(

@@ -36,7 +36,7 @@ def warm_up(
         with compiling_ahead(cores):
             _run_steps(runner, steps, most, num_short, config.cache.block_size)
             if not config.enforce_eager:
-                runner.run_every_size()
+                runner.run_every_kind()
         torch.cuda.synchronize()  # of what was computed there nothing is used
     _run_steps(runner, steps, most, num_short, config.cache.block_size)
     if not config.enforce_eager:

@@ -126,6 +126,7 @@ class Worker:
             max_model_len=self._config.model.max_model_len,
             dtype=self._dtype,
             device=self._device,
+            graph_tokens=self._graph_tokens,
         )
         warm_up(runner, self._config, num_blocks, self._warmup_progress)
         reserve_memory(min(self._step_bytes(), self._unused_bytes(caches)), self._device)
@@ -214,6 +215,12 @@ class Worker:
             link=self._link,
             bytes_fetched=self._fetched.bytes_fetched if self._fetched else None,
         )
+
+    @property
+    def _graph_tokens(self) -> int:
+        scheduler, tp_size = self._config.scheduler, self._config.parallel.tensor_parallel_size
+        most_tokens = min(scheduler.most_tokens, scheduler.max_num_seqs * self._config.model.max_model_len)
+        return memory.graph_tokens(self._spec, tp_size, most_tokens)
 
     def _step_bytes(self) -> int:
         scheduler = self._config.scheduler

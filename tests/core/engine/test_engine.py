@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -254,3 +255,49 @@ async def test_without_any_api_process_an_engine_ends() -> None:
             door.close()
             await anyio.sleep(5)
     assert "no other one has taken its engine over" in str(first_cause(caught.value))
+
+
+class BusyGroup(FakeGroup):
+    """Once it is busy nothing is answered but by the test, and the third step takes for ever to launch."""
+
+    is_busy = False
+
+    async def submit(self, plan: StepPlan) -> None:
+        if not self.is_busy:
+            await super().submit(plan)
+            return
+        self.plans.append(plan)
+        if len(self.plans) == 3:
+            await anyio.sleep_forever()
+
+
+async def test_an_answer_is_told_before_the_next_step_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where another step is in flight: that one computes meanwhile."""
+
+    def runs_ahead() -> Scheduler:
+        config = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=64)
+        return Scheduler(config, num_blocks=16, block_size=4, max_model_len=32, max_in_flight=2, run_ahead=1)
+
+    monkeypatch.setattr(sys.modules[__name__], "build_scheduler", runs_ahead)
+    group = BusyGroup()
+    async with running(group) as api:
+        group.is_busy, group.plans = True, []
+        await api.send(add(1, max_tokens=20))
+        with anyio.fail_after(5):
+            while len(group.plans) < 2:
+                await anyio.lowlevel.checkpoint()
+        await group.answer(StepResult(group.plans[0].step_id, [1]))
+        assert await outputs_until(api, bool) == {1: [1]}
+
+
+async def test_many_commands_at_once_do_not_keep_steps_from_being_launched() -> None:
+    async with running(FakeGroup()) as api:
+        await api.send(add(1, max_tokens=25))
+        await outputs_until(api, bool)
+        await api._stream.send(b"".join(api._codec.encode(add(seq_id)) for seq_id in range(2, 202)))
+        waiting = []
+        while not waiting or waiting[-1] < 150:
+            message = await next_of(api, StepOutputs)
+            assert isinstance(message, StepOutputs)
+            waiting.append(message.stats.num_waiting)
+        assert len(set(waiting)) > 5, waiting

@@ -25,6 +25,7 @@ from aphro_core.worker.gathered_rows import GatheredRowsBuilder
 from aphro_core.worker.paged_inputs import PagedInputs
 from aphro_core.worker.sequences import apply_plan
 from aphro_core.worker.span import Span
+from aphro_core.worker.step_shapes import StepShapes
 
 CPU = torch.device("cpu")
 
@@ -78,9 +79,12 @@ class Step:
     def norms(self) -> tuple[RMSNorm | None, RMSNorm | None]:
         return (RMSNorm(self.gains[0], 1e-6), RMSNorm(self.gains[1], 1e-6)) if self.case.has_norm else (None, None)
 
-    def rotation(self, is_whole: bool) -> Rotation:
+    def rotation(self, positions: Tensor | None = None, *, is_whole: bool) -> Rotation:
         rope = RopeSpec(theta=100.0, rotary_dim=self.case.head_dim)
-        return RotaryEmbedding(rope, torch.float32, CPU).at(self.positions, halves=not is_whole)
+        positions = self.positions if positions is None else positions
+        return RotaryEmbedding(rope, torch.float32, CPU).at(
+            self.positions if positions is None else positions, halves=not is_whole
+        )
 
     def split(self) -> tuple[list[Span], list[Span]]:
         return [s for s in self.spans if s.stop == s.start + 1], [s for s in self.spans if s.stop > s.start + 1]
@@ -140,7 +144,9 @@ def gathered(step: Step) -> Tensor:
 
 def paged(step: Step) -> Tensor:
     """The kernels' references: what a GPU is given, computed here."""
-    inputs = PagedInputs(max_rows=len(step.spans) + 3, max_model_len=64, block_size=step.case.block_size, device=CPU)
+    shapes = StepShapes(len(step.spans) + 3, 32, 192, lambda num_tokens: False)
+    sizes = {"max_rows": len(step.spans) + 3, "max_model_len": 64, "block_size": step.case.block_size}
+    inputs = PagedInputs(**sizes, shapes=shapes, device=CPU)
     scheduled, new = [], []
     for seq_id, span in enumerate(step.spans):
         num_tokens = span.stop - span.start
@@ -148,14 +154,15 @@ def paged(step: Step) -> Tensor:
         new.append(NewSequence(seq_id, [0] * span.stop, span.stop, SamplingParams(), 0))
     plan, sequences = StepPlan(1, scheduled, new), {}
     apply_plan(plan, sequences)
-    staged = inputs.stage(plan, sequences, pad=(len(step.spans), len(step.spans) + 3))
-    batch = inputs.decode_batch(staged.padded_rows) if staged.chunks is None else inputs.mixed_batch(staged)
+    staged = inputs.stage(plan, sequences)
+    batch = inputs.mixed_batch(staged) if staged.chunks else inputs.padded_batch(staged.shape)
     padding = batch.num_tokens - len(step.qkv)
     assert batch.positions.tolist() == [*step.positions.tolist(), *[0] * padding]
     attention = PagedAttention(step.case.window, *step.norms, step.case.scale, step.case.softcap)
     assert isinstance(batch.cache_rows, PagedRows)
-    rotation = step.rotation(is_whole=False)
-    return attention(step.qkv.clone(), rotation, batch.cache_rows, step.cache.clone())
+    qkv = torch.cat((step.qkv, torch.full((padding, *step.qkv.shape[1:]), torch.nan)))
+    rotation = step.rotation(batch.positions, is_whole=False)
+    return attention(qkv, rotation, batch.cache_rows, step.cache.clone())[: len(step.qkv)]
 
 
 lengths = st.tuples(st.integers(0, 40), st.one_of(st.just(1), st.integers(1, 20)))

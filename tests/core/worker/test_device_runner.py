@@ -18,10 +18,10 @@ from aphro_core.layers.decoder import Decoder
 from aphro_core.messages.steps import RowsAgain, ScheduledSequence, StepPlan, StepResult
 from aphro_core.models.registry import load_spec
 from aphro_core.request import SamplingParams
-from aphro_core.worker.cuda_graphs import row_buckets
 from aphro_core.worker.device_runner import DeviceRunner
 from aphro_core.worker.kv_cache import allocate_kv_cache
 from aphro_core.worker.loader import load_weights
+from aphro_core.worker.step_shapes import row_buckets
 from tests.core.ranks import run_ranks
 from tests.core.worker.one_rank import BLOCK_SIZE, CPU, NUM_BLOCKS, Planner, sharding_plan
 from tests.core.worker.test_model_runner import NEW_TOKENS, Model, check_logprobs
@@ -40,7 +40,7 @@ def device_runner(model: Model, links: Links | None = None, tp: int = 1, pp: int
     decoder = Decoder(spec, shard, weights, links.tensor)
     return DeviceRunner(
         spec, shard, decoder, caches, links,
-        block_size=BLOCK_SIZE, max_rows=11, max_model_len=128, dtype=torch.float32, device=CPU,
+        block_size=BLOCK_SIZE, max_rows=11, max_model_len=128, dtype=torch.float32, device=CPU, graph_tokens=32,
     )  # fmt: skip
 
 
