@@ -13,6 +13,7 @@ import torch
 from aphro_kernels import hopper_attention
 from aphro_kernels.decode_work import build_decode_work
 from torch import Tensor
+from torch.nn import functional
 
 from aphro_core.distributed import Links
 from aphro_core.layers.decoder import Decoder
@@ -189,10 +190,12 @@ class DeviceRunner:
             self._links.stage.send(hidden.clone())
             return logits, []
         found = self._prompt_logprobs(step, hidden, asking)
-        if step.draws:
+        if step.draws and keeps_draws:
+            drawn = hidden[: self._shapes.of_rows(len(step.draws)).num_rows]
+            self._decoder.logits(drawn, out=self._logits[: len(drawn)])
+        elif step.draws:
             assert step.draw_rows is not None
-            drawn = hidden[: len(step.draws)] if keeps_draws else hidden.index_select(0, step.draw_rows)
-            self._decoder.logits(drawn, out=logits)
+            self._decoder.logits(hidden.index_select(0, step.draw_rows), out=logits)
         return logits, found
 
     def _mixed_states(self, step: PagedStep, *, keeps_draws: bool) -> Tensor:
@@ -200,13 +203,19 @@ class DeviceRunner:
         received = None if self._shard.has_embedding else self._receive(step.shape.num_tokens)
         if not self._shapes.has(step.shape) or keeps_draws != self._keeps_draws:
             batch = self._inputs.mixed_batch(step)
-            return self._decoder(batch, received, self._caches, batch.sampled_rows if keeps_draws else None)
+            kept = self._pad(batch.sampled_rows) if keeps_draws else None
+            return self._decoder(batch, received, self._caches, kept)
         hidden = self._hidden[: step.shape.num_tokens]
         if received is not None:
             hidden.copy_(received)
         self._run_padded(step.shape)
         self._links.tensor.num_sums = 2**31  # in a graph: all of the step's
         return hidden
+
+    def _pad(self, rows: Tensor) -> Tensor:
+        """By row 0, to as many as a decode step has: of a size that is new to it a library may choose a kernel that is
+        not loaded yet, and loading waits for the steps in flight."""
+        return functional.pad(rows, (0, self._shapes.of_rows(len(rows)).num_rows - len(rows)))
 
     def _receive(self, num_tokens: int) -> Tensor:
         return self._links.stage.receive((num_tokens, self._hidden.shape[1]), self._dtype, self._device)

@@ -16,6 +16,7 @@ from aphro_core.worker.compile_ahead import can_compile_ahead, compiling_ahead
 from aphro_core.worker.device_runner import DeviceRunner
 
 _SHORT: Final = 128  # tokens; longer prompts take the kernels of the longest
+_LENGTHS: Final = (*range(64, 1024, 64), *range(1024, 2049, 128))  # longer ones all take the largest tiles
 _DIALS = (SamplingParams(temperature=0.0), SamplingParams(), SamplingParams(top_k=20, top_p=0.9))
 
 
@@ -41,6 +42,7 @@ def warm_up(
     _run_steps(runner, steps, most, num_short, config.cache.block_size)
     if not config.enforce_eager:
         runner.capture_graphs(on_progress)
+    _run_every_length(runner, steps, most, config.cache.block_size)
     _reserve_pinned_memory()
     torch.cuda.synchronize()
 
@@ -64,11 +66,12 @@ def _reserve_pinned_memory() -> None:
     del held
 
 
-def reserve_memory(num_bytes: int, device: torch.device) -> None:
-    """Leave the allocator a free block that holds a whole step. One whose tensors fit nowhere makes it ask the driver,
-    which waits for the steps in flight: their streams would wait for two steps instead of one."""
-    if num_bytes > 0:
-        torch.empty(num_bytes, dtype=torch.uint8, device=device)
+def _run_every_length(runner: DeviceRunner, steps: count[int], most: int, block_size: int) -> None:
+    """One prompt of each length at which a library may take another kernel for a product than at the length before. It
+    loads a kernel when it is first called, and waits for the steps in flight then: their streams would wait, too."""
+    for length in _LENGTHS:
+        if length <= most:
+            _run_short(runner, steps, 1, length, block_size)
 
 
 def _run_pair(runner: DeviceRunner, steps: count[int], length: int, dials: SamplingParams, block_size: int) -> None:

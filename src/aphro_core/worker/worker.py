@@ -33,7 +33,7 @@ from aphro_core.worker.loader import dummy_weights, load_weights
 from aphro_core.worker.model_runner import ModelRunner
 from aphro_core.worker.step import FinishedStep, LaunchedStep, SamplingError
 from aphro_core.worker.step_failure import failed_step, is_survivable
-from aphro_core.worker.warm_up import reserve_memory, warm_up
+from aphro_core.worker.warm_up import warm_up
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -129,7 +129,6 @@ class Worker:
             graph_tokens=self._graph_tokens,
         )
         warm_up(runner, self._config, num_blocks, self._warmup_progress)
-        reserve_memory(min(self._step_bytes(), self._unused_bytes(caches)), self._device)
         self._runner = runner
 
     def launch(self, plan: StepPlan) -> LaunchedStep | None:
@@ -191,7 +190,7 @@ class Worker:
         cache, scheduler = self._config.cache, self._config.scheduler
         element = self._dtype.itemsize
         block_bytes = memory.kv_block_bytes(self._spec, self._shard, cache.block_size, self._cache_dtype.itemsize)
-        self._working_bytes = memory.working_bytes(
+        activation_bytes = memory.working_bytes(
             self._spec,
             self._shard,
             max_num_batched_tokens=scheduler.most_tokens,
@@ -200,14 +199,14 @@ class Worker:
             is_gpu=self._device.type == "cuda",
             enforce_eager=self._config.enforce_eager,
         )
-        kv_bytes = self._memory_budget() - self._weights_bytes - self._working_bytes
+        kv_bytes = self._memory_budget() - self._weights_bytes - activation_bytes
         return WorkerLoaded(
             rank=self._start.rank,
             pid=os.getpid(),
             host=socket.gethostname(),
             device=str(self._device),
             weights_bytes=self._weights_bytes,
-            activation_bytes=self._working_bytes,
+            activation_bytes=activation_bytes,
             kv_bytes=max(kv_bytes, 0),
             block_bytes=block_bytes,
             num_blocks=memory.num_blocks(kv_bytes, block_bytes),
@@ -221,16 +220,6 @@ class Worker:
         scheduler, tp_size = self._config.scheduler, self._config.parallel.tensor_parallel_size
         most_tokens = min(scheduler.most_tokens, scheduler.max_num_seqs * self._config.model.max_model_len)
         return memory.graph_tokens(self._spec, tp_size, most_tokens)
-
-    def _step_bytes(self) -> int:
-        scheduler = self._config.scheduler
-        sizes = (scheduler.most_tokens, scheduler.max_num_seqs, self._dtype.itemsize)
-        return memory.activation_bytes(self._spec, self._shard, *sizes)
-
-    def _unused_bytes(self, caches: list[torch.Tensor]) -> int:
-        """Of what was planned besides weights and cache, what the allocator has not taken; negative if it took more."""
-        taken = torch.cuda.memory_reserved(self._device) - self._weights_bytes - sum(cache.nbytes for cache in caches)
-        return self._working_bytes - taken
 
     def _measure_link(self) -> LinkCost | None:
         group = self._links.tensor
