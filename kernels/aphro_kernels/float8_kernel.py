@@ -1,13 +1,9 @@
-"""The kernel of float8_linear.py: quantised weights times rows that are split into float8 numbers.
-
-The weights are the long side of the tensor core's product, the rows' two numbers stand beside each other on the short
-one. float8 weights are multiplied as they are. A 4-bit code in a byte is a float8 number, whose unit is 2**-9. The
-tensor cores sum float8 products to some 14 bits: what comes of 128 inputs is added in float32.
-"""
-# ruff: noqa: N803, N806, PLR0912, PLR0915  (constants in capitals; a kernel is one piece)
+"""The kernel of float8_linear.py: quantised weights times rows that are split into float8 numbers (float8_tiles.py)."""
+# ruff: noqa: N803, N806  (constants in capitals; a kernel is one piece)
 
 from __future__ import annotations
 
+from aphro_kernels.float8_tiles import multiply_float8
 from aphro_kernels.language import jit, tl
 
 
@@ -54,50 +50,14 @@ def float8_kernel(
     if CHAINED:
         tl.extra.cuda.gdc_wait()
 
-    PIECES: tl.constexpr = 2 * ROWS
-    piece = tl.arange(0, PIECES)
+    piece = tl.arange(0, 2 * ROWS)
     row = tl.minimum(row_tile * ROWS + piece % ROWS, num_rows - 1)
     x_at = pieces + (piece // ROWS * num_rows + row).to(tl.int64)[None, :] * k
-    total = tl.zeros([BN, PIECES], tl.float32)
-    if KIND == "fp8":
-        inputs = tl.arange(0, 128)
-        code_at = codes + matrix_rows[:, None] * k + inputs[None, :]
-        if GROUP > 0:
-            scale_at = scales + matrix_rows * (k // GROUP)
-            next_scale = tl.load(scale_at + low * 128 // GROUP)
-        for chunk in tl.range(low, high, num_stages=STAGES):
-            w = tl.load(code_at + chunk * 128)
-            tile = tl.load(x_at + (chunk * 128 + inputs)[:, None])
-            if GROUP > 0:
-                s = next_scale.to(tl.float32)
-                next_scale = tl.load(scale_at + tl.minimum(chunk + 1, high - 1) * 128 // GROUP)
-                total += tl.dot(w, tile) * s[:, None]
-            else:
-                total += tl.dot(w, tile)
-    else:
-        inputs = tl.arange(0, 64)
-        code_at = codes + (matrix_rows // 16 * chunks * 1024 + matrix_rows % 16 * 64)[:, None] + inputs[None, :]
-        pair_at = scales + matrix_rows // 16 * chunks * 32 + matrix_rows % 16
-        sum_at = sums + row * chunks
-        next_scale = tl.load(pair_at + low * 32)
-        next_offset = tl.load(pair_at + low * 32 + 16)
-        for chunk in tl.range(low, high, num_stages=STAGES):
-            q = tl.load(code_at + chunk * 1024)
-            first = tl.load(x_at + (chunk * 128 + inputs)[:, None])
-            second = tl.load(x_at + (chunk * 128 + 64 + inputs)[:, None])
-            s, o = next_scale.to(tl.float32) * 512.0, next_offset.to(tl.float32)
-            next_at = pair_at + tl.minimum(chunk + 1, high - 1) * 32  # one chunk ahead: only tiles are pipelined
-            next_scale, next_offset = tl.load(next_at), tl.load(next_at + 16)
-            sum_ = tl.load(sum_at + chunk, mask=piece < ROWS, other=0.0)
-            w, w_second = _as_float8(q, HAS_ASM)
-            part = tl.dot(w_second, second, tl.dot(w, first))
-            total += part * s[:, None]
-            total += sum_[None, :] * o[:, None]
+    y = multiply_float8(
+        x_at, sums + row * chunks, codes, scales, matrix_rows, low, high, k, ROWS, BN, STAGES, KIND, GROUP, HAS_ASM
+    )
     if CHAINED:
         tl.extra.cuda.gdc_launch_dependents()
-    both = tl.permute(tl.reshape(total, [BN, 2, ROWS]), (0, 2, 1))
-    upper, lower = tl.split(both)
-    y = upper + lower * 0.0625
     is_done = True
     if SPLITS > 1:
         at = lines[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
@@ -128,19 +88,3 @@ def float8_kernel(
         columns = stripe * WIDTH + tl.arange(0, WIDTH)
         at_out = out + rows[:, None].to(tl.int64) * n + columns[None, :]
         tl.store(at_out, tl.trans(result).to(out.dtype.element_ty), mask=is_row[:, None] & (columns < n)[None, :])
-
-
-@jit()
-def _as_float8(q: tl.tensor, HAS_ASM: tl.constexpr) -> tl.tensor:
-    """The low and the high codes of bytes, in units of 2**-9: 0 to 7 are subnormal, 8 to 15 have the next exponent."""
-    if HAS_ASM:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 a; and.b32 $0, $2, 0x0F0F0F0F; shr.b32 a, $2, 4; and.b32 $1, a, 0x0F0F0F0F; }",
-            "=r,=r,r",
-            [q],
-            dtype=(tl.float8e4nv, tl.float8e4nv),
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        return (q & 15).to(tl.float8e4nv, bitcast=True), (q >> 4).to(tl.float8e4nv, bitcast=True)

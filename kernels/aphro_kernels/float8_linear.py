@@ -13,8 +13,8 @@ from aphro_kernels.float8_kernel import float8_kernel
 from aphro_kernels.language import chain_options, next_power_of_2
 from aphro_kernels.split_rows import GROUP, split_rows
 
-# fewer decode in registers, more share a dequantised copy; of a gated float8 layer one is enough
-_ROWS: Final = {"fp8": range(2, 257), "int4": range(9, 129)}
+# by the rows of x: fewer decode in registers, more share a dequantised copy
+_ROWS: Final = {"fp8": range(9, 257), "int4": range(9, 129)}
 _PROGRAMS: Final = {8: 264, 16: 264, 32: 264, 64: 132}  # by rows of a tile: those that fit the multiprocessors at once
 _MANY_PROGRAMS: Final = 512
 
@@ -33,8 +33,10 @@ def float8_config(kind: str, shape: tuple[int, int], x: Tensor, *, is_gated: boo
     of Llama-3-8B's shapes on an H200 (docs/kernels.md); None: another kernel is faster, or this one not made for it."""
     n, k = shape
     num_rows = len(x)
-    is_taken = num_rows in _ROWS.get(kind, ()) or (kind == "fp8" and is_gated and num_rows == 1)
-    if not is_taken or k % GROUP or x.dtype != torch.bfloat16 or not x.is_cuda or not _is_hopper(x.device.index):
+    is_taken = num_rows in _ROWS.get(kind, ())
+    if kind == "fp8" and is_gated:  # a wide one earns the split back sooner, where memory is fast for a single row
+        is_taken |= 1 < num_rows <= 8 or (num_rows == 1 and x.is_cuda and _has_fast_memory(x.device.index))
+    if not is_taken or k % GROUP or not is_split_exactly(x):
         return None
     rows = min(max(next_power_of_2(num_rows), 8), 64 if kind == "fp8" else 32)
     tiles = -(-n // 128) * -(-num_rows // rows)
@@ -42,9 +44,19 @@ def float8_config(kind: str, shape: tuple[int, int], x: Tensor, *, is_gated: boo
     return Float8Config(rows, 128, max(min(programs // tiles, k // GROUP // 2, 16), 1), 8 if rows == 64 else 4)
 
 
+def is_split_exactly(x: Tensor) -> bool:
+    """Whether rows like these are two float8 numbers each, and the device has the tensor cores of float8_tiles.py."""
+    return x.dtype == torch.bfloat16 and x.is_cuda and _is_hopper(x.device.index)
+
+
 @cache
 def _is_hopper(index: int) -> bool:
     return torch.cuda.get_device_capability(index)[0] == 9
+
+
+@cache
+def _has_fast_memory(index: int) -> bool:
+    return "H200" in torch.cuda.get_device_name(index)
 
 
 def launch_float8(

@@ -123,7 +123,7 @@ def packed_config(weight: PackedWeight, x: Tensor, *, is_gated: bool = False) ->
         columns, warps, stages = (8, 2, 4) if is_gated or group else (16, 4, 3)
         return SkinnyConfig(1, columns, inputs, _programs(n, columns), warps, stages, 4, is_early)
     rows, is_wide = max(rows_bucket(num_rows), 8), n >= _WIDE
-    columns, splits, stages = (64, 4, 3) if is_wide else (16, 8, 3)
+    columns, splits, stages = (64, 4, 3) if is_wide else (32 if weight.kind == "fp8" else 16, 8, 3)
     if rows > 16:
         columns, splits, stages = (32, 2, 4) if is_wide else (32, 4, 4)
     inputs = widest_tile(group or weight.shape[1], 128) * splits

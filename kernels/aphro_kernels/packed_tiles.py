@@ -54,7 +54,7 @@ def multiply_packed(
     else:
         return _multiply_bytes(
             x, x_rows, is_row, codes, scales, columns, is_column, low, high, k, KIND, GROUP, ROWS, BN, BK, SPLIT,
-            IS_EVEN, STAGES,
+            IS_EVEN, STAGES, HAS_ASM,
         )  # fmt: skip
 
 
@@ -138,6 +138,7 @@ def _multiply_bytes(
     SPLIT: tl.constexpr,
     IS_EVEN: tl.constexpr,
     STAGES: tl.constexpr,
+    HAS_ASM: tl.constexpr,
 ) -> tl.tensor:
     total = tl.zeros([SPLIT, BN, ROWS], tl.float32)
     EACH: tl.constexpr = BK // SPLIT
@@ -159,15 +160,15 @@ def _multiply_bytes(
         else:
             q = tl.load(at + start, mask=is_column[None, :, None] & is_input[:, None, :], other=0)
         tile = tl.load(x_at + start, mask=is_row[None, None, :] & is_input[:, :, None], other=0.0)
-        if KIND == "fp8" and x.dtype.element_ty == tl.bfloat16:
-            # float16 is what an instruction makes of two codes; the rows are scaled into its range
+        if KIND == "fp8" and x.dtype.element_ty == tl.bfloat16 and ROWS <= 8:
+            # float16 is what an instruction makes of two codes; few rows are scaled into its range
             tile, size = _as_float16(tile)
             part = tl.dot(q.to(tl.float8e4nv, bitcast=True).to(tl.float16), tile)
             if GROUP > 0:
                 size = size * s
             total += part * size
         else:
-            w = _as_floats(q, x.dtype.element_ty, KIND)
+            w = _as_floats(q, x.dtype.element_ty, KIND, HAS_ASM)
             if GROUP > 0:
                 total += tl.dot(w, tile) * s
             else:
@@ -303,10 +304,24 @@ def _as_float16(tile: tl.tensor) -> tl.tensor:
 
 
 @jit()
-def _as_floats(q: tl.tensor, dtype: tl.constexpr, KIND: tl.constexpr) -> tl.tensor:
+def _as_floats(q: tl.tensor, dtype: tl.constexpr, KIND: tl.constexpr, HAS_ASM: tl.constexpr) -> tl.tensor:
     """Codes of 8 bits as 16-bit floats."""
     if KIND == "int8":
         return q.to(dtype)
+    elif HAS_ASM and dtype == tl.bfloat16:
+        # its bits in a bfloat16, whose exponent counts from 127 instead of 7; the library's way is by float32
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 a, b, c, d, e, f; mov.b32 e, 0x7B807B80; mov.b32 f, 0x80008000;"
+            " prmt.b32 a, $2, 0, 0x1404; prmt.b32 b, $2, 0, 0x3424;"
+            " shr.b32 c, a, 4; shr.b32 d, b, 4; and.b32 c, c, 0x07F007F0; and.b32 d, d, 0x07F007F0;"
+            " lop3.b32 a, a, 0x80008000, c, 0xEA; lop3.b32 b, b, 0x80008000, d, 0xEA;"
+            " fma.rn.bf16x2 $0, a, e, f; fma.rn.bf16x2 $1, b, e, f; }",
+            "=r,=r,r",
+            [q],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=4,
+        )
     else:
         return q.to(tl.float8e4nv, bitcast=True).to(dtype)
 

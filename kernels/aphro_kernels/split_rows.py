@@ -32,7 +32,8 @@ class SplitRows:
 def split_rows_reference(x: Tensor) -> SplitRows:
     wide = x.float()
     peaks = wide.abs().amax(dim=-1)
-    scales = torch.exp2(torch.frexp(peaks).exponent.clamp(min=-117).float() - 8)
+    exponents = torch.where(peaks > 0, torch.frexp(peaks).exponent, -116).clamp(min=-116)
+    scales = torch.ldexp(torch.ones_like(peaks), exponents - 8)
     scales = torch.where(peaks < float("inf"), scales, torch.full_like(scales, float("nan")))
     values = wide / scales[:, None]
     high = narrow_to_float8(values)

@@ -292,7 +292,7 @@ def test_packed_linear_of_tiles(num_rows: int, shape: tuple[int, int], dtype: to
 
 
 def test_packed_linear_of_tiles_and_split_rows() -> None:
-    compare_packed_linear(150, (4096, 4096), "int4", 32, torch.bfloat16, "cuda", is_tiled=True)
+    compare_packed_linear(100, (4096, 4096), "int4", 32, torch.bfloat16, "cuda", is_tiled=True)
 
 
 @pytest.mark.parametrize(("num_rows", "groups"), [(2, 32), (33, 1), (200, 32)])
@@ -303,6 +303,15 @@ def test_packed_linear_of_split_rows(num_rows: int, groups: int) -> None:
 @pytest.mark.parametrize(("num_rows", "width"), [(1, 128), (33, 4096), (5, 14336), (200, 640)])
 def test_split_rows(num_rows: int, width: int) -> None:
     compare_split_rows(num_rows, width, "cuda")
+
+
+@pytest.mark.parametrize("num_tokens", [1, 40, 300])
+@pytest.mark.parametrize(("kind", "groups"), [("fp8", 1), ("fp8", 8), ("int4", 8)])
+def test_grouped_packed_linear_of_split_rows(num_tokens: int, kind: str, groups: int) -> None:
+    options = {"is_tiled": kind == "int4", "is_split": True}
+    compare_grouped_packed_linear(
+        num_tokens, 2, range(2, 7), (1040, 1024), kind, groups, torch.bfloat16, "cuda", **options
+    )
 
 
 def test_grouped_packed_linear_of_tiles() -> None:

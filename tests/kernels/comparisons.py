@@ -14,6 +14,7 @@ import torch
 from aphro_kernels import (
     chunk_tiles,
     gated_gemm,
+    grouped_float8,
     grouped_gemm,
     grouped_packed,
     hopper_attention,
@@ -511,6 +512,7 @@ def compare_grouped_packed_linear(
     device: str,
     *,
     is_tiled: bool = False,
+    is_split: bool = False,
 ) -> None:
     """As compare_grouped_linear, of ``here`` among 8 experts."""
     width, depth = shape
@@ -529,7 +531,8 @@ def compare_grouped_packed_linear(
         x = random(rows, depth, dtype=dtype, device=device)
         expected = grouped_packed.grouped_packed_linear_reference(x, weight, len(here), tiles, slots_per_row)
         out = nans(num_tokens * top, width, dtype=dtype, device=device)
-        grouped_packed._launch(x, weight, len(here), tiles, slots_per_row, out)
+        launch = grouped_float8.launch_grouped_float8 if is_split else grouped_packed._launch
+        launch(x, weight, len(here), tiles, slots_per_row, out)
         is_ours = torch.tensor([expert in here for expert in chosen.flatten().tolist()], device=device)
         assert_close(out[is_ours], expected[is_ours])
         assert bool(out[~is_ours].isnan().all()), "slots of other ranks are not written"

@@ -213,6 +213,13 @@ def test_grouped_packed_linear_of_tiles() -> None:
     compare_grouped_packed_linear(7, 2, range(2, 5), (48, 256), "int4", 2, F16, "cpu", is_tiled=True)
 
 
+@pytest.mark.parametrize(("kind", "groups"), [("fp8", 1), ("fp8", 2), ("int4", 2)])
+def test_grouped_packed_linear_of_split_rows(kind: str, groups: int) -> None:
+    compare_grouped_packed_linear(
+        7, 2, range(2, 5), (80, 256), kind, groups, BF16, "cpu", is_tiled=kind == "int4", is_split=True
+    )
+
+
 @pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
 @pytest.mark.parametrize(("num_tokens", "here", "groups"), [(1, range(8), 2), (19, range(2, 5), 1)])
 def test_grouped_packed_linear(num_tokens: int, here: range, groups: int, kind: str) -> None:
