@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from aphro_kernels.float8 import float8_as_bytes
+from aphro_kernels.grouped_float8 import launch_grouped_float8, suits_float8
 from aphro_kernels.grouped_gemm import RowTiles, grouped_linear, grouped_linear_reference
 from aphro_kernels.language import jit, runs_kernels, tl, triton
 from aphro_kernels.packed_linear import PackedWeight, can_convert, dequantise, dequantise_reference, widest_tile
@@ -36,10 +37,13 @@ def grouped_packed_linear(
     """As ``grouped_linear``, of ``num_experts`` quantised matrices below each other: ``weight`` [experts * out, in]."""
     if not runs_kernels(x):
         return grouped_packed_linear_reference(x, weight, num_experts, tiles, slots_per_row)
+    new = x.new_zeros if has_foreign else x.new_empty
+    if suits_float8(x, weight, tiles):
+        out = new(tiles.num_slots, len(weight.codes) // num_experts)
+        return launch_grouped_float8(x, weight, num_experts, tiles, slots_per_row, out)
     if tiles.rows > _MAX_ROWS or x.dtype.itemsize != 2 or not weight.suits_kernel or not can_convert(weight.codes):
         dense = dequantise(weight, x.dtype).view(num_experts, -1, weight.shape[1])
         return grouped_linear(x, dense, tiles, slots_per_row, has_foreign=has_foreign)
-    new = x.new_zeros if has_foreign else x.new_empty
     return _launch(x, weight, num_experts, tiles, slots_per_row, new(tiles.num_slots, len(weight.codes) // num_experts))
 
 
