@@ -38,11 +38,12 @@ Each row below was checked on a tiny Llama, whose checkpoint is written bit by b
 holds against its part of the dequantised weights (tp 1, 2, 3 and 5), tokens against transformers on the dequantised
 weights.
 Columns are cut between groups of inputs that share a scale: a tp that would cut a group is refused, with the tensor,
-the group and the nearest size that works. GGUF blocks stay packed in 16-bit runs on GPUs and CPUs: their codes as
-they are, with a scale (and offset) a group in the run's dtype (on CPUs with kernels of our own in float16), so that
-float16 rounds least. {requantised} have an offset that 8 bits are kept without: they are rounded to 8 bits anew,
-by half of 1/127 of a group's largest weight. The kernels for GPUs, of these layouts and of mixtures of experts, run in
-Triton's interpreter and are compiled for Hopper; `tests/gpu` runs families and layouts on a host that has a GPU.
+the group and the nearest size that works. GGUF blocks (embedding and head included) stay packed in 16-bit
+runs: their codes as they are, with a scale (and offset) a group in the run's dtype (on CPUs with kernels of our own in
+float16), so that float16 rounds least. {requantised} have an offset that 8 bits are kept without: they are
+rounded to 8 bits anew, by half of 1/127 of a group's largest weight.
+The kernels for GPUs, of these layouts and of mixtures of experts, run in Triton's interpreter and are compiled for
+Hopper; `tests/gpu` runs families and layouts on a host that has a GPU.
 """
 
 

@@ -76,8 +76,7 @@ class AphroEngine:
         spec, element = self.spec, DTYPE_BYTES[sizes.dtype]
         assert spec is not None
         weights = memory.weights_bytes(spec, shard, element)
-        if not self.is_gpu and sizes.dtype != "float16":  # float16 is not packed: layers/linear.py
-            weights += memory.tied_head_bytes(spec, shard, element)
+        weights += memory.tied_head_bytes(spec, shard, sizes.dtype, element, is_gpu=self.is_gpu)
         activations = memory.working_bytes(
             spec,
             shard,

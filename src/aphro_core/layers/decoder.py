@@ -193,7 +193,15 @@ class _Parts:
         return sum(self._plain.values()) + self._packed_bytes + scratch
 
     def embedding(self) -> VocabEmbedding:
-        return VocabEmbedding(self._keep(self._dense("embed_tokens.weight")), self._shard.vocab, self._group)
+        weight, place = self._weights.pop("embed_tokens.weight"), (self._shard.vocab, self._group, self._dtype)
+        if isinstance(weight, Tensor):
+            return VocabEmbedding(self._keep(weight), *place)
+        (matrix,) = weight
+        is_heads = self._weights.get("lm_head.weight") is weight  # whose product has it as it is, or in another order
+        is_copied = matrix.kind == "int4" if self._device.type == "cuda" else self._dtype == torch.bfloat16
+        if not is_heads or is_copied:
+            self._packed_bytes += matrix.nbytes
+        return VocabEmbedding(matrix, *place)
 
     def positions(self) -> PositionEmbedding:
         offset = self._spec.position_offset

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
 from aphro_core.distributed import TensorParallelGroup
 from aphro_core.layers.linear import AnyLinear, Linear
+from aphro_core.quantization.matrix import PackedMatrix
 
 
 class VocabEmbedding:
-    def __init__(self, weight: Tensor, rows: range, group: TensorParallelGroup) -> None:
-        self._weight = weight
+    def __init__(
+        self, weight: Tensor | PackedMatrix, rows: range, group: TensorParallelGroup, dtype: torch.dtype
+    ) -> None:
+        self._weight, self._dtype = weight, dtype
         self._rows = rows
         self._group = group
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """``[num_tokens]`` int64 to ``[num_tokens, hidden_size]``."""
         if self._group.size == 1:
-            return embedding(token_ids, self._weight)
+            return self._look_up(token_ids)
         local = token_ids - self._rows.start
         foreign = (local < 0) | (local >= len(self._rows))
-        x = embedding(local.masked_fill(foreign, 0), self._weight)
+        x = self._look_up(local.masked_fill(foreign, 0))
         return self._group.all_reduce_(x.masked_fill_(foreign[:, None], 0.0))
+
+    def _look_up(self, rows: Tensor) -> Tensor:
+        if isinstance(self._weight, Tensor):
+            return embedding(rows, self._weight)
+        return self._weight.rows_at(rows).dequantise(self._dtype)
 
 
 class VocabHead:

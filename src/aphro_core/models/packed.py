@@ -7,9 +7,18 @@ from math import prod
 from typing import Final
 
 from aphro_core.errors import ModelError
-from aphro_core.models.quantization import GGUF_GROUP, GGUF_KINDS, online_group, whole_group
+from aphro_core.models.quantization import GGUF_GROUP, GGUF_KINDS, QuantSpec, online_group, whole_group
 from aphro_core.models.spec import DecoderSpec
-from aphro_core.models.tensors import Axis, Shard, TensorRule, axis_sizes, local_sizes, rules_of_rank, source_shapes
+from aphro_core.models.tensors import (
+    Axis,
+    Shard,
+    TensorRule,
+    axis_sizes,
+    local_sizes,
+    rules_of_rank,
+    source_shapes,
+    tied_parameters,
+)
 
 _CUT_COLUMNS: Final = ("mlp", "expert_mlp", "shared_mlp")
 
@@ -20,12 +29,13 @@ def module_of(source_name: str) -> str:
 
 
 def is_packed(rule: TensorRule, spec: DecoderSpec) -> bool:
-    """Whether a parameter is kept quantised: a linear layer inside a block whose sources are all covered.
+    """Whether a parameter is kept quantised: a linear layer inside a block whose sources are all covered, an output
+    head that is, and of GGUF files the embedding.
 
     Raises ModelError when only some of the tensors that are fused into it are.
     """
     quantization = spec.quantization
-    if quantization is None or not rule.parameter.endswith("_proj.weight"):
+    if quantization is None or not _may_be_packed(rule, quantization):
         return False
     covered = {quantization.covers(module_of(source.name)) for source in rule.sources}
     if covered == {True, False} and quantization.layout != "gguf":
@@ -37,12 +47,12 @@ def is_packed(rule: TensorRule, spec: DecoderSpec) -> bool:
     return covered == {True}
 
 
-def is_expanded(rule: TensorRule, spec: DecoderSpec) -> bool:
-    """Whether a parameter is stored quantised and kept in the run's dtype: an output head of its own."""
-    found = spec.quantization
-    if found is None or not found.has_head or rule.parameter != "lm_head.weight" or spec.tie_word_embeddings:
-        return False
-    return all(found.covers(module_of(source.name)) for source in rule.sources)
+def _may_be_packed(rule: TensorRule, quantization: QuantSpec) -> bool:
+    if rule.parameter == "embed_tokens.weight":
+        return quantization.layout == "gguf"
+    if rule.parameter == "lm_head.weight":
+        return quantization.layout == "gguf" or quantization.has_head
+    return rule.parameter.endswith("_proj.weight")
 
 
 def column_group(spec: DecoderSpec, axis: Axis) -> int | None:
@@ -86,12 +96,7 @@ def checkpoint_shapes(rules: Sequence[TensorRule], spec: DecoderSpec) -> dict[st
     quantization, shapes = spec.quantization, source_shapes(rules, spec)
     if quantization is None or quantization.layout in ("online", "gguf"):
         return shapes
-    linear = {
-        source.name
-        for rule in rules_everywhere(rules, spec)
-        if is_packed(rule, spec) or is_expanded(rule, spec)
-        for source in rule.sources
-    }
+    linear = {source.name for rule in rules_everywhere(rules, spec) if is_packed(rule, spec) for source in rule.sources}
     found: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         found |= quantization.tensors_of(module_of(name), *shape) if name in linear else {name: shape}
@@ -123,14 +128,31 @@ def parameter_bytes(rules: Sequence[TensorRule], spec: DecoderSpec, shard: Shard
     return total
 
 
+def tied_copy_bytes(
+    rules: Sequence[TensorRule], spec: DecoderSpec, shard: Shard, dtype: str, dtype_bytes: int, *, is_gpu: bool
+) -> int:
+    """Bytes of a head that is the embedding's tensor too, in the order that it is multiplied in: CPUs have one of
+    their own (but in dtypes that they multiply as they are), GPUs of 4-bit codes."""
+    if not tied_parameters(rules, spec, shard):
+        return 0
+    rule = next(rule for rule in rules if rule.parameter == "embed_tokens.weight")
+    rows, module = local_sizes(spec, shard)["vocab"], module_of(rule.sources[0].name)
+    if not is_packed(rule, spec):
+        return 0 if is_gpu or dtype == "float16" else rows * spec.hidden_size * dtype_bytes
+    assert spec.quantization is not None
+    has_copy = spec.quantization.kind_of(module) == "int4" if is_gpu else dtype == "bfloat16"
+    return matrix_bytes(spec, "hidden", module, rows, spec.hidden_size, dtype_bytes) if has_copy else 0
+
+
 def widest_packed(rules: Sequence[TensorRule], spec: DecoderSpec, shard: Shard) -> int:
-    """Weights of the largest quantised parameter of a rank; a layer's experts are one."""
+    """Weights of the largest quantised parameter of a rank that is multiplied; a layer's experts are one."""
     local = local_sizes(spec, shard)
+    looked_up = "" if tied_parameters(rules, spec, shard) else "embed_tokens.weight"
     return max(
         (
             sum(local[source.rows] for source in rule.sources) * local[rule.columns]
             for rule in rules_of_rank(rules, spec, shard)
-            if rule.columns is not None and is_packed(rule, spec)
+            if rule.columns is not None and rule.parameter != looked_up and is_packed(rule, spec)
         ),
         default=0,
     )

@@ -34,7 +34,7 @@ _FEWEST_GROUPS: Final = 16  # of the columns that tensor-parallel ranks share ou
 
 @dataclass(frozen=True, kw_only=True)
 class QuantSpec:
-    """One scheme for all linear layers inside the blocks; embedding, head, norms and routers stay as they are.
+    """One scheme for all linear layers inside the blocks, perhaps the head, of GGUF files the embedding.
 
     In memory a matrix [out, in] is codes and a scale for each ``group_size`` inputs of a row (None: the whole row),
     for ``int4`` an offset besides: weight = code * scale + offset.
@@ -51,7 +51,7 @@ class QuantSpec:
     has_words: bool = False  # compressed-tensors: codes side by side in words of 32 bits
     zeros_less_one: bool = False  # GPTQ's first checkpoint format stores zero points less 1
     activations: Activations = None  # rounded to 8 bits as well, by a stored scale a layer or one found a token
-    has_head: bool = False  # an output head that is covered is stored quantised as well; it is kept in 16 bits
+    has_head: bool = False  # an output head that is covered is stored quantised as well
     targets: tuple[str, ...] = ()  # modules that are quantised, as in ``ignored``; none: all
     ignored: tuple[str, ...] = ()  # modules that are left as they are: names or parts of them, or "re:" and a pattern
     block_formats: Mapping[str, str] = field(default_factory=dict)  # gguf: tensor name -> block format

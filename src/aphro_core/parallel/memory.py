@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Final
 
-from aphro_core.models.packed import parameter_bytes, widest_packed
+from aphro_core.models.packed import parameter_bytes, tied_copy_bytes, widest_packed
 from aphro_core.models.registry import family_of
 from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel.shard import RankShard
@@ -93,10 +93,9 @@ def are_layers_alike(spec: DecoderSpec) -> bool:
     return found is None or (found.layout != "gguf" and not found.ignored)
 
 
-def tied_head_bytes(spec: DecoderSpec, shard: RankShard, dtype_bytes: int) -> int:
-    """Bytes of a head that is the embedding's tensor too: what CPUs keep once more, in the order they multiply."""
-    is_tied_here = spec.tie_word_embeddings and shard.has_embedding and shard.has_head
-    return len(shard.vocab) * spec.hidden_size * dtype_bytes if is_tied_here else 0
+def tied_head_bytes(spec: DecoderSpec, shard: RankShard, dtype: str, dtype_bytes: int, *, is_gpu: bool) -> int:
+    """Bytes of a head that is the embedding's tensor too: what is kept once more, in the order it is multiplied in."""
+    return tied_copy_bytes(family_of(spec).tensors, spec, shard, dtype, dtype_bytes, is_gpu=is_gpu)
 
 
 def kv_block_bytes(spec: DecoderSpec, shard: RankShard, block_size: int, kv_dtype_bytes: int) -> int:

@@ -69,6 +69,17 @@ class PackedMatrix:
         offsets = None if self.offsets is None else self.offsets[start:stop]
         return replace(self, codes=self.codes[start:stop], scales=self.scales[start:stop], offsets=offsets)
 
+    def zeros(self, num_rows: int) -> PackedMatrix:
+        """So many rows that stand for zeros, kept in the same way."""
+        codes, scales = (each.new_zeros(num_rows, each.shape[1]) for each in (self.codes, self.scales))
+        offsets = None if self.offsets is None else self.offsets.new_zeros(num_rows, self.offsets.shape[1])
+        return replace(self, codes=codes, scales=scales, offsets=offsets)
+
+    def rows_at(self, numbers: Tensor) -> PackedMatrix:
+        """The rows of these numbers [num_rows], as a copy."""
+        offsets = None if self.offsets is None else self.offsets[numbers]
+        return replace(self, codes=self.codes[numbers], scales=self.scales[numbers], offsets=offsets)
+
     def to(self, device: torch.device) -> PackedMatrix:
         offsets, group_index, order = (
             None if x is None else x.to(device) for x in (self.offsets, self.group_index, self.order)

@@ -13,10 +13,19 @@ import torch
 from torch import Tensor
 
 from aphro_core.checkpoint.checkpoint import Checkpoint
-from aphro_core.models.packed import column_group, is_expanded, is_packed, module_of, parameter_bytes, source_group
+from aphro_core.models.packed import column_group, is_packed, module_of, parameter_bytes, source_group
 from aphro_core.models.registry import family_of
 from aphro_core.models.spec import DecoderSpec
-from aphro_core.models.tensors import Axis, TensorPiece, parameter_shapes, rank_pieces, rules_of_rank, tied_parameters
+from aphro_core.models.tensors import (
+    Axis,
+    TensorPiece,
+    TensorRule,
+    local_sizes,
+    parameter_shapes,
+    rank_pieces,
+    rules_of_rank,
+    tied_parameters,
+)
 from aphro_core.parallel.shard import RankShard
 from aphro_core.quantization.linear import scale_dtype
 from aphro_core.quantization.matrix import PackedMatrix, Weights, below_each_other, with_common_inputs
@@ -45,12 +54,7 @@ def load_weights(
     another shape than ``spec`` has it, or the file ends early.
     """
 
-    expanded = {source.name for rule in family_of(spec).tensors if is_expanded(rule, spec) for source in rule.sources}
-
     def read(target: Tensor, piece: TensorPiece) -> None:
-        if piece.source in expanded:
-            target.copy_(read_packed(piece, column_group(spec, "hidden")).dequantise(dtype))
-            return
         dim, index = (piece.dim, piece.index) if piece.dim is not None else (None, range(0))
         checkpoint.read_into(target, piece.source, dim, index.start, index.stop if dim is not None else None)
 
@@ -121,10 +125,10 @@ def _fill(
     pieces: dict[str, list[TensorPiece]] = {}
     for piece in rank_pieces(rules, spec, shard):
         pieces.setdefault(piece.parameter, []).append(piece)
-    axes = {rule.parameter: rule.columns for rule in rules_of_rank(rules, spec, shard) if is_packed(rule, spec)}
+    packed = {rule.parameter: rule for rule in rules_of_rank(rules, spec, shard) if is_packed(rule, spec)}
     shapes = parameter_shapes(rules, spec, shard)
     weights: Weights = {
-        name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items() if name not in axes
+        name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items() if name not in packed
     }
 
     def fill_dense(name: str, weight: Tensor) -> int:
@@ -136,16 +140,26 @@ def _fill(
         weight[filled:].zero_()
         return weight.nbytes
 
-    def fill_packed(name: str, axis: Axis) -> int:
-        group = column_group(spec, axis)
-        parts = [
-            filling.packed(piece, source_group(spec, module_of(piece.source), group)).to(device)
-            for piece in pieces.get(name, ())
-        ]
+    def group_of(source: str, axis: Axis) -> int | None:
+        return source_group(spec, module_of(source), column_group(spec, axis))
+
+    def fill_packed(rule: TensorRule, axis: Axis) -> int:
+        name = rule.parameter
+        parts = [filling.packed(piece, group_of(piece.source, axis)).to(device) for piece in pieces.get(name, ())]
         if ".moe." in name:
             parts = with_common_inputs(parts)
+        padding = shapes[name][0] - sum(part.shape[0] for part in parts)  # of the vocabulary
+        if padding:
+            parts.append((parts[-1] if parts else one_row(rule.sources[0].name, axis)).zeros(padding))
         matrices = weights[name] = below_each_other(parts)
         return sum(matrix.nbytes for matrix in matrices)
+
+    def one_row(source: str, axis: Axis) -> PackedMatrix:
+        """As the source's rows are kept, where a rank has none of them."""
+        assert spec.quantization is not None
+        row = torch.zeros(1, local_sizes(spec, shard)[axis], dtype=dtype, device=device)
+        kind = spec.quantization.kind_of(module_of(source))
+        return quantise(row, kind, group_of(source, axis), scale_dtype(dtype, device))
 
     done, total = 0, parameter_bytes(rules, spec, shard, dtype.itemsize)
     with _filling_threads(device) as threads:
@@ -154,7 +168,7 @@ def _fill(
             for name, weight in list(weights.items())
             if isinstance(weight, Tensor)
         ]
-        jobs += [threads.submit(fill_packed, name, axis) for name, axis in axes.items() if axis is not None]
+        jobs += [threads.submit(fill_packed, rule, rule.columns) for rule in packed.values() if rule.columns]
         for job in as_completed(jobs):
             done += job.result()
             if progress is not None:

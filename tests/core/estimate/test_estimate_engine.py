@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,6 +85,20 @@ def test_quantised_weights_too(family: str, quantization: str, checkpoints: dict
     assert loaded.weights_bytes == found.weights_bytes
     whole = load(EngineConfig(model=ModelConfig(path=str(path), served_name="m", dtype="float16", max_model_len=64)))
     assert loaded.weights_bytes < whole.weights_bytes
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_gguf_blocks_are_counted_as_they_are_kept(dtype: Any, is_tied: bool, tmp_path: Path) -> None:
+    """Embedding and head included: in bfloat16 a CPU has a tied head once more, in the order that it multiplies."""
+    write_tiny_gguf(tmp_path / "x.gguf", quant="Q4_K", others={"embed": "Q6_K"}, tie_word_embeddings=is_tied)
+    config = EngineConfig(
+        model=ModelConfig(path=str(tmp_path / "x.gguf"), served_name="m", dtype=dtype, max_model_len=64)
+    )
+    with open_checkpoint(tmp_path / "x.gguf") as checkpoint:
+        spec = load_spec(checkpoint.hf_config)
+    (expected,) = expected_balances(spec, build_plan(spec, 1, 1), config, FREE)
+    assert load(config).weights_bytes == pytest.approx(expected.weights_bytes, rel=0.002)
 
 
 @pytest.mark.parametrize(("dtype", "is_packed"), [("float16", True), ("float32", False)])
