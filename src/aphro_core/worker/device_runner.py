@@ -203,7 +203,7 @@ class DeviceRunner:
         received = None if self._shard.has_embedding else self._receive(step.shape.num_tokens)
         if not self._shapes.has(step.shape) or keeps_draws != self._keeps_draws:
             batch = self._inputs.mixed_batch(step)
-            kept = self._pad(batch.sampled_rows) if keeps_draws else None
+            kept = self._pad(batch.sampled_rows, batch.num_tokens) if keeps_draws else None
             return self._decoder(batch, received, self._caches, kept)
         hidden = self._hidden[: step.shape.num_tokens]
         if received is not None:
@@ -212,10 +212,11 @@ class DeviceRunner:
         self._links.tensor.num_sums = 2**31  # in a graph: all of the step's
         return hidden
 
-    def _pad(self, rows: Tensor) -> Tensor:
-        """By row 0, to as many as a decode step has: of a size that is new to it a library may choose a kernel that is
-        not loaded yet, and loading waits for the steps in flight."""
-        return functional.pad(rows, (0, self._shapes.of_rows(len(rows)).num_rows - len(rows)))
+    def _pad(self, rows: Tensor, most: int) -> Tensor:
+        """By row 0, to as many as a decode step has, ``most`` at most: of a size that is new to it a library may choose
+        a kernel that is not loaded yet, and loading waits for the steps in flight."""
+        size = min(self._shapes.of_rows(len(rows)).num_rows, most)
+        return functional.pad(rows, (0, size - len(rows)))
 
     def _receive(self, num_tokens: int) -> Tensor:
         return self._links.stage.receive((num_tokens, self._hidden.shape[1]), self._dtype, self._device)

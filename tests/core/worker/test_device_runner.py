@@ -30,7 +30,9 @@ from tests.tiny import FAMILIES
 PLAIN = SamplingParams(temperature=0.0)
 
 
-def device_runner(model: Model, links: Links | None = None, tp: int = 1, pp: int = 1, rank: int = 0) -> DeviceRunner:
+def device_runner(
+    model: Model, links: Links | None = None, tp: int = 1, pp: int = 1, rank: int = 0, graph_tokens: int = 32
+) -> DeviceRunner:
     links = links or Links(TensorParallelGroup(0, 1), StageLink(None, None))
     with open_checkpoint(model.folder) as checkpoint:
         spec = load_spec(checkpoint.hf_config)
@@ -40,7 +42,8 @@ def device_runner(model: Model, links: Links | None = None, tp: int = 1, pp: int
     decoder = Decoder(spec, shard, weights, links.tensor)
     return DeviceRunner(
         spec, shard, decoder, caches, links,
-        block_size=BLOCK_SIZE, max_rows=11, max_model_len=128, dtype=torch.float32, device=CPU, graph_tokens=32,
+        block_size=BLOCK_SIZE, max_rows=11, max_model_len=128, dtype=torch.float32, device=CPU,
+        graph_tokens=graph_tokens,
     )  # fmt: skip
 
 
@@ -91,6 +94,21 @@ def ahead(planner: Planner, seq_ids: Sequence[int]) -> StepPlan:
         planner.tokens[seq_id].append(0)  # a place for it
         planner._known_tokens[seq_id] += 1
     return planner.plan(dict.fromkeys(seq_ids, 1))
+
+
+def test_more_rows_to_draw_from_than_a_padded_number_of_them(llama: Model) -> None:
+    """Six of seven tokens, of a step that no graph has: decode steps have six rows padded to eight."""
+    planner, runner = Planner(3), device_runner(llama, graph_tokens=0)
+    rows = range(5)
+    for seq_id in rows:
+        planner.add(seq_id, [3 + seq_id, 5, 8], PLAIN)
+    planner.take(execute(runner, planner.plan(dict.fromkeys(rows, 3))))
+    planner.add(5, [13, 21], PLAIN)
+    together = planner.take(execute(runner, planner.plan({**dict.fromkeys(rows, 1), 5: 2})))
+    alone = Planner(4)
+    alone.add(5, [13, 21], PLAIN)
+    expected = alone.take(execute(device_runner(llama), alone.plan({5: 2})))
+    assert together.token_ids[5:] == expected.token_ids
 
 
 def test_plans_run_ahead_of_their_tokens(llama: Model) -> None:
