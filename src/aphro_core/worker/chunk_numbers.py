@@ -5,6 +5,7 @@ Sections begin at multiples of 16 numbers: Triton compiles a kernel again for a 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -12,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aphro_core.messages.steps import ScheduledSequence, StepPlan
+from aphro_core.worker.sequences import SequenceState
 from aphro_core.worker.step_shapes import StepShape
 
 _ALIGNED: Final = 16
@@ -47,6 +50,47 @@ def chunk_numbers(shape: StepShape, block: np.ndarray | Tensor) -> ChunkNumbers:
         found.append(narrow[2 * at : 2 * at + length] if index >= _FIRST_NARROW else block[at : at + length])
         at += _padded(length)
     return ChunkNumbers(*found)
+
+
+def fill_chunk_numbers(
+    numbers: ChunkNumbers,
+    plan: StepPlan,
+    sequences: Mapping[int, SequenceState],
+    slots: Mapping[int, int],
+    block_size: int,
+) -> dict[int, int]:
+    """All that is not zero of a plan's numbers, arrays of the host. Returns each sequence's first row."""
+    chunks = [entry for entry in plan.scheduled if entry.num_tokens > 1]
+    rows = [entry.seq_id for entry in plan.scheduled if entry.num_tokens == 1]
+    first_rows = {seq_id: row for row, seq_id in enumerate(rows)}
+    row = len(rows)
+    for index, entry in enumerate(chunks):
+        first_rows[entry.seq_id] = row
+        numbers.query_start_loc[index + 1] = row
+        row = _fill_chunk(numbers, row, entry, sequences[entry.seq_id], block_size)
+    numbers.query_start_loc[len(chunks) + 1 :] = row
+    numbers.slot_mapping[row:] = -1
+    numbers.num_seqs[0] = len(chunks) + 1
+    numbers.seq_lens[1 : len(chunks) + 1] = [entry.start + entry.num_tokens for entry in chunks]
+    numbers.slots[1 : len(chunks) + 1] = [slots[entry.seq_id] for entry in chunks]
+    draws = [entry for entry in plan.scheduled if entry.samples]
+    numbers.draw_rows[: len(draws)] = [first_rows[entry.seq_id] + entry.num_tokens - 1 for entry in draws]
+    numbers.draw_slots[: len(draws)] = [slots[entry.seq_id] for entry in draws]
+    numbers.draw_positions[: len(draws)] = [entry.start + entry.num_tokens - 1 for entry in draws]
+    return first_rows
+
+
+def _fill_chunk(
+    numbers: ChunkNumbers, row: int, entry: ScheduledSequence, state: SequenceState, block_size: int
+) -> int:
+    """Into the rows from ``row`` on; the row behind them."""
+    end, stop = row + entry.num_tokens, entry.start + entry.num_tokens
+    at = np.arange(entry.start, stop)
+    blocks = np.frombuffer(state.block_table, dtype=np.int64)  # an array that is looked at cannot grow
+    numbers.token_ids[row:end] = state.row.token_ids[entry.start : stop]
+    numbers.positions[row:end] = at
+    numbers.slot_mapping[row:end] = blocks[at // block_size] * block_size + at % block_size
+    return end
 
 
 def _lengths(shape: StepShape) -> tuple[int, ...]:

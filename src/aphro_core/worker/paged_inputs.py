@@ -29,7 +29,7 @@ from torch import Tensor
 
 from aphro_core.layers.batch import Batch, PagedPart, PagedRows
 from aphro_core.messages.steps import RowsAgain, ScheduledSequence, StepPlan
-from aphro_core.worker.chunk_numbers import ChunkNumbers, chunk_block_size, chunk_numbers
+from aphro_core.worker.chunk_numbers import ChunkNumbers, chunk_block_size, chunk_numbers, fill_chunk_numbers
 from aphro_core.worker.sequences import SequenceState
 from aphro_core.worker.step_shapes import StepShape, StepShapes
 
@@ -138,7 +138,7 @@ class PagedInputs:
                 self._steady = seq_ids, values
                 return self._decode_step(seq_ids, shape)
             return self._decode_step(seq_ids, shape, wanted)
-        return self._send_chunks(plan, decode, chunks, sequences, shape)
+        return self._send_chunks(plan, chunks, sequences, shape)
 
     def _stage_again(self, again: RowsAgain, sequences: dict[int, SequenceState]) -> PagedStep:
         """The rows of the step before, each one token on: their numbers are those sent last, but for three."""
@@ -214,52 +214,26 @@ class PagedInputs:
     def _send_chunks(
         self,
         plan: StepPlan,
-        decode: Sequence[ScheduledSequence],
         chunks: list[ScheduledSequence],
         sequences: dict[int, SequenceState],
         shape: StepShape,
     ) -> PagedStep:
         block = np.zeros(chunk_block_size(shape), dtype=np.int64)
-        numbers = chunk_numbers(shape, block)
-        first_rows = {entry.seq_id: row for row, entry in enumerate(decode)}
-        row = len(decode)
-        for index, entry in enumerate(chunks):
-            first_rows[entry.seq_id] = row
-            numbers.query_start_loc[index + 1] = row
-            row = self._fill_chunk(numbers, row, entry, sequences[entry.seq_id])
-        numbers.query_start_loc[len(chunks) + 1 :] = row
-        numbers.slot_mapping[row:] = -1
-        numbers.num_seqs[0] = len(chunks) + 1
-        numbers.seq_lens[1 : len(chunks) + 1] = [entry.start + entry.num_tokens for entry in chunks]
-        numbers.slots[1 : len(chunks) + 1] = [self._slots[entry.seq_id] for entry in chunks]
-        draws = [entry for entry in plan.scheduled if entry.samples]
-        count = len(draws)
-        numbers.draw_rows[:count] = [first_rows[entry.seq_id] + entry.num_tokens - 1 for entry in draws]
-        numbers.draw_slots[:count] = [self._slots[entry.seq_id] for entry in draws]
-        numbers.draw_positions[:count] = [entry.start + entry.num_tokens - 1 for entry in draws]
+        first_rows = fill_chunk_numbers(chunk_numbers(shape, block), plan, sequences, self._slots, self._block_size)
         sent = self._send_block(block, shape)
+        draws = [entry.seq_id for entry in plan.scheduled if entry.samples]
         return PagedStep(
-            num_rows=len(decode),
+            num_rows=len(plan.scheduled) - len(chunks),
             shape=shape,
             chunks=chunks,
             numbers=sent,
             first_rows=first_rows,
-            draws=[entry.seq_id for entry in draws],
+            draws=draws,
             wanted=None,
-            draw_rows=sent.draw_rows[:count],
-            draw_slots=sent.draw_slots[:count],
-            draw_positions=sent.draw_positions[:count],
+            draw_rows=sent.draw_rows[: len(draws)],
+            draw_slots=sent.draw_slots[: len(draws)],
+            draw_positions=sent.draw_positions[: len(draws)],
         )
-
-    def _fill_chunk(self, numbers: ChunkNumbers, row: int, entry: ScheduledSequence, state: SequenceState) -> int:
-        """Into the rows from ``row`` on; the row behind them."""
-        end, stop = row + entry.num_tokens, entry.start + entry.num_tokens
-        at = np.arange(entry.start, stop)
-        blocks = np.frombuffer(state.block_table, dtype=np.int64)
-        numbers.token_ids[row:end] = state.row.token_ids[entry.start : stop]
-        numbers.positions[row:end] = at
-        numbers.slot_mapping[row:end] = blocks[at // self._block_size] * self._block_size + at % self._block_size
-        return end
 
     def _send_block(self, block: np.ndarray, shape: StepShape) -> ChunkNumbers:
         """A padded step's to the place that graphs read, any other's to one of its own."""
