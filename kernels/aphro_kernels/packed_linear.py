@@ -38,6 +38,16 @@ class PackedWeight:
     offsets: Tensor | None = None
     is_tiled: bool = False
 
+    def rows(self, start: int, stop: int) -> PackedWeight:
+        """Some rows, as views; of tiles whole stripes of 16."""
+        codes = self.codes[start:stop]
+        if not self.is_tiled:
+            return PackedWeight(
+                codes, self.scales[start:stop], None if self.offsets is None else self.offsets[start:stop]
+            )
+        pairs = self.scales[2 * start : 2 * stop]
+        return PackedWeight(codes, pairs, pairs.view(-1)[16:], is_tiled=True)
+
     @property
     def kind(self) -> Kind:
         return "int4" if self.offsets is not None else "int8" if self.codes.dtype == torch.int8 else "fp8"

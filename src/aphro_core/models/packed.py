@@ -20,6 +20,7 @@ from aphro_core.models.tensors import (
     tied_parameters,
 )
 
+DEQUANTISED_AT_ONCE: Final = 2**27  # weights, on a GPU: a layer of experts is whole, other matrices go in parts
 _CUT_COLUMNS: Final = ("mlp", "expert_mlp", "shared_mlp")
 
 
@@ -144,18 +145,16 @@ def tied_copy_bytes(
     return matrix_bytes(spec, "hidden", module, rows, spec.hidden_size, dtype_bytes) if has_copy else 0
 
 
-def widest_packed(rules: Sequence[TensorRule], spec: DecoderSpec, shard: Shard) -> int:
-    """Weights of the largest quantised parameter of a rank that is multiplied; a layer's experts are one."""
+def dequantised_weights(rules: Sequence[TensorRule], spec: DecoderSpec, shard: Shard) -> int:
+    """Weights that a GPU has dequantised at once at most, of the quantised parameters of a rank."""
     local = local_sizes(spec, shard)
     looked_up = "" if tied_parameters(rules, spec, shard) else "embed_tokens.weight"
-    return max(
-        (
-            sum(local[source.rows] for source in rule.sources) * local[rule.columns]
-            for rule in rules_of_rank(rules, spec, shard)
-            if rule.columns is not None and rule.parameter != looked_up and is_packed(rule, spec)
-        ),
-        default=0,
-    )
+    most = 0
+    for rule in rules_of_rank(rules, spec, shard):
+        if rule.columns is not None and rule.parameter != looked_up and is_packed(rule, spec):
+            number = sum(local[source.rows] for source in rule.sources) * local[rule.columns]
+            most = max(most, number if ".moe." in rule.parameter else min(number, DEQUANTISED_AT_ONCE))
+    return most
 
 
 def matrix_bytes(spec: DecoderSpec, axis: Axis, module: str, rows: int, columns: int, dtype_bytes: int) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Final
 
-from aphro_core.models.packed import parameter_bytes, tied_copy_bytes, widest_packed
+from aphro_core.models.packed import dequantised_weights, parameter_bytes, tied_copy_bytes
 from aphro_core.models.registry import family_of
 from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel.shard import RankShard
@@ -79,7 +79,7 @@ def dequantised_bytes(spec: DecoderSpec, shard: RankShard, dtype_bytes: int) -> 
         return 0
     parts = _layer_of_each_kind(spec, shard).values() if are_layers_alike(spec) else [shard]
     tensors = family_of(spec).tensors
-    return max((widest_packed(tensors, spec, part) for part in parts), default=0) * dtype_bytes
+    return max((dequantised_weights(tensors, spec, part) for part in parts), default=0) * dtype_bytes
 
 
 def _layer_of_each_kind(spec: DecoderSpec, shard: RankShard) -> dict[bool, RankShard]:
@@ -125,7 +125,8 @@ def working_bytes(
     if not is_gpu:
         return step
     graphs = 0 if enforce_eager else graph_bytes(spec, shard, max_num_batched_tokens, max_num_seqs, dtype_bytes)
-    dequantised = dequantised_bytes(spec, shard, dtype_bytes)
+    copies = 1 if enforce_eager else 2  # of a step's and, in their pool, of the graphs'
+    dequantised = copies * dequantised_bytes(spec, shard, dtype_bytes)
     return round(step * _ALLOCATOR_SHARE) + dequantised + _MODULE_BYTES + graphs
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from aphro_kernels.packed_linear import PackedWeight, can_convert, dequantise, packed_config, packed_linear
 from aphro_kernels.silu_and_mul import silu_and_mul
 from aphro_kernels.skinny_linear import SkinnyWorkspace
 from torch import Tensor
 from torch.nn.functional import linear
 
+from aphro_core.models.packed import DEQUANTISED_AT_ONCE
 from aphro_core.quantization.matrix import PackedMatrix
 
 
@@ -22,11 +24,22 @@ class KernelProduct:
 
     def __call__(self, x: Tensor) -> Tensor:
         found = self._few_rows(x, is_gated=False)
-        return linear(x, dequantise(self._weight, x.dtype), self._bias) if found is None else found
+        return self._many_rows(x) if found is None else found
 
     def gated(self, x: Tensor) -> Tensor:
         found = self._few_rows(x, is_gated=True)
         return silu_and_mul(self(x)) if found is None else found
+
+    def _many_rows(self, x: Tensor) -> Tensor:
+        """By a dequantised copy; of a matrix as large as a head's of one part after the other."""
+        weight, (n, k) = self._weight, self._weight.shape
+        if n * k <= DEQUANTISED_AT_ONCE:
+            return linear(x, dequantise(weight, x.dtype), self._bias)
+        step, y = DEQUANTISED_AT_ONCE // k // 16 * 16, x.new_empty(len(x), n)
+        for start in range(0, n, step):
+            part = weight.rows(start, min(start + step, n))
+            torch.mm(x, dequantise(part, x.dtype).t(), out=y[:, start : start + step])
+        return y if self._bias is None else y.add_(self._bias)
 
     def _few_rows(self, x: Tensor, *, is_gated: bool) -> Tensor | None:
         if self._workspace is None or x.dtype.itemsize != 2:

@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 
 from aphro_core import host
 from aphro_core.models.quantization import Kind
+from aphro_core.quantization import kernel_linear
 from aphro_core.quantization.linear import Int4Product, Int8Product, QuantizedLinear, build_product
 from aphro_core.quantization.matrix import FP8, PackedMatrix, RoundedInputs, below_each_other, with_common_inputs
 from aphro_core.quantization.online import quantise
@@ -80,6 +81,18 @@ def test_a_product_is_that_of_the_dequantised_matrix(
     expected = linear(x.float(), whole, bias.float())
     error = (layer(x).float() - expected).norm() / expected.norm()
     assert error < (1e-5 if dtype == torch.float32 else 0.015)  # bfloat16 may be kept in 8 bits a row
+
+
+@pytest.mark.parametrize(("kind", "group"), [("int4", 128), ("int4", 32), ("int8", 16), ("fp8", None)])
+def test_a_large_matrix_is_dequantised_part_by_part(
+    kind: Kind, group: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU does with a head; int4 in groups of 128 is in tiles."""
+    monkeypatch.setattr(kernel_linear, "DEQUANTISED_AT_ONCE", 40 * 256)
+    matrix, x, bias = quantise(weights(112, 256), kind, group, torch.float32), torch.randn(3, 256), torch.randn(112)
+    assert matrix.for_kernels().is_tiled == (group == 128)
+    found = kernel_linear.KernelProduct(matrix, bias, None)(x)
+    torch.testing.assert_close(found, linear(x, matrix.dequantise(torch.float32), bias), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("arrangement", ["", "order", "groups"])
