@@ -55,9 +55,7 @@ def test_packed_linear(kind: str, codes: str, rows: int, columns: int, group: in
     compile_for_hopper(skinny_kernel, constants, weight=codes, **plain, **others)
 
 
-@pytest.mark.parametrize(
-    ("kind", "codes", "group"), [("fp8", "*fp8e4nv", 0), ("fp8", "*fp8e4nv", 128), ("int4", "*u8", 128)]
-)
+@pytest.mark.parametrize(("kind", "codes", "group"), [("fp8", "*fp8e4nv", 0), ("int4", "*u8", 128)])
 def test_split_rows_take_the_float8_tensor_cores(kind: str, codes: str, group: int) -> None:
     from aphro_kernels.float8_kernel import float8_kernel
 
