@@ -11,11 +11,13 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from unittest import mock
 
 import torch
 from aphro_kernels import language
+from aphro_kernels.chain_layer import ChainLayer, NextLayer, build_chain_workspace
+from aphro_kernels.chain_plan import ChainShape
 from aphro_kernels.decode_attention import decode_attention
 from aphro_kernels.decode_work import build_decode_work, plan_decode_
 from aphro_kernels.rms_norm import add_rms_norm_
@@ -123,6 +125,28 @@ class Chain:
             delta = product(gated(normed, layer.gate_up), layer.down)
         return x.add_(delta)
 
+    def by_chain(self) -> Tensor:
+        """Each layer behind its attention, and the next one's QKV, in one launch (Hopper)."""
+        x = self.start.clone()
+        normed = add_rms_norm_(x, torch.zeros_like(x), self.layers[0].norm, 1e-5)
+        qkv = self._product(normed, self.layers[0].qkv)
+        for index, layer in enumerate(self.chained):
+            qkv = layer(x, self.attend(qkv, index))
+        return x
+
+    @cached_property
+    def chained(self) -> list[ChainLayer]:
+        shape = self.shape
+        attended, rows = shape.num_heads * shape.head_dim, self.layers[0].qkv.shape[0]
+        workspace = build_chain_workspace(
+            ChainShape(attended, shape.hidden, shape.intermediate, rows), self.start.device
+        )
+        following = [NextLayer(layer.norm, layer.qkv, None) for layer in self.layers[1:]]
+        return [
+            ChainLayer(layer.out, layer.post_norm, layer.gate_up, layer.down, after, 1e-5, workspace)
+            for layer, after in zip(self.layers, [*following, None], strict=True)
+        ]
+
     def unchained(self) -> Tensor:
         with mock.patch.object(language, "_capability", return_value=(8, 0)):
             return self.by_table()
@@ -154,12 +178,12 @@ def main() -> int:
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}: {args.shape}, copy {bandwidth / 1e12:.2f} TB/s; us a layer")
-    heads = ("rows x context", "floor", "cuBLAS", "ours", "unchained", "of floor")
+    heads = ("rows x context", "floor", "cuBLAS", "by table", "unchained", "one launch", "of floor")
     print(" ".join(f"{head:>14}" for head in heads))
     for num_rows, context in ((1, 256), (1, 1024), (8, 1024), (32, 640), (64, 640)):
         chain = Chain(shape, num_rows, context, args.layers)
         floor = chain.num_bytes / bandwidth * 1e6
-        calls = (chain.by_library, chain.by_table, chain.unchained)
+        calls = (chain.by_library, chain.by_table, chain.unchained, chain.by_chain)
         found = [microseconds(call) for call in calls]
         for _, y in found[1:]:
             error = float((y.float() - found[0][1].float()).norm() / found[0][1].float().norm())

@@ -73,13 +73,23 @@ class Attention:
     ) -> Tensor:
         """``x`` [num_tokens, hidden_size] to this rank's summand of the same shape, or of its rows ``kept`` [any]
         int64. ``cache`` as worker/kv_cache.py allocates it."""
-        qkv = self._qkv(x).view(len(x), self._all_heads, self._head_dim)
-        if isinstance(rows, PagedRows):
-            attended = self._paged(qkv, rotation, rows, cache)
-        else:
-            assert self._gathered is not None, "gathered rows are a CPU's"
-            attended = self._gathered(qkv, rotation, rows, cache)
+        attended = self.attend(self.project(x), rotation, rows, cache)
         return self._out(attended if kept is None else attended.index_select(0, kept))
+
+    def project(self, x: Tensor) -> Tensor:
+        return self._qkv(x)
+
+    def attend(self, qkv: Tensor, rotation: Rotation, rows: GatheredRows | PagedRows, cache: Tensor) -> Tensor:
+        """What stands between the two projections: ``qkv`` [num_tokens, outputs] to [num_tokens, this rank's heads]."""
+        qkv = qkv.view(len(qkv), self._all_heads, self._head_dim)
+        if isinstance(rows, PagedRows):
+            return self._paged(qkv, rotation, rows, cache)
+        assert self._gathered is not None, "gathered rows are a CPU's"
+        return self._gathered(qkv, rotation, rows, cache)
+
+    @property
+    def projections(self) -> tuple[AnyLinear, AnyLinear]:
+        return self._qkv, self._out
 
 
 class PagedAttention:

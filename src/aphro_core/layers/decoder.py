@@ -14,6 +14,7 @@ from aphro_core.distributed import TensorParallelGroup
 from aphro_core.layers.attention import Attention
 from aphro_core.layers.batch import Batch, GatheredRows, PagedRows
 from aphro_core.layers.cache_format import CacheFormat
+from aphro_core.layers.chained import LayerParts, chain_layers
 from aphro_core.layers.embedding import PositionEmbedding, VocabEmbedding, VocabHead
 from aphro_core.layers.expert_stacks import DenseStack, Stack, packed_stack
 from aphro_core.layers.linear import AnyLinear, Linear
@@ -66,6 +67,13 @@ class Block:
         self._input_norm, self._attention, self._post_norm, self._mlp = input_norm, attention, post_norm, mlp
         self._attention_out, self._mlp_out, self._group = attention_out, mlp_out, group
 
+    @property
+    def parts(self) -> LayerParts | None:
+        """None where something stands between its parts: a norm, a factor, a sum over ranks."""
+        if self._attention_out is not None or self._mlp_out is not None or self._group.size > 1:
+            return None
+        return LayerParts(self._input_norm, self._attention, self._post_norm, self._mlp)
+
     def __call__(
         self,
         x: Tensor,
@@ -114,7 +122,10 @@ class Decoder:
         if shard.has_head:
             self._norm, self._head = parts.norm("norm"), parts.head()
         self._blocks = [parts.block(layer) for layer in shard.layers]
-        self.weights_bytes = parts.num_bytes
+        # stages of a pipeline have other kernels beside them, and all programs of a chain must run at once
+        is_alone = sample.is_cuda and shard.pp_size == 1
+        self._chained = chain_layers([block.parts for block in self._blocks]) if is_alone else None
+        self.weights_bytes = parts.num_bytes + (0 if self._chained is None else self._chained.workspace_bytes)
         assert not weights, f"no part of the decoder reads {sorted(weights)}"
 
     def __call__(
@@ -154,6 +165,9 @@ class Decoder:
         kept: Tensor | None = None,
     ) -> Delta | None:
         """``x`` in place; what is still to be added to it. Of ``kept`` rows the last block makes the first ones."""
+        if kept is None and self._chained is not None and isinstance(rows, PagedRows) and self._chained.takes(x, rows):
+            self._chained(x, [rotations[rotary] for rotary in self._rotary_of], rows, caches)
+            return None
         delta = None
         last = self._blocks[-1]
         for block, rotary, cache in zip(self._blocks, self._rotary_of, caches, strict=True):

@@ -95,6 +95,11 @@ class Linear:
         return y
 
     @property
+    def plain(self) -> tuple[Tensor, Tensor | None] | None:
+        """Weight and bias of a layer on a GPU, where they are as they came."""
+        return (self._weight, self._bias) if self._workspace is not None else None
+
+    @property
     def packed_bytes(self) -> int:
         """Bytes of the weight in another order, 0 where it is kept as it came."""
         if self._cpu is not None:

@@ -50,6 +50,10 @@ class GatedMLP:
         self._down = down
         self._activation = activation
 
+    @property
+    def parts(self) -> tuple[AnyLinear, AnyLinear, Activation]:
+        return self._gate_up, self._down, self._activation
+
     def __call__(self, x: Tensor) -> Tensor:
         return self._down(gated_product(self._gate_up, x, self._activation))
 
