@@ -115,11 +115,11 @@ def compile_float8(layer: Layer, config: Float8Config) -> None:
     codes = torch.float8_e4m3fn if layer.kind == "fp8" else torch.uint8
     scale = torch.bfloat16 if layer.group else torch.float32
     pointers = [torch.float8_e4m3fn, torch.float32, torch.float32, codes, scale, torch.bfloat16, torch.bfloat16]
-    constants = {"ROWS": config.rows, "BN": config.columns, "SPLITS": config.splits, "STAGES": config.num_stages}
+    constants = {"ROWS": config.rows, "BN": config.columns, "STAGES": config.num_stages, "HAS_ASM": True}
     constants |= {"IS_GATED": layer.is_gated, "HAS_BIAS": False, "KIND": layer.kind, "GROUP": layer.group}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "CHAINED": True, "launch_pdl": True}
     pointers += [torch.float32, torch.int32]
-    float8_kernel.warmup(*pointers, 7, n, k, HAS_ASM=True, **constants, **options, grid=(1,))
+    float8_kernel.warmup(*pointers, 7, n, k, config.splits, **constants, **options, grid=(1,))
 
 
 def compile_tiles(layer: Layer, config: TileConfig) -> None:
@@ -229,7 +229,7 @@ def main() -> int:
     kinds = {}
     for layer, rows in jobs:
         for config in candidates(layer, rows):
-            is_even, kept = True, config
+            is_even, kept = True, replace(config, splits=1) if isinstance(config, Float8Config) else config
             if isinstance(config, SkinnyConfig):
                 is_even, kept = SIZES[layer.name][1] % config.inputs == 0, replace(config, programs=0, ahead=0)
             key = (layer.kind, layer.group, layer.is_gated, kept, is_even, SIZES[layer.name][1])

@@ -7,7 +7,7 @@ from aphro_kernels.float8_tiles import multiply_float8
 from aphro_kernels.language import jit, tl
 
 
-@jit(do_not_specialize=["num_rows"])
+@jit(do_not_specialize=["num_rows", "splits"])
 def float8_kernel(
     pieces: tl.tensor,
     row_scales: tl.tensor,
@@ -21,9 +21,9 @@ def float8_kernel(
     num_rows: tl.tensor,
     n: tl.tensor,
     k: tl.tensor,
+    splits: tl.tensor,
     ROWS: tl.constexpr,
     BN: tl.constexpr,
-    SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
     IS_GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -33,16 +33,16 @@ def float8_kernel(
     CHAINED: tl.constexpr,
 ) -> None:
     """``out`` [num_rows, n] = x W^T (+ bias); with IS_GATED W has 2 n rows, gate before up, and ``out`` = SiLU(gate) *
-    up. A program has ``BN`` rows of W (gated: half of them each), ROWS of x and one of SPLITS stretches of the inputs.
+    up. A program has ``BN`` rows of W (gated: half of them each), ROWS of x and one of ``splits`` stretches of inputs.
     KIND "fp8": in rows, a scale for each 128 inputs or (GROUP 0) a row; "int4": in tiles (tile_linear.py)."""
     tiles = tl.cdiv(num_rows, ROWS)
     program = tl.program_id(0)
     row_tile = program % tiles  # neighbours read the same weights
-    split = program // tiles % SPLITS
-    stripe = program // tiles // SPLITS
+    split = program // tiles % splits
+    stripe = program // tiles // splits
     chunks = k // 128
-    low = split * chunks // SPLITS
-    high = (split + 1) * chunks // SPLITS
+    low = split * chunks // splits
+    high = (split + 1) * chunks // splits
     WIDTH: tl.constexpr = BN // 2 if IS_GATED else BN
     lines = tl.arange(0, BN)
     column = tl.minimum(stripe * WIDTH + lines % WIDTH, n - 1)
@@ -59,17 +59,17 @@ def float8_kernel(
     if CHAINED:
         tl.extra.cuda.gdc_launch_dependents()
     is_done = True
-    if SPLITS > 1:
+    if splits > 1:
         at = lines[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
         place = stripe * tiles + row_tile
-        mine = parts + place * SPLITS * (BN * ROWS) + at
+        mine = parts + place * splits * (BN * ROWS) + at
         tl.store(mine + split * (BN * ROWS), y)
         tl.debug_barrier()  # all threads have stored before one of them says so
-        is_done = tl.atomic_add(arrivals + place, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+        is_done = tl.atomic_add(arrivals + place, 1, sem="acq_rel", scope="gpu") == splits - 1
         if is_done:
             tl.debug_barrier()
             y = tl.zeros([BN, ROWS], tl.float32)
-            for index in range(SPLITS):  # in their order, past the first-level cache
+            for index in range(splits):  # in their order, past the first-level cache
                 y += tl.load(mine + index * (BN * ROWS), cache_modifier=".cg")
             tl.store(arrivals + place, 0)
     if is_done:

@@ -62,7 +62,6 @@ def test_split_rows_take_the_float8_tensor_cores(kind: str, codes: str, group: i
     constants = {
         "ROWS": 32,
         "BN": 128,
-        "SPLITS": 4,
         "STAGES": 4,
         "IS_GATED": group == 0,
         "HAS_BIAS": True,
