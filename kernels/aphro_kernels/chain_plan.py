@@ -70,10 +70,11 @@ def stripes(n: int, programs: int, widest: int = SLOT_ROWS) -> Stripes:
 
 
 def can_chain(shape: ChainShape, multiprocessors: int) -> bool:
-    """Whether a program has at most one stripe of the hidden size and of QKV, and copies find their rows aligned."""
-    sizes = (shape.attended, shape.hidden, shape.inner, shape.qkv)
-    is_aligned = all(size % 8 == 0 for size in sizes)
-    return is_aligned and max(shape.hidden, shape.qkv) <= multiprocessors * SLOT_ROWS
+    """Whether a program has at most one stripe of the hidden size and of QKV, and rows suit the copies: aligned, and no
+    narrower than what one brings."""
+    is_aligned = all(size % 8 == 0 for size in (shape.attended, shape.hidden, shape.inner, shape.qkv))
+    is_wide = min(shape.attended, shape.hidden, shape.inner) >= _CHUNK
+    return is_aligned and is_wide and max(shape.hidden, shape.qkv) <= multiprocessors * SLOT_ROWS
 
 
 def chain_plan(shape: ChainShape, num_rows: int, multiprocessors: int) -> ChainPlan:

@@ -21,7 +21,7 @@ def test_plan(shape: ChainShape, num_rows: int, multiprocessors: int) -> None:
         assert stripes.columns % stripes.box == 0
         assert stripes.pad % stripes.box == 0
         assert stripes.columns <= stripes.pad <= SLOT_ROWS
-    assert can_chain(shape, multiprocessors)
+    assert can_chain(shape, multiprocessors) == (min(shape.attended, shape.hidden, shape.inner) >= 64)
     assert plan.programs <= multiprocessors
     assert max(plan.hidden.count, plan.qkv.count) <= plan.programs  # one stripe a program
     assert GROUPS * plan.inner.pad <= SLOT_ROWS  # gate and up in one slot
@@ -48,6 +48,7 @@ def test_known_models(shape: ChainShape, programs: int, widths: tuple[int, int, 
 
 
 def test_what_cannot_be_chained() -> None:
-    assert not can_chain(ChainShape(64, 60, 128, 96), 132)  # a row of 120 bytes
+    assert not can_chain(ChainShape(64, 68, 128, 96), 132)  # a row of 136 bytes
+    assert not can_chain(ChainShape(64, 56, 128, 96), 132)
     assert not can_chain(ChainShape(4096, 132 * SLOT_ROWS + 8, 4096, 6144), 132)
     assert Stripes(40, 3).box == 8
