@@ -10,7 +10,7 @@ from torch import Tensor
 from aphro_core.distributed import Links
 from aphro_core.layers.batch import Batch
 from aphro_core.layers.decoder import Decoder
-from aphro_core.messages.steps import StepPlan, StepResult
+from aphro_core.messages.steps import ScheduledSequence, StepPlan, StepResult
 from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel.shard import RankShard
 from aphro_core.worker.batch import BatchBuilder
@@ -80,23 +80,44 @@ class ModelRunner:
         if not self._shard.has_embedding:
             shape = (batch.num_tokens, self._hidden_size)
             hidden_states = self._links.stage.receive(shape, self._dtype, self._device)
-        hidden_states = self.steps(batch, hidden_states)
+        asking = self._asking(plan)
+        kept = None if asking else self._kept_rows(batch)
+        hidden_states = self.steps(batch, hidden_states, kept)
         if not self._shard.has_head:
             self._links.stage.send(hidden_states)
             return None
-        return self._draw(plan, batch, hidden_states)
+        drawn = batch.sampled_rows if kept is None else None
+        return self._draw(plan, batch, hidden_states, asking, drawn)
 
-    def _draw(self, plan: StepPlan, batch: Batch, hidden_states: Tensor) -> StepResult | None:
+    def _asking(self, plan: StepPlan) -> list[ScheduledSequence]:
+        """Those of which the log-probabilities of the prompt are wanted."""
+        return [e for e in plan.scheduled if self._sequences[e.seq_id].row.sampling.prompt_logprobs is not None]
+
+    def _kept_rows(self, batch: Batch) -> Tensor | None:
+        """What the last layer goes on with: the rows that are drawn from, or one if none is; None: all of them, in a
+        step that has no others, and where other ranks' sums have as many rows."""
+        if not self._shard.has_head or self._links.tensor.size > 1 or len(batch.sampled_rows) == batch.num_tokens:
+            return None
+        return batch.sampled_rows if len(batch.sampled_rows) else batch.sampled_rows.new_zeros(1)
+
+    def _draw(
+        self,
+        plan: StepPlan,
+        batch: Batch,
+        hidden_states: Tensor,
+        asking: list[ScheduledSequence],
+        drawn: Tensor | None,
+    ) -> StepResult | None:
+        """``drawn``: rows of ``hidden_states`` that are drawn from, None: all, if any is."""
         found = []
-        for entry in plan.scheduled:
+        for entry in asking:
+            first = batch.first_rows[entry.seq_id]
             row = self._sequences[entry.seq_id].row
-            if row.sampling.prompt_logprobs is not None:
-                first = batch.first_rows[entry.seq_id]
-                found.append(prompt_logprobs(self._decoder, hidden_states[first:], entry, row))
+            found.append(prompt_logprobs(self._decoder, hidden_states[first:], entry, row))
         sampling = [entry for entry in plan.scheduled if entry.samples]
         sampled: list[SampledToken] = []
         if sampling:
-            logits = self._decoder.logits(hidden_states.index_select(0, batch.sampled_rows))
+            logits = self._decoder.logits(hidden_states if drawn is None else hidden_states.index_select(0, drawn))
             if self._sampler is not None:
                 assert logits is not None
                 sampled = self._sampler.sample(logits, [self._sequences[entry.seq_id].row for entry in sampling])

@@ -33,11 +33,11 @@ class ReplayedSteps:
         self._last: Size | None = None
         self.can_replay = can_replay
 
-    def __call__(self, batch: Batch, hidden_states: Tensor | None) -> Tensor:
+    def __call__(self, batch: Batch, hidden_states: Tensor | None, kept: Tensor | None = None) -> Tensor:
         """As the decoder's own call."""
-        size, self._last = self._last, self._size(batch) if self.can_replay else None
+        size, self._last = self._last, self._size(batch) if self.can_replay and kept is None else None
         if self._last is None:
-            return self._decoder(batch, hidden_states, self._caches)
+            return self._decoder(batch, hidden_states, self._caches, kept)
         if (step := self._kept.get(self._last)) is not None:
             self._kept.move_to_end(self._last)
             return step(batch, hidden_states)

@@ -42,7 +42,7 @@ def warm_up(
     _run_steps(runner, steps, most, num_short, config.cache.block_size)
     if not config.enforce_eager:
         runner.capture_graphs(on_progress)
-    _run_every_length(runner, steps, most, config.cache.block_size)
+    _run_every_length(runner, steps, min(most, config.scheduler.max_num_batched_tokens), config.cache.block_size)
     _reserve_pinned_memory()
     torch.cuda.synchronize()
 
@@ -67,8 +67,8 @@ def _reserve_pinned_memory() -> None:
 
 
 def _run_every_length(runner: DeviceRunner, steps: count[int], most: int, block_size: int) -> None:
-    """One prompt of each length at which a library may take another kernel for a product than at the length before. It
-    loads a kernel when it is first called, and waits for the steps in flight then: their streams would wait, too."""
+    """One prompt of each length that a step beside streams may have and a library may take another kernel for. It loads
+    a kernel when it is first called, and waits for the steps in flight then: the streams would wait, too."""
     for length in _LENGTHS:
         if length <= most:
             _run_short(runner, steps, 1, length, block_size)
