@@ -154,8 +154,11 @@ TINY_GGUF: Final[dict[str, TinyGGUF]] = {
 }
 
 
-def write_gguf_family(folder: Path, name: str, quant: str = "Q8_0") -> Any:
-    """Write ``folder / "model.gguf"``; returns the transformers model with the dequantised weights in float32."""
+def write_gguf_family(folder: Path, name: str, quant: str = "Q8_0", *, has_stacks: bool = True) -> Any:
+    """Write ``folder / "model.gguf"``, without ``has_stacks`` a tensor an expert.
+
+    Returns the transformers model with the dequantised weights in float32.
+    """
     row = TINY_GGUF[name]
     model = tiny_model(row.family, **(_SIZES | row.sizes))
     config, meaning = model.config, folder / "meaning"
@@ -188,7 +191,11 @@ def write_gguf_family(folder: Path, name: str, quant: str = "Q8_0") -> Any:
             continue
         blocks = blocks[0] if key.endswith("shared_expert_gate.weight") else blocks
         _add(writer, _name(key, row.names), blocks, kind)
-    for stacked, each in stacks.items():
+    if not has_stacks:
+        for stacked, each in stacks.items():
+            for expert, blocks in each.items():
+                _add(writer, stacked.replace("_exps", f".{expert}"), blocks, GGMLQuantizationType[quant])
+    for stacked, each in stacks.items() if has_stacks else ():
         _add(writer, stacked, np.stack([each[expert] for expert in range(len(each))]), GGMLQuantizationType[quant])
     for key, parts in fused.items():
         kind = parts["q_proj"][1]

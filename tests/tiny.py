@@ -104,7 +104,9 @@ GGUF_SIZES: Final[dict[str, Any]] = {  # rows must be whole blocks: 32 elements,
     "vocab_size": 131,
 }
 
-_SCALE_FIELDS: Final = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}  # float16
+_SCALE_FIELDS: Final = {  # float16, of formats that the package only reads
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,)
+}  # fmt: skip
 
 
 def write_tiny_gguf(
@@ -169,8 +171,8 @@ def gguf_name(name: str) -> str:
 
 
 def quantise(data: np.ndarray, qtype: GGMLQuantizationType, rng: np.random.Generator) -> np.ndarray:
-    """``data`` in a block format; the k-formats, which the gguf package only reads, get random blocks instead."""
-    if not qtype.name.endswith("_K"):
+    """``data`` in a block format; those that the gguf package only reads get random blocks instead."""
+    if qtype.name not in _SCALE_FIELDS:
         return quants.quantize(np.ascontiguousarray(data, dtype=np.float32), qtype)
     block_size, type_size = gguf.GGML_QUANT_SIZES[qtype]
     blocks = rng.integers(0, 256, (data.shape[0], data.shape[1] // block_size, type_size), dtype=np.uint8)

@@ -15,7 +15,8 @@ from tests.reference import Reference
 
 @pytest.mark.parametrize("name", TINY_GGUF)
 def test_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:
-    reference = Reference(write_gguf_family(tmp_path, name), prompt_lengths=(1, 5, 30), new=8)
+    has_stacks = name != "mixtral"  # whose older files have a tensor an expert
+    reference = Reference(write_gguf_family(tmp_path, name, has_stacks=has_stacks), prompt_lengths=(1, 5, 30), new=8)
     for quantization, tp in (("gguf", 1), (None, 2)) if name in ("mixtral", "gemma2", "phi3") else (("gguf", 1),):
         with LLM(
             str(tmp_path / "model.gguf"),

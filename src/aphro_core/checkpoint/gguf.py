@@ -213,7 +213,8 @@ def hf_name(name: str, family: GGUFFamily) -> str:
     if found is None:
         return name
     layer, stem, kind = str(found[1] or ""), str(found[2]), str(found[3])
-    renamed = family.stem(stem)
+    expert = re.fullmatch(r"(ffn_\w+)\.(\d+)", stem)  # of older files, which have a tensor an expert
+    renamed = family.stem(f"{expert[1]}_exps").replace("{e}", expert[2]) if expert else family.stem(stem)
     return f"{renamed}.{kind}" if not layer else f"{family.layer}.{layer}.{renamed}.{kind}"
 
 

@@ -53,6 +53,8 @@ FORMATS: Final[dict[int, BlockFormat]] = {
     12: BlockFormat("Q4_K", 256, 144),
     13: BlockFormat("Q5_K", 256, 176),
     14: BlockFormat("Q6_K", 256, 210),
+    20: BlockFormat("IQ4_NL", 32, 18),
+    23: BlockFormat("IQ4_XS", 256, 136),
     30: BlockFormat("BF16", 1, 2),
 }
 

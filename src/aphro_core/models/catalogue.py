@@ -33,10 +33,8 @@ _WHAT: Final = {
     "gptq": "GPTQ, 4 and 8 bits, act-order included",
     "awq": "AWQ, 4 bits (gemm)",
     "compressed-tensors": "FP8 static and dynamic, INT8 W8A8, W4A16 and W8A16",
-    "gguf": "GGUF blocks kept packed: "
-    + ", ".join(
-        f"{name} in {kind}" + " (requantised)" * (name in GGUF_REQUANTISED) for name, (kind, _) in GGUF_KINDS.items()
-    ),
+    "gguf": f"GGUF: {', '.join(name for name in GGUF_KINDS if name not in GGUF_REQUANTISED)} packed as they are; "
+    f"{', '.join(GGUF_REQUANTISED)} in 8 bits",
 }
 
 

@@ -21,6 +21,8 @@ GGUF_KINDS: Final[dict[str, tuple[Kind, int]]] = {
     "Q6_K": ("int8", 16),
     "Q5_0": ("int8", 32),
     "Q3_K": ("int8", 16),
+    "IQ4_NL": ("int8", 32),
+    "IQ4_XS": ("int8", 32),
     "Q5_1": ("int8", 32),
     "Q5_K": ("int8", 32),
     "Q2_K": ("int8", 16),

@@ -21,6 +21,9 @@ from aphro_core.quantization.source import QuantSource
 
 # (codes [blocks, elements], scales [blocks, groups], offsets the same or None), scales and offsets in float32
 Decoded = tuple[Tensor, Tensor, Tensor | None]
+_IQ4_WEIGHTS: Final = torch.tensor(
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=torch.int8
+)
 _ROWS: Final = 1024  # that are worked on at once, to bound the memory besides the result
 
 
@@ -74,6 +77,20 @@ def _q5_0(blocks: Tensor) -> Decoded:
 def _q5_1(blocks: Tensor) -> Decoded:
     codes = _split_nibbles(blocks[:, 8:]) | _fifth_bits(blocks[:, 4:8]) << 4
     return codes, _halves(blocks, 0), _halves(blocks, 2)
+
+
+def _iq4_nl(blocks: Tensor) -> Decoded:
+    """A nibble is the place of a weight among 16."""
+    return _IQ4_WEIGHTS[_split_nibbles(blocks[:, 2:]).int()], _halves(blocks, 0), None
+
+
+def _iq4_xs(blocks: Tensor) -> Decoded:
+    """As IQ4_NL, with eight scales of 6 bits, less 32: two high bits each in a word, four low ones in half a byte."""
+    words = blocks[:, 2:4].contiguous().view(torch.int16).int() & 0xFFFF
+    twos = words >> torch.arange(0, 16, 2, dtype=torch.int32) & 3
+    fours = torch.stack((blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4), dim=2).flatten(1)
+    codes = _split_nibbles(blocks[:, 8:].reshape(-1, 16)).view(len(blocks), -1)
+    return _IQ4_WEIGHTS[codes.int()], _halves(blocks, 0) * ((fours | twos << 4) - 32), None
 
 
 def _q8_0(blocks: Tensor) -> Decoded:
@@ -143,6 +160,8 @@ _DECODERS: Final[dict[str, Callable[[Tensor], Decoded]]] = {
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q8_0": _q8_0,
+    "IQ4_NL": _iq4_nl,
+    "IQ4_XS": _iq4_xs,
     "Q6_K": _q6_k,
 }
 

@@ -230,10 +230,10 @@ def test_an_unsupported_tensor_type_names_tensor_and_type(tmp_path: Path) -> Non
     raw = path.read_bytes()
     at = raw.index(b"blk.0.attn_q.weight") + len("blk.0.attn_q.weight") + 4 + 2 * 8
     assert raw[at : at + 4] == (8).to_bytes(4, "little")
-    path.write_bytes(raw[:at] + (20).to_bytes(4, "little") + raw[at + 4 :])
+    path.write_bytes(raw[:at] + (16).to_bytes(4, "little") + raw[at + 4 :])
     with (
         open_checkpoint(path) as checkpoint,
-        pytest.raises(ModelError, match=r"q_proj\.weight \(blk\.0\.attn_q\.weight\) .* of type IQ4_NL, allowed: F32"),
+        pytest.raises(ModelError, match=r"q_proj\.weight \(blk\.0\.attn_q\.weight\) .* of type IQ2_XXS, allowed: F32"),
     ):
         checkpoint.verify(load_spec(checkpoint.hf_config))
 
