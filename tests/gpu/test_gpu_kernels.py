@@ -25,6 +25,7 @@ from tests.kernels.comparisons import (
     compare_packed_linear,
     compare_quantise_rows,
     compare_rms_norm,
+    compare_rms_norm_split,
     compare_rotary,
     compare_rotary_angles,
     compare_sample,
@@ -298,6 +299,11 @@ def test_packed_linear_of_tiles_and_split_rows() -> None:
 @pytest.mark.parametrize(("num_rows", "groups"), [(2, 32), (33, 1), (200, 32)])
 def test_packed_linear_of_split_rows(num_rows: int, groups: int) -> None:
     compare_packed_linear(num_rows, (1030, 4096), "fp8", groups, torch.bfloat16, "cuda")
+
+
+@pytest.mark.parametrize(("num_rows", "width"), [(1, 4096), (37, 640)])
+def test_rms_norm_split(num_rows: int, width: int) -> None:
+    compare_rms_norm_split(num_rows, width, "cuda")
 
 
 @pytest.mark.parametrize(("num_rows", "width"), [(1, 128), (33, 4096), (5, 14336), (200, 640)])

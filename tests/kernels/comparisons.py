@@ -23,6 +23,7 @@ from aphro_kernels import (
     peer_all_reduce,
     quantise_rows,
     rms_norm,
+    rms_norm_split,
     rotary,
     rotary_angles,
     sample,
@@ -499,6 +500,26 @@ def compare_split_rows(num_rows: int, width: int, device: str) -> None:
     torch.testing.assert_close(split.sums, expected.sums, atol=0.01, rtol=1e-5)
     x[0, -1] = math.inf
     assert split_rows._launch(x).scales.isnan().tolist() == [row == 0 for row in range(num_rows)]
+
+
+def compare_rms_norm_split(num_rows: int, width: int, device: str) -> None:
+    """The norm of before, and the split of exactly what it wrote."""
+    x, residual = (random(num_rows, width, dtype=torch.bfloat16, device=device, seed=seed) for seed in (0, 1))
+    weight = random(width, dtype=torch.bfloat16, device=device, seed=2)
+    for added in (None, residual.clone()):
+        expected = rms_norm.rms_norm_reference(x, weight, 1e-5)
+        if added is not None:
+            expected = rms_norm.add_rms_norm_reference_(residual, x, weight, 1e-5)
+        out = nans(num_rows, width, dtype=torch.bfloat16, device=device)
+        normed, split = rms_norm_split.rms_norm_split(x, added, weight, 1e-5, out)
+        assert_close(normed, expected)
+        if added is not None:
+            assert_close(added, residual)
+        right = split_rows.split_rows_reference(normed)
+        assert torch.equal(split.scales, right.scales)
+        assert torch.equal(split.codes[0].float(), right.codes[0].float())
+        torch.testing.assert_close(split.codes[1].float(), right.codes[1].float(), atol=2.0**-9, rtol=0)
+        torch.testing.assert_close(split.sums, right.sums, atol=0.01, rtol=1e-5)
 
 
 def compare_grouped_packed_linear(

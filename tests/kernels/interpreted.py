@@ -18,6 +18,7 @@ from tests.kernels.comparisons import (
     compare_peer_all_reduce,
     compare_quantise_rows,
     compare_rms_norm,
+    compare_rms_norm_split,
     compare_rotary,
     compare_rotary_angles,
     compare_sample,
@@ -200,6 +201,10 @@ def test_packed_linear_of_split_rows(
 ) -> None:
     config = Float8Config(16, 64, splits, 4, 2)
     compare_packed_linear(num_rows, shape, kind, num_groups, BF16, "cpu", config, is_tiled=kind == "int4")
+
+
+def test_rms_norm_split() -> None:
+    compare_rms_norm_split(3, 384, "cpu")
 
 
 @pytest.mark.parametrize("num_groups", [1, 2])
