@@ -23,7 +23,6 @@ from tests.kernels.comparisons import (
     compare_grouped_packed_linear,
     compare_list_tiles,
     compare_packed_linear,
-    compare_plan_tiles,
     compare_quantise_rows,
     compare_rms_norm,
     compare_rms_norm_split,
@@ -96,6 +95,15 @@ def test_gated_linear(num_rows: int, n: int, k: int, dtype: torch.dtype) -> None
     if not suits_hopper(torch.empty(1, device="cuda", dtype=dtype)):
         pytest.skip("a kernel for Hopper, in the Gluon of Triton 3.6")
     compare_gated_linear(num_rows, n, k, dtype)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "n", "k"), [(77, 17000, 200), (256, 14336, 4096), (300, 6000, 64), (512, 14336, 1000)]
+)
+def test_gated_linear_of_cut_tiles(num_rows: int, n: int, k: int) -> None:
+    if not suits_hopper(torch.empty(1, device="cuda", dtype=torch.bfloat16)):
+        pytest.skip("a kernel for Hopper, in the Gluon of Triton 3.6")
+    compare_gated_linear(num_rows, n, k, torch.bfloat16, is_cut=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -310,20 +318,6 @@ def test_rms_norm_split(num_rows: int, width: int) -> None:
 @pytest.mark.parametrize(("num_rows", "width"), [(1, 128), (33, 4096), (5, 14336), (200, 640)])
 def test_split_rows(num_rows: int, width: int) -> None:
     compare_split_rows(num_rows, width, "cuda")
-
-
-@pytest.mark.parametrize(
-    ("num_tokens", "top", "num_experts", "here"),
-    [
-        (1, 2, 8, range(8)),
-        (5, 2, 8, range(3, 5)),
-        (256, 2, 8, range(8)),
-        (9, 4, 60, range(60)),
-        (70, 3, 5, range(1, 5)),
-    ],
-)
-def test_plan_tiles(num_tokens: int, top: int, num_experts: int, here: range) -> None:
-    compare_plan_tiles(num_tokens, top, num_experts, here, "cuda")
 
 
 @pytest.mark.parametrize("num_tokens", [1, 40, 300])

@@ -156,13 +156,14 @@ def compare_rotary(
     assert_close(k_cache.nan_to_num(0), k_expected.nan_to_num(0))
 
 
-def compare_gated_linear(num_rows: int, n: int, k: int, dtype: torch.dtype) -> None:
+def compare_gated_linear(num_rows: int, n: int, k: int, dtype: torch.dtype, *, is_cut: bool = False) -> None:
     """On a GPU only: Gluon has no interpreter."""
     x = random(num_rows, k, dtype=dtype, device="cuda")
     weight = random(2 * n, k, dtype=dtype, device="cuda", seed=1) / k**0.5
     expected = gated_gemm.gated_linear_reference(x, weight)
     for _ in range(2):
-        out = gated_gemm.gated_linear(x, weight, nans(num_rows, n, dtype=dtype, device="cuda"))
+        out = nans(num_rows, n, dtype=dtype, device="cuda")
+        gated_gemm.gated_linear(x, weight, out, is_cut=is_cut)
         assert_close(out, expected)
 
 
@@ -520,16 +521,6 @@ def compare_rms_norm_split(num_rows: int, width: int, device: str) -> None:
         assert torch.equal(split.codes[0].float(), right.codes[0].float())
         torch.testing.assert_close(split.codes[1].float(), right.codes[1].float(), atol=2.0**-9, rtol=0)
         torch.testing.assert_close(split.sums, right.sums, atol=0.01, rtol=1e-5)
-
-
-def compare_plan_tiles(num_tokens: int, top: int, num_experts: int, here: range, device: str) -> None:
-    generator = torch.Generator().manual_seed(num_tokens)
-    chosen = torch.rand(num_tokens, num_experts, generator=generator).topk(top, dim=-1).indices.to(device)
-    found = grouped_gemm._launch_plan(chosen, here.start, len(here))
-    expected = grouped_gemm.plan_tiles_reference(chosen, here.start, len(here))
-    assert (found.rows, found.num_slots) == (expected.rows, expected.num_slots)
-    assert torch.equal(found.slots, expected.slots)
-    assert torch.equal(found.experts, expected.experts)
 
 
 def compare_grouped_packed_linear(
