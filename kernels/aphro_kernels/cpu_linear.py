@@ -11,11 +11,11 @@ from numba import carray, cfunc, njit, types
 from torch import Tensor
 from torch.nn.functional import pad
 
-from aphro_kernels import openmp
+from aphro_kernels import huge_pages, openmp
 from aphro_kernels.silu_and_mul import silu_and_mul_reference
 from aphro_kernels.vector_blocks import BFLOAT16, SOURCE_DIGEST, narrow, pointer_to, take_number
-from aphro_kernels.vector_math import silu
 from aphro_kernels.vector_products import TILE_ROWS, UNIT, bfloat16_tile
+from aphro_kernels.vector_silu import silu_and_mul_lanes
 
 _STEP_ROWS: Final = 96  # of x that a thread multiplies with two units: they stay in its second-level cache
 _TWO_UNITS: Final = 2 * UNIT
@@ -46,7 +46,7 @@ class CpuLinear:
         padding = -self._out_features % _TWO_UNITS
         padded = pad(weight, (0, 0, 0, padding))
         units = padded.view(-1, UNIT, in_features // 2, 2).transpose(1, 2)
-        self._units = units.contiguous()  # [units, pairs, UNIT, 2]
+        self._units = huge_pages.copied(units)  # [units, pairs, UNIT, 2]
         self._bias = None if bias is None else pad(bias.float(), (0, padding))
         # asked of tensors once: in calls of few rows that was a third of what is not the product
         self._pairs, self._num_tasks = in_features // 2, len(self._units) // 2
@@ -138,16 +138,10 @@ def finish_tile(sums, count, bias, number, num_tasks, is_gated, out, width):  # 
             _add(sums[row, 1], bias + second * UNIT * 4)
         at = out + (row * width + first * UNIT) * 2
         if is_gated:
-            _gate(sums[row, 0], sums[row, 1])
+            silu_and_mul_lanes(sums[row, 0].ctypes.data, sums[row, 1].ctypes.data)
             narrow(BFLOAT16, UNIT, sums[row].ctypes.data, at)
         else:
             narrow(BFLOAT16, _TWO_UNITS, sums[row].ctypes.data, at)
-
-
-@njit(error_model="numpy", fastmath={"contract"})
-def _gate(gate, up):  # type: ignore[no-untyped-def]
-    for lane in range(UNIT):
-        gate[lane] = silu(gate[lane]) * up[lane]
 
 
 @njit(inline="always")

@@ -14,7 +14,7 @@ from numba import carray, cfunc, njit, types
 from torch import Tensor
 from torch.nn.functional import pad
 
-from aphro_kernels import openmp
+from aphro_kernels import huge_pages, openmp
 from aphro_kernels.cpu_linear import finish_tile
 from aphro_kernels.silu_and_mul import silu_and_mul_reference
 from aphro_kernels.vector_blocks import (
@@ -68,10 +68,11 @@ class CpuPackedLinear:
         assert self._block is not None
         padding = -self._out_features % (2 * UNIT)
         unsigned = codes if offsets is not None else codes.view(torch.uint8) ^ 128  # plus 128
-        self._codes = _ordered_codes(pad(unsigned, (0, 0, 0, padding)), self._block, is_int4=offsets is not None)
+        ordered = _ordered_codes(pad(unsigned, (0, 0, 0, padding)), self._block, is_int4=offsets is not None)
+        self._codes = huge_pages.copied(ordered)
         both = [scales] if offsets is None else [scales, offsets.to(scales.dtype)]
         padded = [pad(each, (0, 0, 0, padding)).view(-1, UNIT, groups).transpose(1, 2) for each in both]
-        self._scales = torch.stack(padded, dim=2).contiguous()  # [units, groups, 1 or 2, UNIT]
+        self._scales = huge_pages.copied(torch.stack(padded, dim=2))  # [units, groups, 1 or 2, UNIT]
         self._bias = None if bias is None else pad(bias.float(), (0, padding))
         # asked of tensors once, as in CpuLinear
         self._columns, self._num_tasks, self._padded_features = columns, len(self._codes) // 2, len(self._codes) * UNIT
@@ -131,7 +132,7 @@ class CpuPackedLinear:
 def _ordered_codes(codes: Tensor, block: int, *, is_int4: bool) -> Tensor:
     """[units, blocks, lines, UNIT, 4]: 4 columns of 16 rows, then the next 4, in 4 bits in the same bytes."""
     lines = codes.view(-1, UNIT, codes.shape[1] // block, block // 4, 4).permute(0, 2, 3, 1, 4)
-    return (lines[:, :, 0::2] | (lines[:, :, 1::2] << 4)).contiguous() if is_int4 else lines.contiguous()
+    return lines[:, :, 0::2] | (lines[:, :, 1::2] << 4) if is_int4 else lines
 
 
 @cache

@@ -24,14 +24,6 @@ def exponential(x):  # type: ignore[no-untyped-def]
     return value * float_of((np.int32(whole) + np.int32(127)) << np.int32(23))
 
 
-@njit(error_model="numpy", inline="always")
-def silu(x):  # type: ignore[no-untyped-def]
-    """``x / (1 + e ** -x)``; NaN stays NaN."""
-    x = np.float32(-88) if x < np.float32(-88) else x  # where the quotient is 0 for any bfloat16's purposes
-    small = exponential(-abs(x))
-    return x * (np.float32(1) if x >= 0 else small) / (np.float32(1) + small)
-
-
 @njit(inline="always")
 def widened(bits):  # type: ignore[no-untyped-def]
     """The float32 of a bfloat16 that is given as uint16."""

@@ -55,6 +55,8 @@ class Channel(Generic[Out, In]):
         self._codec = codec
         self._frames = Frames()
         self._send_lock = anyio.Lock()
+        self._unsent = bytearray()
+        self._is_broken = False
 
     @classmethod
     async def over(cls, sock: socket.socket, codec: Codec[Out, In]) -> Channel[Out, In]:
@@ -62,13 +64,21 @@ class Channel(Generic[Out, In]):
         return cls(await anyio.abc.UNIXSocketStream.from_socket(sock), codec)
 
     async def send(self, message: Out) -> None:
-        """Raises :class:`ChannelClosedError` when the peer is gone."""
-        frame = self._codec.encode(message)
+        """Raises :class:`ChannelClosedError` when the peer is gone.
+
+        What several tasks send in one turn of the loop goes out together, in order, and so is read together.
+        """
+        self._unsent += self._codec.encode(message)
         try:
             async with self._send_lock:
-                with anyio.CancelScope(shield=True):  # half a frame would ruin the channel for everybody
-                    await self._stream.send(frame)
+                if self._unsent:
+                    frames, self._unsent = self._unsent, bytearray()
+                    with anyio.CancelScope(shield=True):  # half a frame would ruin the channel for everybody
+                        await self._stream.send(bytes(frames))
+                elif self._is_broken:
+                    raise ChannelClosedError
         except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
+            self._is_broken = True
             raise ChannelClosedError from error
 
     async def receive(self) -> In:

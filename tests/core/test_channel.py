@@ -103,6 +103,41 @@ async def test_both_ends_talk_and_notice_the_end(pair: tuple[socket.socket, sock
     await engine.aclose()
 
 
+@pytest.mark.anyio
+async def test_what_is_sent_in_one_turn_arrives_together(pair: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = pair
+    channel = await Channel.over(ours, codec.engine_side_of_worker())
+    async with anyio.create_task_group() as tasks:
+        for step_id in range(5):
+            tasks.start_soon(channel.send, StepPlan(step_id=step_id))
+    frames = Frames()
+    frames.feed(theirs.recv(100_000))
+    plans = [codec.worker_side().decode(frames.take() or b"") for _ in range(5)]
+    assert plans == [StepPlan(step_id=step_id) for step_id in range(5)]
+    await channel.aclose()
+
+
+@pytest.mark.anyio
+async def test_everybody_who_sends_hears_that_the_peer_is_gone(pair: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = pair
+    channel = await Channel.over(ours, codec.engine_side_of_worker())
+    theirs.close()
+    heard = []
+
+    async def send() -> None:
+        try:
+            await channel.send(StopWorker())
+        except ChannelClosedError:
+            heard.append(True)
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(3):
+            tasks.start_soon(send)
+    await send()
+    assert heard == [True] * 4
+    await channel.aclose()
+
+
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"

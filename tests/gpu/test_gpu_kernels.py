@@ -23,6 +23,7 @@ from tests.kernels.comparisons import (
     compare_grouped_packed_linear,
     compare_list_tiles,
     compare_packed_linear,
+    compare_plan_tiles,
     compare_quantise_rows,
     compare_rms_norm,
     compare_rms_norm_split,
@@ -318,6 +319,20 @@ def test_rms_norm_split(num_rows: int, width: int) -> None:
 @pytest.mark.parametrize(("num_rows", "width"), [(1, 128), (33, 4096), (5, 14336), (200, 640)])
 def test_split_rows(num_rows: int, width: int) -> None:
     compare_split_rows(num_rows, width, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "top", "num_experts", "here"),
+    [
+        (1, 2, 8, range(8)),
+        (5, 2, 8, range(3, 5)),
+        (256, 2, 8, range(8)),
+        (9, 4, 60, range(60)),
+        (70, 3, 5, range(1, 5)),
+    ],
+)
+def test_plan_tiles(num_tokens: int, top: int, num_experts: int, here: range) -> None:
+    compare_plan_tiles(num_tokens, top, num_experts, here, "cuda")
 
 
 @pytest.mark.parametrize("num_tokens", [1, 40, 300])

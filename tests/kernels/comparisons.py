@@ -523,6 +523,16 @@ def compare_rms_norm_split(num_rows: int, width: int, device: str) -> None:
         torch.testing.assert_close(split.sums, right.sums, atol=0.01, rtol=1e-5)
 
 
+def compare_plan_tiles(num_tokens: int, top: int, num_experts: int, here: range, device: str) -> None:
+    generator = torch.Generator().manual_seed(num_tokens)
+    chosen = torch.rand(num_tokens, num_experts, generator=generator).topk(top, dim=-1).indices.to(device)
+    found = grouped_gemm._launch_plan(chosen, here.start, len(here))
+    expected = grouped_gemm.plan_tiles_reference(chosen, here.start, len(here))
+    assert (found.rows, found.num_slots) == (expected.rows, expected.num_slots)
+    assert torch.equal(found.slots, expected.slots)
+    assert torch.equal(found.experts, expected.experts)
+
+
 def compare_grouped_packed_linear(
     num_tokens: int,
     top: int,

@@ -16,6 +16,7 @@ from tests.kernels.comparisons import (
     compare_list_tiles,
     compare_packed_linear,
     compare_peer_all_reduce,
+    compare_plan_tiles,
     compare_quantise_rows,
     compare_rms_norm,
     compare_rms_norm_split,
@@ -216,6 +217,20 @@ def test_packed_linear_of_float8_in_float16(num_groups: int) -> None:
 
 def test_grouped_packed_linear_of_tiles() -> None:
     compare_grouped_packed_linear(7, 2, range(2, 5), (48, 256), "int4", 2, F16, "cpu", is_tiled=True)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "top", "num_experts", "here"),
+    [
+        (1, 2, 8, range(8)),
+        (5, 2, 8, range(3, 5)),
+        (256, 2, 8, range(8)),
+        (9, 4, 60, range(60)),
+        (70, 3, 5, range(1, 5)),
+    ],
+)
+def test_plan_tiles(num_tokens: int, top: int, num_experts: int, here: range) -> None:
+    compare_plan_tiles(num_tokens, top, num_experts, here, "cpu")
 
 
 @pytest.mark.parametrize(("kind", "groups"), [("fp8", 1), ("fp8", 2), ("int4", 2)])

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import faulthandler
 import math
+import sys
+import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from typing import TypeVar
+from contextlib import asynccontextmanager, suppress
+from queue import SimpleQueue
+from typing import Final, TypeVar
 
 import anyio
-import anyio.from_thread
-import anyio.to_thread
 from anyio.abc import ObjectReceiveStream
 
 from aphro_core.config import EngineConfig
@@ -22,18 +23,20 @@ from aphro_core.worker.results import Results, freeze_heap
 from aphro_core.worker.worker import Worker
 
 T = TypeVar("T")
+_END_SECONDS: Final = 1.0
+_SWITCH_SECONDS: Final = 1e-4  # from one of Python's threads to another that waits
 
 
 class InProcessExecutor:
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, loop: asyncio.AbstractEventLoop) -> None:
         self.ranks: list[WorkerLoaded] = []
         self._worker = worker
         self._send_result, results = anyio.create_memory_object_stream[StepResult](math.inf)
         self.results: ObjectReceiveStream[StepResult] = results
-        self._send_plan, self._plans = anyio.create_memory_object_stream[StepPlan](math.inf)
+        self._loop = loop
         # the same thread every time: torch keeps a pool of OpenMP threads for each thread that computes
-        self._thread = anyio.CapacityLimiter(1)
-        loop = asyncio.get_running_loop()
+        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._compute, name="worker", daemon=True)
         self._failure: BaseException | None = None
         self._failed = anyio.Event()
         self.waiting = Results(
@@ -42,6 +45,9 @@ class InProcessExecutor:
         )
 
     async def load(self) -> None:
+        # between two steps the loop speaks to the API process, and the worker must not wait for all of that
+        sys.setswitchinterval(_SWITCH_SECONDS)
+        self._thread.start()
         self.ranks = [await self._call(self._worker.load)]
 
     async def allocate(self, num_blocks: int) -> None:
@@ -50,7 +56,7 @@ class InProcessExecutor:
 
     async def submit(self, plan: StepPlan) -> None:
         if not self._worker.is_asynchronous:
-            await self._send_plan.send(plan)
+            self._calls.put(lambda: self._execute(plan))
             return
         step = self._worker.launch(plan)
         assert step is not None, "a single rank is its own last stage"
@@ -60,30 +66,61 @@ class InProcessExecutor:
     async def dump_stacks(self) -> None:
         faulthandler.dump_traceback(all_threads=True)
 
-    async def execute_plans(self) -> None:
-        """Those of a device that computes while it is asked."""
-        async for plan in self._plans:
-            step = await self._call(lambda plan=plan: self._worker.launch(plan))  # type: ignore[misc]
-            assert step is not None, "a single rank is its own last stage"
-            await self._send_result.send(step.result())
-            self._worker.settle()
-
     async def raise_failure(self) -> None:
         await self._failed.wait()
         assert self._failure is not None
         raise self._failure
 
+    def close(self) -> None:
+        """End the thread, once the step that it computes is done, unless it hangs."""
+        self._calls.put(None)
+        if self._thread.is_alive():
+            self._thread.join(timeout=_END_SECONDS)
+        self._worker.close()
+
     def _fail(self, error: BaseException) -> None:
         self._failure = error
         self._failed.set()
 
+    def _compute(self) -> None:
+        while (call := self._calls.get()) is not None:
+            call()
+
+    def _execute(self, plan: StepPlan) -> None:
+        try:
+            step = self._worker.launch(plan)
+            assert step is not None, "a single rank is its own last stage"
+            _from_thread(self._loop, self._send_result.send_nowait, step.result())
+            self._worker.settle()
+        except BaseException as error:
+            _from_thread(self._loop, self._fail, error)
+
     async def _call(self, function: Callable[[], T]) -> T:
-        return await anyio.to_thread.run_sync(function, limiter=self._thread)
+        answer: asyncio.Future[T] = self._loop.create_future()
+
+        def call() -> None:
+            try:
+                _from_thread(self._loop, _answer, answer, function())
+            except BaseException as error:
+                _from_thread(self._loop, _refuse, answer, error)
+
+        self._calls.put(call)
+        return await answer
 
 
-def _from_thread(loop: asyncio.AbstractEventLoop, function: Callable[[T], None], value: T) -> None:
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(function, value)
+def _answer(future: asyncio.Future[T], value: T) -> None:
+    if not future.cancelled():
+        future.set_result(value)
+
+
+def _refuse(future: asyncio.Future[T], error: BaseException) -> None:
+    if not future.cancelled():
+        future.set_exception(error)
+
+
+def _from_thread(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *values: object) -> None:
+    with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        loop.call_soon_threadsafe(function, *values)
 
 
 @asynccontextmanager
@@ -93,15 +130,15 @@ async def open_inprocess(
     """Build the one rank here. An exception that the worker does not survive is raised out of this block."""
     memory_bytes = int(available_memory_bytes() * config.cache.cpu_memory_utilization)
     start = StartWorker(config=config, rank=0, local_rank=0, store="", memory_bytes=memory_bytes)
-    worker = Worker(start, lambda progress: anyio.from_thread.run_sync(on_progress, progress))
-    executor = InProcessExecutor(worker)
+    loop = asyncio.get_running_loop()
+    worker = Worker(start, lambda progress: _from_thread(loop, on_progress, progress))
+    executor = InProcessExecutor(worker, loop)
     try:
         await executor.load()
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(executor.execute_plans)
             tasks.start_soon(executor.raise_failure)
             with executor.waiting:
                 yield executor
             tasks.cancel_scope.cancel()
     finally:
-        worker.close()
+        executor.close()

@@ -9,11 +9,13 @@ from aphro_core.messages.steps import NewSequence, RowsAgain, ScheduledSequence,
 from aphro_core.request import SamplingParams
 from aphro_core.worker.paged_inputs import PagedInputs
 from aphro_core.worker.sequences import SequenceState, apply_plan
+from aphro_core.worker.step_shapes import StepShapes
 
 
 def test_a_row_is_new_in_its_first_step_alone() -> None:
     """In that step others may write the prefix that it reads, so that its keys are not read before."""
-    inputs = PagedInputs(max_rows=4, max_model_len=64, block_size=16, device=torch.device("cpu"))
+    shapes = StepShapes(4, 32, 192, lambda num_tokens: False)
+    inputs = PagedInputs(max_rows=4, max_model_len=64, block_size=16, shapes=shapes, device=torch.device("cpu"))
     sequences: dict[int, SequenceState] = {}
     sent = inputs._sent[:, IS_NEW]
 
@@ -30,5 +32,5 @@ def test_a_row_is_new_in_its_first_step_alone() -> None:
         (StepPlan(4, [row(8, 17, []), row(7, 19, [])]), [0, 0, 0, 0]),
     ):
         apply_plan(plan, sequences)
-        inputs.stage(plan, sequences, pad=(4,))
+        inputs.stage(plan, sequences)
         assert sent.tolist() == expected
