@@ -29,6 +29,7 @@ from tests.kernels.comparisons import (
     compare_rms_norm_split,
     compare_rotary,
     compare_rotary_angles,
+    compare_route,
     compare_sample,
     compare_silu_and_mul,
     compare_skinny_linear,
@@ -319,6 +320,12 @@ def test_rms_norm_split(num_rows: int, width: int) -> None:
 @pytest.mark.parametrize(("num_rows", "width"), [(1, 128), (33, 4096), (5, 14336), (200, 640)])
 def test_split_rows(num_rows: int, width: int) -> None:
     compare_split_rows(num_rows, width, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_tokens", "num_experts", "top"), [(1, 8, 2), (5, 60, 4), (3, 4, 4)])
+def test_route(num_tokens: int, num_experts: int, top: int, dtype: torch.dtype) -> None:
+    compare_route(num_tokens, num_experts, top, dtype, "cuda")
 
 
 @pytest.mark.parametrize(

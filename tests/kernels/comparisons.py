@@ -26,6 +26,7 @@ from aphro_kernels import (
     rms_norm_split,
     rotary,
     rotary_angles,
+    route,
     sample,
     silu_and_mul,
     skinny_linear,
@@ -521,6 +522,21 @@ def compare_rms_norm_split(num_rows: int, width: int, device: str) -> None:
         assert torch.equal(split.codes[0].float(), right.codes[0].float())
         torch.testing.assert_close(split.codes[1].float(), right.codes[1].float(), atol=2.0**-9, rtol=0)
         torch.testing.assert_close(split.sums, right.sums, atol=0.01, rtol=1e-5)
+
+
+def compare_route(num_tokens: int, num_experts: int, top: int, dtype: torch.dtype, device: str) -> None:
+    """Also where two experts are alike: the first one comes first."""
+    logits = random(num_tokens, num_experts + 8, dtype=torch.float32, device=device)[:, :num_experts]
+    logits += torch.arange(num_experts, device=device) / 1e3  # no two alike by chance, so that topk has no choice
+    for renormalize in (False, True):
+        found = route._launch(logits.to(dtype), top, renormalize)
+        expected = route.route_reference(logits.to(dtype), top, renormalize=renormalize)
+        torch.testing.assert_close(found[1], expected[1], atol=1e-6, rtol=1e-5)
+        alike = torch.softmax(logits.to(dtype).float(), dim=-1)
+        torch.testing.assert_close(alike.gather(1, found[0]), alike.gather(1, expected[0]), atol=0, rtol=0)
+    same = route._launch(torch.zeros(2, num_experts, dtype=dtype, device=device), top, True)
+    assert same[0].tolist() == [list(range(top))] * 2
+    torch.testing.assert_close(same[1], torch.full_like(same[1], 1 / top))
 
 
 def compare_plan_tiles(num_tokens: int, top: int, num_experts: int, here: range, device: str) -> None:

@@ -22,6 +22,7 @@ from tests.kernels.comparisons import (
     compare_rms_norm_split,
     compare_rotary,
     compare_rotary_angles,
+    compare_route,
     compare_sample,
     compare_silu_and_mul,
     compare_skinny_linear,
@@ -217,6 +218,12 @@ def test_packed_linear_of_float8_in_float16(num_groups: int) -> None:
 
 def test_grouped_packed_linear_of_tiles() -> None:
     compare_grouped_packed_linear(7, 2, range(2, 5), (48, 256), "int4", 2, F16, "cpu", is_tiled=True)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(("num_tokens", "num_experts", "top"), [(1, 8, 2), (5, 60, 4), (3, 4, 4)])
+def test_route(num_tokens: int, num_experts: int, top: int, dtype: torch.dtype) -> None:
+    compare_route(num_tokens, num_experts, top, dtype, "cpu")
 
 
 @pytest.mark.parametrize(
