@@ -24,7 +24,7 @@ from aphro_core.worker.cuda_graphs import CudaGraphs
 from aphro_core.worker.device_sampler import DeviceSampler
 from aphro_core.worker.dues import Dues, pay, prompt_gathers
 from aphro_core.worker.paged_inputs import PagedInputs, PagedStep
-from aphro_core.worker.prompt_logprobs import prompt_logprobs
+from aphro_core.worker.prompt_logprobs import asking_entries, next_logprobs, prompt_logprobs
 from aphro_core.worker.returning_tokens import ReturningTokens
 from aphro_core.worker.sampler import Sampler, SamplingRow, sampled_result
 from aphro_core.worker.sequences import SequenceState, apply_plan
@@ -65,8 +65,9 @@ class DeviceRunner:
             device=device,
         )
         windows = {spec.window_of(layer) for layer in shard.layers} if device.type == "cuda" else set()
-        # long chunks have a kernel of their own, if there are enough of them
-        has_long = partial(hopper_attention.has_rows, num_heads=len(shard.heads))
+        # long chunks have a kernel of their own, if there are enough of them. Ranks with more heads than others have no
+        # shapes of their own: each graph sums over all ranks
+        has_long = partial(hopper_attention.has_rows, num_heads=-(-spec.num_heads // shard.tp_size))
         self._shapes = StepShapes(max_rows, graph_tokens, hopper_attention.FEWEST_QUERIES, has_long)
         self._inputs = PagedInputs(
             max_rows=max_rows,
@@ -120,7 +121,9 @@ class DeviceRunner:
         if not plan.num_rows:
             return empty_result(plan.step_id) if self._samples else None
         self._find_rows(step.draws, is_again=plan.again is not None)
-        logits, found = self._run_mixed(step) if step.chunks else self._run_rows(step)
+        has_part = step.chunks or step.wanted is not None
+        asking = asking_entries(plan, self._sequences) if has_part else []
+        logits, found = self._run_mixed(step, asking) if step.chunks else self._run_rows(step, asking)
         if self._returning is not None:
             self._returning.expect(step)
         if not self._shard.has_head:
@@ -153,14 +156,15 @@ class DeviceRunner:
         shape = self._shapes.of_rows(draws)
         if has_chunks:
             shape = self._shapes.with_chunks(plan.num_tokens, plan.num_rows - num_chunks, num_chunks)
-        num_rows = shape.num_tokens
-        gathers = [*prompt_gathers(plan, self._sequences), *([draws if has_chunks else num_rows] if draws else [])]
-        dues = Dues(num_rows, gathers, num_handed_out=draws)
+        gathers = prompt_gathers(plan, self._sequences) if has_chunks else []
+        if draws:
+            gathers.append(self._padded(draws, shape.num_tokens))
+        dues = Dues(shape.num_tokens, gathers, num_handed_out=draws)
         pay(dues, self._links, self._shard, self._hidden.shape[1], self._dtype, self._device)
         if self._returning is not None:
             self._returning.expect_void(draws)
 
-    def _run_rows(self, step: PagedStep) -> tuple[Tensor, list[PromptLogprobs]]:
+    def _run_rows(self, step: PagedStep, asking: list[ScheduledSequence]) -> tuple[Tensor, list[PromptLogprobs]]:
         size = step.shape.num_tokens
         if not self._shard.has_embedding:
             self._hidden[:size] = self._receive(size)
@@ -168,7 +172,18 @@ class DeviceRunner:
         self._links.tensor.num_sums = self._links.tensor.num_gathers = 2**31  # in a graph: all of the step's
         if not self._shard.has_head:
             self._links.stage.send(self._hidden[:size].clone())
-        return self._logits[: step.num_rows], []
+        logits = self._logits[: step.num_rows]
+        return logits, self._found_of_rows(step, logits, asking) if self._samples and asking else []
+
+    def _found_of_rows(self, step: PagedStep, logits: Tensor, asking: list[ScheduledSequence]) -> list[PromptLogprobs]:
+        """A prompt may have been cut so that one of its tokens stands alone: the step has its row's logits already."""
+        rows = {seq_id: row for row, seq_id in enumerate(step.draws)}
+        found = []
+        for entry in asking:
+            at = rows[entry.seq_id]
+            of_row = next_logprobs(logits[at : at + 1].float(), entry.start, self._sequences[entry.seq_id].row)
+            found.append(PromptLogprobs(entry.seq_id, of_row))
+        return found
 
     def _run_layers(self, shape: StepShape) -> None:
         """From what was sent of the rows to ``_logits``, or ``_hidden`` where not all have any: fit for a graph."""
@@ -181,8 +196,7 @@ class DeviceRunner:
         else:
             hidden[: len(x)].copy_(x)
 
-    def _run_mixed(self, step: PagedStep) -> tuple[Tensor, list[PromptLogprobs]]:
-        asking = self._asking(step.chunks)
+    def _run_mixed(self, step: PagedStep, asking: list[ScheduledSequence]) -> tuple[Tensor, list[PromptLogprobs]]:
         keeps_draws = self._keeps_draws and not asking
         hidden = self._mixed_states(step, keeps_draws=keeps_draws)
         logits = self._logits[: len(step.draws)]
@@ -195,7 +209,8 @@ class DeviceRunner:
             self._decoder.logits(drawn, out=self._logits[: len(drawn)])
         elif step.draws:
             assert step.draw_rows is not None
-            self._decoder.logits(hidden.index_select(0, step.draw_rows), out=logits)
+            rows = self._pad(step.draw_rows, len(hidden))
+            self._decoder.logits(hidden.index_select(0, rows), out=self._logits[: len(rows)])
         return logits, found
 
     def _mixed_states(self, step: PagedStep, *, keeps_draws: bool) -> Tensor:
@@ -213,10 +228,13 @@ class DeviceRunner:
         return hidden
 
     def _pad(self, rows: Tensor, most: int) -> Tensor:
-        """By row 0, to as many as a decode step has, ``most`` at most: of a size that is new to it a library may choose
-        a kernel that is not loaded yet, and loading waits for the steps in flight."""
-        size = min(self._shapes.of_rows(len(rows)).num_rows, most)
-        return functional.pad(rows, (0, size - len(rows)))
+        """By row 0, to :meth:`_padded` of them."""
+        return functional.pad(rows, (0, self._padded(len(rows), most) - len(rows)))
+
+    def _padded(self, num_draws: int, most: int) -> int:
+        """As many rows as a decode step has, ``most`` at most: of a size that is new to it a library may choose a
+        kernel that is not loaded yet, and loading waits for the steps in flight."""
+        return min(self._shapes.of_rows(num_draws).num_rows, most)
 
     def _receive(self, num_tokens: int) -> Tensor:
         return self._links.stage.receive((num_tokens, self._hidden.shape[1]), self._dtype, self._device)
@@ -229,10 +247,6 @@ class DeviceRunner:
             for e in asking
         ]
         return [one for one in found if one is not None]
-
-    def _asking(self, entries: list[ScheduledSequence]) -> list[ScheduledSequence]:
-        """Those of which the log-probabilities of the prompt are wanted."""
-        return [e for e in entries if self._sequences[e.seq_id].row.sampling.prompt_logprobs is not None]
 
     def _draw(
         self, plan: StepPlan, step: PagedStep, logits: Tensor, found: list[PromptLogprobs]

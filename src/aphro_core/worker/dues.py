@@ -16,7 +16,7 @@ import torch
 from aphro_core.distributed import Links
 from aphro_core.messages.steps import StepPlan
 from aphro_core.parallel.shard import RankShard
-from aphro_core.worker.prompt_logprobs import PROMPT_ROWS
+from aphro_core.worker.prompt_logprobs import PROMPT_ROWS, asking_entries
 from aphro_core.worker.sequences import SequenceState
 
 
@@ -32,11 +32,9 @@ class Dues:
 def prompt_gathers(plan: StepPlan, sequences: dict[int, SequenceState]) -> list[int]:
     """Rows of the logits that prompt log-probabilities take, as worker/prompt_logprobs.py cuts them."""
     rows = []
-    for entry in plan.scheduled:
-        state = sequences.get(entry.seq_id)
-        if state is not None and state.row.sampling.prompt_logprobs is not None:
-            stop = min(entry.start + entry.num_tokens, state.row.num_prompt_tokens - 1)
-            rows += [min(PROMPT_ROWS, stop - start) for start in range(entry.start, stop, PROMPT_ROWS)]
+    for entry in asking_entries(plan, sequences):
+        stop = min(entry.start + entry.num_tokens, sequences[entry.seq_id].row.num_prompt_tokens - 1)
+        rows += [min(PROMPT_ROWS, stop - start) for start in range(entry.start, stop, PROMPT_ROWS)]
     return rows
 
 

@@ -15,7 +15,7 @@ from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel.shard import RankShard
 from aphro_core.worker.batch import BatchBuilder
 from aphro_core.worker.dues import Dues, pay, prompt_gathers
-from aphro_core.worker.prompt_logprobs import prompt_logprobs
+from aphro_core.worker.prompt_logprobs import asking_entries, prompt_logprobs
 from aphro_core.worker.replayed_steps import ReplayedSteps
 from aphro_core.worker.sampler import SampledToken, Sampler, sampled_result
 from aphro_core.worker.sequences import SequenceState, apply_plan
@@ -80,7 +80,7 @@ class ModelRunner:
         if not self._shard.has_embedding:
             shape = (batch.num_tokens, self._hidden_size)
             hidden_states = self._links.stage.receive(shape, self._dtype, self._device)
-        asking = self._asking(plan)
+        asking = asking_entries(plan, self._sequences)
         kept = None if asking else self._kept_rows(batch)
         hidden_states = self.steps(batch, hidden_states, kept)
         if not self._shard.has_head:
@@ -88,10 +88,6 @@ class ModelRunner:
             return None
         drawn = batch.sampled_rows if kept is None else None
         return self._draw(plan, batch, hidden_states, asking, drawn)
-
-    def _asking(self, plan: StepPlan) -> list[ScheduledSequence]:
-        """Those of which the log-probabilities of the prompt are wanted."""
-        return [e for e in plan.scheduled if self._sequences[e.seq_id].row.sampling.prompt_logprobs is not None]
 
     def _kept_rows(self, batch: Batch) -> Tensor | None:
         """What the last layer goes on with: the rows that are drawn from, or one if none is; None: all of them, in a
@@ -111,9 +107,8 @@ class ModelRunner:
         """``drawn``: rows of ``hidden_states`` that are drawn from, None: all, if any is."""
         found = []
         for entry in asking:
-            first = batch.first_rows[entry.seq_id]
-            row = self._sequences[entry.seq_id].row
-            found.append(prompt_logprobs(self._decoder, hidden_states[first:], entry, row))
+            hidden = hidden_states[batch.first_rows[entry.seq_id] :]
+            found.append(prompt_logprobs(self._decoder, hidden, entry, self._sequences[entry.seq_id].row))
         sampling = [entry for entry in plan.scheduled if entry.samples]
         sampled: list[SampledToken] = []
         if sampling:

@@ -235,6 +235,31 @@ def test_prompt_logprobs(llama: Model) -> None:
         torch.testing.assert_close(torch.tensor(entry.logprobs), row[entry.token_ids], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("with_prompt", [False, True])
+def test_prompt_logprobs_of_a_token_alone(llama: Model, with_prompt: bool) -> None:
+    """A full step may cut a prompt behind its first token, and so may one that is full of rows that decode."""
+    planner, runner, prompt = Planner(), device_runner(llama), llama.prompts[4]
+    planner.add(0, prompt, SamplingParams(temperature=0.0, prompt_logprobs=3, max_tokens=4))
+    planner.add(1, llama.prompts[3], PLAIN)
+    first = {1: planner.remaining(1), 0: 1} if with_prompt else {0: 1}
+    shares = [first, {0: 1}, {0: len(prompt) - 2}]
+    results = [planner.take(execute(runner, planner.plan(share))) for share in shares]
+    entries = [entry for result in results for found in result.prompt_logprobs for entry in found.entries]
+    assert [entry.token_ids[0] for entry in entries] == prompt[1:]
+    for row, entry in zip(llama.logprobs(prompt), entries, strict=False):
+        torch.testing.assert_close(torch.tensor(entry.logprobs), row[entry.token_ids], atol=1e-4, rtol=0)
+
+
+def test_ranks_with_fewer_heads_have_the_same_shapes(llama: Model) -> None:
+    """Each is a graph in which all ranks sum up: one that a rank alone captures would wait for the others for ever."""
+    links = [Links(TensorParallelGroup(rank, 2), StageLink(None, None)) for rank in range(2)]
+    heads = [len(shard.heads) for shard in sharding_plan(llama.folder, 2, 1).ranks]
+    assert heads[0] > heads[1]
+    runners = [device_runner(llama, links[rank], 2, 1, rank, graph_tokens=16384) for rank in range(2)]
+    assert runners[0]._shapes.padded == runners[1]._shapes.padded
+    assert runners[0]._shapes.kinds == runners[1]._shapes.kinds
+
+
 def test_a_step_without_work_and_a_sequence_that_is_forgotten(llama: Model) -> None:
     planner, runner = Planner(), device_runner(llama)
     planner.add(0, [3, 4, 5], PLAIN)

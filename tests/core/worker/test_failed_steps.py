@@ -49,13 +49,14 @@ class FailAt(TorchDispatchMode):
 
 
 class History:
-    """The plans of two sequences, one of them with a prompt in three steps, and the tokens that they are to get."""
+    """The plans of two sequences, one of them with a prompt in three steps, in one of which it may have a single token,
+    and the tokens that they are to get."""
 
     def __init__(self, model: Model, *, is_ahead: bool) -> None:
         self._model, self._is_ahead, self._planner = model, is_ahead, Planner()
 
     def plans(self, first_id: int) -> list[StepPlan]:
-        planner, ids = self._planner, (first_id, first_id + 1)
+        planner, ids, third = self._planner, (first_id, first_id + 1), 1 if first_id // 10_000 % 2 else 16
         planner.add(ids[0], self._model.prompts[_SHORT], _GREEDY)
         plans = []
         for step in range(6):
@@ -63,7 +64,7 @@ class History:
                 planner.add(ids[1], self._model.prompts[_LONG], SamplingParams(temperature=0.0, prompt_logprobs=0))
             shares = {ids[0]: 1 if step else planner.remaining(ids[0])}
             if step >= 2:
-                shares[ids[1]] = {2: 16, 3: 16, 4: 8}.get(step, 1)
+                shares[ids[1]] = {2: 16, 3: third, 4: 24 - third}.get(step, 1)
             if step == 3:
                 del shares[ids[0]]  # a step that draws nothing
             plans.append(planner.plan(shares))
