@@ -128,7 +128,7 @@ def test_gguf_blocks_stay_packed(tmp_path: Path, name: str) -> None:
     packed, expanded = (first_logprobs(path, prompts, asked) for asked in (None, "none"))
     for one, other in zip(packed, expanded, strict=True):
         for token in one.keys() & other.keys():
-            assert one[token] == pytest.approx(other[token], abs=0.15)
+            assert one[token] == pytest.approx(other[token], abs=0.15, rel=0.03)
 
 
 @pytest.mark.parametrize("tp", [1, 2])
