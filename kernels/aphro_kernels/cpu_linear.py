@@ -118,9 +118,11 @@ def _compile() -> Any:
             stop = min((step + 1) * _STEP_ROWS, num_rows)
             for row in range(step * _STEP_ROWS, stop, TILE_ROWS):
                 count = min(TILE_ROWS, stop - row)
-                fetched = ahead if row + TILE_ROWS >= stop else here
+                is_last, is_only = row + TILE_ROWS >= stop, stop - step * _STEP_ROWS <= TILE_ROWS
+                fetched = ahead if is_only or (row + TILE_ROWS < stop <= row + 2 * TILE_ROWS) else here
+                fetched_second = second + (ahead if is_last else here)
                 x = a[1] + row * a[2]
-                bfloat16_tile(count, x, a[2], here, here + second, pairs, sums.ctypes.data, fetched, fetched + second)
+                bfloat16_tile(count, x, a[2], here, here + second, pairs, sums.ctypes.data, fetched, fetched_second)
                 finish_tile(sums, count, a[4], number, num_tasks, is_gated, a[5] + row * width * 2, width)
             task = after
 

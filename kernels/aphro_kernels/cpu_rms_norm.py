@@ -14,8 +14,8 @@ from aphro_kernels import openmp
 from aphro_kernels.vector_blocks import SOURCE_DIGEST, float_of, pointer_to, take_number
 from aphro_kernels.vector_math import rounded, widened
 
-_TASK_ROWS: Final = 16  # that a thread takes at once: fewer are done sooner than a second thread begins
-_NUM_ARGUMENTS: Final = 10
+_TASK_ROWS: Final = 16  # that a thread takes at most
+_NUM_ARGUMENTS: Final = 11
 
 
 class CpuRMSNorm:
@@ -40,8 +40,9 @@ class CpuRMSNorm:
         assert x.stride(1) == 1
         num_rows, width = x.shape
         out = openmp.empty(num_rows, width, dtype=x.dtype)
+        share = openmp.share(num_rows, _TASK_ROWS)
         self._call(
-            -(-num_rows // _TASK_ROWS),
+            -(-num_rows // share),
             x.data_ptr(),
             x.stride(0),
             0 if residual is None else residual.data_ptr(),
@@ -51,6 +52,7 @@ class CpuRMSNorm:
             num_rows,
             width,
             self._eps,
+            share,
         )
         return out
 
@@ -64,12 +66,13 @@ def _compile() -> Any:
     def thread(pointer):  # type: ignore[no-untyped-def]
         assert version  # a closure's values are part of the cache's key
         a = carray(pointer, (_NUM_ARGUMENTS,), np.int64)
+        share = a[10]
         num_rows, width, eps = a[7], a[8], float_of(np.int32(a[9]))
         gain = carray(pointer_to(a[6]), (width,), np.float32)
         values = np.empty(width, np.float32)
         task = take_number(a.ctypes.data)
-        while task * _TASK_ROWS < num_rows:
-            for row in range(task * _TASK_ROWS, min((task + 1) * _TASK_ROWS, num_rows)):
+        while task * share < num_rows:
+            for row in range(task * share, min((task + 1) * share, num_rows)):
                 x = carray(pointer_to(a[1] + row * a[2] * 2), (width,), np.uint16)
                 out = carray(pointer_to(a[5] + row * width * 2), (width,), np.uint16)
                 total = np.float32(0)

@@ -14,8 +14,8 @@ from aphro_kernels import openmp
 from aphro_kernels.vector_blocks import SOURCE_DIGEST, float_of, pointer_to, take_number
 from aphro_kernels.vector_math import rounded, widened
 
-_TASK_TOKENS: Final = 16  # that a thread takes at once: fewer are done sooner than a second thread begins
-_NUM_ARGUMENTS: Final = 15
+_TASK_TOKENS: Final = 16  # that a thread takes at most
+_NUM_ARGUMENTS: Final = 16
 
 
 class CpuRotaryAndCache:
@@ -47,8 +47,9 @@ class CpuRotaryAndCache:
         assert kv_cache is None or kv_cache.dtype == torch.bfloat16
         assert qkv.stride()[1:] == (head_dim, 1)
         q_gain, k_gain = (0 if gain is None else gain.data_ptr() for gain in self._gains)
+        share = openmp.share(num_tokens, _TASK_TOKENS)
         self._call(
-            -(-num_tokens // _TASK_TOKENS),
+            -(-num_tokens // share),
             qkv.data_ptr(),
             qkv.stride(0),
             cos.data_ptr(),
@@ -63,6 +64,7 @@ class CpuRotaryAndCache:
             q_gain,
             k_gain,
             self._eps,
+            share,
         )
 
 
@@ -75,13 +77,14 @@ def _compile() -> Any:
     def thread(pointer):  # type: ignore[no-untyped-def]
         assert version  # a closure's values are part of the cache's key
         a = carray(pointer, (_NUM_ARGUMENTS,), np.int64)
+        share = a[15]
         num_tokens, num_heads, num_kv_heads, head_dim, half = a[7], a[8], a[9], a[10], a[11]
         eps = float_of(np.int32(a[14]))
         slots = carray(pointer_to(a[6]), (num_tokens, 2 * num_kv_heads), np.int64)
         values = np.empty(head_dim, np.float32)
         task = take_number(a.ctypes.data)
-        while task * _TASK_TOKENS < num_tokens:
-            for token in range(task * _TASK_TOKENS, min((task + 1) * _TASK_TOKENS, num_tokens)):
+        while task * share < num_tokens:
+            for token in range(task * share, min((task + 1) * share, num_tokens)):
                 cos, sin = a[3] + token * half * 4, a[4] + token * half * 4
                 row = a[1] + token * a[2] * 2
                 for head in range(num_heads + 2 * num_kv_heads):

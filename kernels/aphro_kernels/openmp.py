@@ -54,6 +54,12 @@ def _runtime() -> ctypes.CDLL | None:
     return None
 
 
+def share(num_rows: int, most: int) -> int:
+    """Rows that a thread takes at once of work that is done sooner than a second thread begins: ``most``, or an even
+    share where all threads are there already."""
+    return most if RECORDER.get() is None else min(most, -(-num_rows // num_threads()))
+
+
 def team_size_address() -> int | None:
     """Where ``int omp_get_num_threads()`` is; None where torch's OpenMP library was not found."""
     library = _runtime()
