@@ -94,9 +94,10 @@ def paged_attention(
     [num_seqs + 1], all int32. ``max_query_len`` 1 says that every sequence has exactly one query: that takes
     decode_attention.py, for which ``work`` should be this step's plan (without one, each call makes its own). Call
     decode rows and chunks apart: a decode row among chunks costs a chunk's tile. ``max_query_len``, ``max_seq_len``
-    are upper bounds. A sequence of length 0 gives zeros, a decode row of negative length nothing. ``out`` takes the
-    answer. ``num_seqs`` [1] int32 on the device says how many of the sequences of chunks there are, None: all; rows
-    that they leave out get nothing. ``is_long``: whether chunks are long on average, None: by their number.
+    are upper bounds. A sequence of length 0 gives zeros, or nothing among chunks; a decode row of negative length
+    nothing. ``out`` takes the answer. ``num_seqs`` [1] int32 on the device says how many of the sequences of chunks
+    there are, None: all; rows that they leave out get nothing. ``is_long``: whether chunks are long on average, None:
+    by their number.
     """
     op = _launch if runs_kernels(q) else paged_attention_reference
     return op(
@@ -143,7 +144,7 @@ def _launch(
     out: Tensor | None = None,
 ) -> Tensor:
     num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads, block_size = k_cache.shape[1:3]
+    num_kv_heads = k_cache.shape[1]
     k_cache, v_cache, scale = float8_as_bytes(k_cache), float8_as_bytes(v_cache), scale * key_scale
     if max_query_len == 1:
         work = _plan(q, num_kv_heads, seq_lens, window) if work is None else work
@@ -180,6 +181,41 @@ def _launch(
             scale=scale,
         )
         return out
+    _launch_chunks(
+        q,
+        k_cache,
+        v_cache,
+        out,
+        block_tables=block_tables,
+        seq_lens=seq_lens,
+        query_start_loc=query_start_loc,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        value_scale=value_scale,
+        num_seqs=num_seqs,
+    )
+    return out
+
+
+def _launch_chunks(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    out: Tensor,
+    *,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start_loc: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    value_scale: float,
+    num_seqs: Tensor | None,
+) -> None:
+    """Into ``out``: chunks as the kernel for any GPU takes them."""
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads, block_size = k_cache.shape[1:3]
     num_seqs = seq_lens.new_full((1,), len(seq_lens)) if num_seqs is None else num_seqs
     group, group_padded = num_heads // num_kv_heads, next_power_of_2(num_heads // num_kv_heads)
     dims = max(next_power_of_2(head_dim), 16)  # the least that tl.dot takes
@@ -211,7 +247,6 @@ def _launch(
         **tile,
         **chain_options(q),
     )
-    return out
 
 
 def _plan(q: Tensor, num_kv_heads: int, seq_lens: Tensor, window: int | None) -> DecodeWork:

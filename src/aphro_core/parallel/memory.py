@@ -176,8 +176,9 @@ def graph_tokens(spec: DecoderSpec, tp_size: int, most_tokens: int) -> int:
     moe = spec.moe
     mlp = moe.experts_per_token * moe.intermediate_size + moe.shared_intermediate_size if moe else 0
     width = 2 * (spec.num_heads + spec.num_kv_heads) * spec.head_dim + 3 * max(mlp, spec.intermediate_size)
-    fitting = _LAYER_TOKENS * tp_size // (spec.hidden_size * width)
-    return min(max(fitting, GRAPH_TOKENS[0]), GRAPH_TOKENS[1], most_tokens)
+    least = GRAPH_TOKENS[0]
+    fitting = _LAYER_TOKENS * tp_size // (spec.hidden_size * width) // least * least  # 8B: 2,048, as its steps have
+    return min(max(fitting, least), GRAPH_TOKENS[1], most_tokens)
 
 
 def graph_bytes(

@@ -275,7 +275,7 @@ class PagedInputs:
 
     def _batch_of(self, shape: StepShape, numbers: ChunkNumbers, num_draws: int) -> Batch:
         parts = [
-            PagedPart(  # first: it gives zeros to the rows of one token
+            PagedPart(  # first: it may give zeros to the rows of one token
                 start=0,
                 stop=shape.num_tokens,
                 block_tables=self._block_tables.index_select(0, numbers.slots),

@@ -104,3 +104,12 @@ def test_the_limiting_rank_has_the_fewest_blocks() -> None:
     assert [rank.num_blocks for rank in ranks] == [40, 60, 0]
     assert memory.limiting_rank(ranks).rank == 2
     assert memory.limiting_rank(ranks[:2]).rank == 0
+
+
+@given(st.integers(1, 8), st.integers(1, 20_000))
+def test_steps_that_are_graphs_are_whole_units_and_no_larger_than_steps(tp_size: int, most_tokens: int) -> None:
+    tokens = memory.graph_tokens(LLAMA_8B, tp_size, most_tokens)
+    least, most = memory.GRAPH_TOKENS
+    assert tokens == most_tokens < 2048 * tp_size or tokens % least == 0
+    assert tokens <= min(most, most_tokens)
+    assert memory.graph_tokens(LLAMA_8B, 1, 8192) == 2048
