@@ -1,19 +1,18 @@
 """SiLU(x Wg^T) * (x Wu^T) of many rows in one launch on Hopper: the merged product is neither written nor read again.
 
-Programs stay on their multiprocessor: while SiLU is taken of one tile, the next is being loaded (gated_kernel.py).
+One warp copies tiles into shared memory by the copy engine (TMA), two groups of four warps multiply 64 rows each.
+Programs stay on their multiprocessor: while SiLU is taken of one tile, the next is being loaded.
 """
+# ruff: noqa: N803, N806  (the constants of a kernel are in capitals)
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, Final
 
-import torch
 from torch import Tensor
 
-from aphro_kernels.gated_kernel import gated_kernel
-from aphro_kernels.hopper import TensorDescriptor, gl, num_multiprocessors, suits_hopper
-from aphro_kernels.language import chain_options, triton
+from aphro_kernels.hopper import TensorDescriptor, barrier, gl, hopper, jit, num_multiprocessors, suits_hopper
+from aphro_kernels.language import chain_options, tl, triton
 from aphro_kernels.silu_and_mul import silu_and_mul_reference
 
 ROWS: Final = 128  # of a tile
@@ -23,7 +22,6 @@ _STAGES: Final = 4
 _FEWEST_ROWS: Final = 1024
 # (rows of the weight, inputs): other numbers of rows at which it is the faster one, padded decode steps' (an H200)
 _OTHER_ROWS: Final = {(28672, 4096): (256, 448)}
-_MOST_CUT: Final = 4  # tiles of rows
 _GROUP: Final = 16  # tiles of rows that take turns over one stripe of columns: they share the second-level cache
 
 
@@ -38,54 +36,226 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
     return is_taken and (x.shape[0] >= _FEWEST_ROWS or x.shape[0] in _OTHER_ROWS.get((n, k), ()))
 
 
-def gated_linear(x: Tensor, weight: Tensor, out: Tensor | None = None, *, is_cut: bool | None = None) -> Tensor:
-    """``x`` [rows, K], ``weight`` [2 * N, K] (gate rows, then up rows), contiguous -> [rows, N]; sums in float32.
-
-    ``is_cut``: programs take equal stretches of all tiles' inputs instead of whole tiles, None: where that is faster.
-    """
+def gated_linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """``x`` [rows, K], ``weight`` [2 * N, K] (gate rows, then up rows), contiguous -> [rows, N]; sums in float32."""
     num_rows, k = x.shape
     n = weight.shape[0] // 2
     assert weight.is_contiguous()
     assert x.is_contiguous()
     out = x.new_empty(num_rows, n) if out is None else out
-    multiprocessors = num_multiprocessors(x.device.index)
-    row_tiles = triton.cdiv(num_rows, ROWS)
-    tiles = row_tiles * triton.cdiv(n, COLUMNS)
-    # programs that read the same columns for other rows do so at the same time: the second-level cache serves them
-    programs = multiprocessors // row_tiles * row_tiles
-    can_cut = 0 < programs <= tiles
-    is_cut = can_cut and row_tiles <= _MOST_CUT if is_cut is None else is_cut
-    assert can_cut or not is_cut, "too few tiles, or too many rows, for each program to have one"
-    sums, arrivals = _handed_over(x.device.index) if is_cut else (out, out)
-    gated_kernel[(programs if is_cut else min(multiprocessors, tiles),)](
+    tiles = triton.cdiv(num_rows, ROWS) * triton.cdiv(n, COLUMNS)
+    gated_kernel[(min(num_multiprocessors(x.device.index), tiles),)](
         _descriptor(x, ROWS // 2, INPUTS),
         _descriptor(weight, COLUMNS, INPUTS),
         _descriptor(out, ROWS // 2, 64),
-        sums,
-        arrivals,
         num_rows,
         n,
         k,
         ROWS=ROWS,
         COLUMNS=COLUMNS,
         INPUTS=INPUTS,
-        GROUP=1 if is_cut else _GROUP,
+        GROUP=_GROUP,
         STAGES=_STAGES,
-        IS_CUT=is_cut,
         num_warps=4,
         **chain_options(x),
     )
     return out
 
 
-@cache
-def _handed_over(index: int) -> tuple[Tensor, Tensor]:
-    """Sums of a device's programs, and whether they are there. Calls that cut tiles follow each other on one stream."""
-    programs, device = num_multiprocessors(index), torch.device("cuda", index)
-    sums = torch.empty(programs, 2, 2, ROWS // 2, COLUMNS, dtype=torch.float32, device=device)
-    return sums, torch.zeros(programs, 2, dtype=torch.int32, device=device)
-
-
 def _descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns], layout)
+
+
+@jit(do_not_specialize=["num_rows"])
+def gated_kernel(
+    x: tl.tensor,
+    weight: tl.tensor,
+    out: tl.tensor,
+    num_rows: tl.tensor,
+    n: tl.tensor,
+    k: tl.tensor,
+    ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    INPUTS: gl.constexpr,
+    GROUP: gl.constexpr,
+    STAGES: gl.constexpr,
+    CHAINED: gl.constexpr,
+) -> None:
+    if CHAINED:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    BARRIER: gl.constexpr = hopper.mbarrier.MBarrierLayout()
+    HALF: gl.constexpr = ROWS // 2
+    x_tiles = gl.allocate_shared_memory(x.dtype, [2 * STAGES, HALF, INPUTS], SHARED)
+    w_tiles = gl.allocate_shared_memory(x.dtype, [2 * STAGES, COLUMNS, INPUTS], SHARED)
+    out_tiles = gl.allocate_shared_memory(x.dtype, [2, HALF, COLUMNS], SHARED)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    for stage in gl.static_range(STAGES):
+        hopper.mbarrier.init(full.index(stage), count=1)
+        hopper.mbarrier.init(empty.index(stage), count=2)
+    hopper.fence_async_shared()
+    gl.warp_specialize(
+        [
+            (
+                _multiply,
+                (
+                    0,
+                    out,
+                    x_tiles,
+                    w_tiles,
+                    out_tiles,
+                    full,
+                    empty,
+                    num_rows,
+                    n,
+                    k,
+                    ROWS,
+                    COLUMNS,
+                    INPUTS,
+                    GROUP,
+                    STAGES,
+                ),
+            ),
+            (
+                _multiply,
+                (
+                    1,
+                    out,
+                    x_tiles,
+                    w_tiles,
+                    out_tiles,
+                    full,
+                    empty,
+                    num_rows,
+                    n,
+                    k,
+                    ROWS,
+                    COLUMNS,
+                    INPUTS,
+                    GROUP,
+                    STAGES,
+                ),
+            ),
+            (
+                _load,
+                (x, weight, x_tiles, w_tiles, full, empty, num_rows, n, k, ROWS, COLUMNS, INPUTS, GROUP, STAGES),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )
+
+
+@jit()
+def _place(
+    tile: tl.tensor,
+    num_rows: tl.tensor,
+    n: tl.tensor,
+    ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    GROUP: gl.constexpr,
+) -> tl.tensor:
+    """First row and first column of a tile."""
+    row_tiles = (num_rows + ROWS - 1) // ROWS
+    column_tiles = (n + COLUMNS - 1) // COLUMNS
+    first = tile // (GROUP * column_tiles) * GROUP
+    size = gl.minimum(row_tiles - first, GROUP)
+    inside = tile % (GROUP * column_tiles)
+    return (first + inside % size) * ROWS, inside // size * COLUMNS
+
+
+@jit()
+def _num_tiles(num_rows: tl.tensor, n: tl.tensor, ROWS: gl.constexpr, COLUMNS: gl.constexpr) -> tl.tensor:
+    return ((num_rows + ROWS - 1) // ROWS) * ((n + COLUMNS - 1) // COLUMNS)
+
+
+@jit()
+def _load(
+    x: tl.tensor,
+    weight: tl.tensor,
+    x_tiles: tl.tensor,
+    w_tiles: tl.tensor,
+    full: tl.tensor,
+    empty: tl.tensor,
+    num_rows: tl.tensor,
+    n: tl.tensor,
+    k: tl.tensor,
+    ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    INPUTS: gl.constexpr,
+    GROUP: gl.constexpr,
+    STAGES: gl.constexpr,
+) -> None:
+    """One warp: both halves of the rows' tile, the gate's and up's. What lies beyond the matrices is zeros."""
+    TILE_BYTES: gl.constexpr = 2 * INPUTS * (ROWS + 2 * COLUMNS)
+    loaded = 0
+    for tile in range(gl.program_id(0), _num_tiles(num_rows, n, ROWS, COLUMNS), gl.num_programs(0)):
+        row, column = _place(tile, num_rows, n, ROWS, COLUMNS, GROUP)
+        for start in range(0, k, INPUTS):
+            stage = loaded % STAGES
+            hopper.mbarrier.wait(empty.index(stage), ((loaded // STAGES) & 1) ^ 1)
+            hopper.mbarrier.expect(full.index(stage), TILE_BYTES)
+            for half in gl.static_range(2):
+                hopper.tma.async_copy_global_to_shared(
+                    x, [row + half * (ROWS // 2), start], full.index(stage), x_tiles.index(2 * stage + half)
+                )
+                hopper.tma.async_copy_global_to_shared(
+                    weight, [column + half * n, start], full.index(stage), w_tiles.index(2 * stage + half)
+                )
+            loaded += 1
+
+
+@jit()
+def _multiply(
+    PART: gl.constexpr,
+    out: tl.tensor,
+    x_tiles: tl.tensor,
+    w_tiles: tl.tensor,
+    out_tiles: tl.tensor,
+    full: tl.tensor,
+    empty: tl.tensor,
+    num_rows: tl.tensor,
+    n: tl.tensor,
+    k: tl.tensor,
+    ROWS: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    INPUTS: gl.constexpr,
+    GROUP: gl.constexpr,
+    STAGES: gl.constexpr,
+) -> None:
+    """Four warps, half of a tile's rows. A stage is free again when the products after its own have begun."""
+    HALF: gl.constexpr = ROWS // 2
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    HALVES: gl.constexpr = COLUMNS // 64
+    out_tile = out_tiles.index(PART)
+    out_parts = out_tile._reinterpret(out.dtype, [HALVES, HALF, 64], out_tile.layout)
+    used = 0
+    for tile in range(gl.program_id(0), _num_tiles(num_rows, n, ROWS, COLUMNS), gl.num_programs(0)):
+        row, column = _place(tile, num_rows, n, ROWS, COLUMNS, GROUP)
+        gate = gl.zeros([HALF, COLUMNS], gl.float32, SUMS)
+        up = gl.zeros([HALF, COLUMNS], gl.float32, SUMS)
+        for start in range(0, k, INPUTS):
+            stage = used % STAGES
+            hopper.mbarrier.wait(full.index(stage), (used // STAGES) & 1)
+            left = x_tiles.index(2 * stage + PART)
+            gate = hopper.warpgroup_mma(left, w_tiles.index(2 * stage).permute((1, 0)), gate, is_async=True)
+            up = hopper.warpgroup_mma(left, w_tiles.index(2 * stage + 1).permute((1, 0)), up, is_async=True)
+            gate, up = hopper.warpgroup_mma_wait(2, deps=(gate, up))
+            barrier()
+            hopper.mbarrier.arrive(empty.index((used + STAGES - 1) % STAGES), count=1, pred=start > 0)
+            used += 1
+        gate, up = hopper.warpgroup_mma_wait(0, deps=(gate, up))
+        barrier()
+        hopper.mbarrier.arrive(empty.index((used + STAGES - 1) % STAGES), count=1)
+        product = gate / (1.0 + gl.exp(-gate)) * up
+        hopper.tma.store_wait(0)
+        barrier()
+        out_tile.store(product.to(out.dtype))
+        hopper.fence_async_shared()
+        barrier()
+        for half in gl.static_range(HALVES):
+            hopper.tma.async_copy_shared_to_global(out, [row + PART * HALF, column + half * 64], out_parts.index(half))
+    hopper.tma.store_wait(0)

@@ -99,15 +99,6 @@ def test_gated_linear(num_rows: int, n: int, k: int, dtype: torch.dtype) -> None
     compare_gated_linear(num_rows, n, k, dtype)
 
 
-@pytest.mark.parametrize(
-    ("num_rows", "n", "k"), [(77, 17000, 200), (256, 14336, 4096), (300, 6000, 64), (512, 14336, 1000)]
-)
-def test_gated_linear_of_cut_tiles(num_rows: int, n: int, k: int) -> None:
-    if not suits_hopper(torch.empty(1, device="cuda", dtype=torch.bfloat16)):
-        pytest.skip("a kernel for Hopper, in the Gluon of Triton 3.6")
-    compare_gated_linear(num_rows, n, k, torch.bfloat16, is_cut=True)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "head_dim"), [(9, 3, 64), (14, 2, 64), (32, 8, 128), (3, 1, 128)]
