@@ -53,9 +53,9 @@ def float8_kernel(
     piece = tl.arange(0, 2 * ROWS)
     row = tl.minimum(row_tile * ROWS + piece % ROWS, num_rows - 1)
     x_at = pieces + (piece // ROWS * num_rows + row).to(tl.int64)[None, :] * k
-    rows = row_tile * ROWS + tl.arange(0, ROWS)
-    sum_at = sums + tl.minimum(rows, num_rows - 1) * chunks
-    y = multiply_float8(x_at, sum_at, codes, scales, matrix_rows, low, high, k, ROWS, BN, STAGES, KIND, GROUP, HAS_ASM)
+    y = multiply_float8(
+        x_at, sums + row * chunks, codes, scales, matrix_rows, low, high, k, ROWS, BN, STAGES, KIND, GROUP, HAS_ASM
+    )
     if CHAINED:
         tl.extra.cuda.gdc_launch_dependents()
     is_done = True
@@ -73,19 +73,18 @@ def float8_kernel(
                 y += tl.load(mine + index * (BN * ROWS), cache_modifier=".cg")
             tl.store(arrivals + place, 0)
     if is_done:
+        rows = row_tile * ROWS + tl.arange(0, ROWS)
         is_row = rows < num_rows
         y *= tl.load(row_scales + rows, mask=is_row, other=0.0)[None, :]
         if KIND == "fp8" and GROUP == 0:
             y *= tl.load(scales + matrix_rows).to(tl.float32)[:, None]
         if HAS_BIAS:
             y += tl.load(bias + matrix_rows).to(tl.float32)[:, None]
-        result = _gated(y, WIDTH, ROWS) if IS_GATED else y
+        if IS_GATED:
+            gate, up = tl.split(tl.permute(tl.reshape(y, [2, WIDTH, ROWS]), (1, 2, 0)))
+            result = gate / (1.0 + tl.exp(-gate)) * up
+        else:
+            result = y
         columns = stripe * WIDTH + tl.arange(0, WIDTH)
         at_out = out + rows[:, None].to(tl.int64) * n + columns[None, :]
         tl.store(at_out, tl.trans(result).to(out.dtype.element_ty), mask=is_row[:, None] & (columns < n)[None, :])
-
-
-@jit()
-def _gated(y: tl.tensor, WIDTH: tl.constexpr, ROWS: tl.constexpr) -> tl.tensor:
-    gate, up = tl.split(tl.permute(tl.reshape(y, [2, WIDTH, ROWS]), (1, 2, 0)))
-    return gate / (1.0 + tl.exp(-gate)) * up

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aphro_kernels.float8_kernel import float8_kernel
 from aphro_kernels.language import chain_options, next_power_of_2
-from aphro_kernels.split_rows import GROUP, SplitRows, split_rows
+from aphro_kernels.split_rows import GROUP, split_rows
 
 # by the rows of x: fewer decode in registers, more share a dequantised copy
 _ROWS: Final = {"fp8": range(9, 257), "int4": range(9, 129)}
@@ -72,10 +72,8 @@ def launch_float8(
     parts: Tensor,
     arrivals: Tensor,
     is_gated: bool,
-    split: SplitRows | None = None,
 ) -> None:
-    """``out`` [rows, n] = x W^T (+ bias), or SiLU(gate) * up of codes with 2 n rows. ``group`` 0: a scale a row.
-    ``split``: of ``x``, where it is made already."""
+    """``out`` [rows, n] = x W^T (+ bias), or SiLU(gate) * up of codes with 2 n rows. ``group`` 0: a scale a row."""
     num_rows, k = x.shape
     n = out.shape[1]
     stripes = -(-n // (config.columns // 2 if is_gated else config.columns))
@@ -84,7 +82,7 @@ def launch_float8(
     assert group % GROUP == 0
     assert config.splits == 1 or tiles <= arrivals.numel()
     assert config.splits == 1 or tiles * config.splits * config.columns * config.rows <= parts.numel()
-    split = split_rows(x) if split is None else split
+    split = split_rows(x)
     launch: Any = float8_kernel[(tiles * config.splits,)]
     launch(
         split.codes,

@@ -30,9 +30,10 @@ def multiply_float8(
 ) -> tl.tensor:
     """``[BN, ROWS]`` float32 without the scales of rows: inputs ``low * 128`` to ``high * 128`` of the rows of W that
     ``matrix_rows`` [BN] int64 names. ``x_at`` [1, 2 ROWS] are the addresses of all rows' first numbers, then of their
-    second ones, ``sum_at`` [ROWS] those of the rows' sums. KIND "fp8": in rows, a scale for each GROUP inputs or (0) a
+    second ones, ``sum_at`` [2 ROWS] those of their sums. KIND "fp8": in rows, a scale for each GROUP inputs or (0) a
     row; "int4": in tiles (tile_linear.py)."""
     chunks = k // 128
+    piece = tl.arange(0, 2 * ROWS)
     total = tl.zeros([BN, 2 * ROWS], tl.float32)
     if KIND == "fp8":
         inputs = tl.arange(0, 128)
@@ -54,41 +55,21 @@ def multiply_float8(
         code_at = codes + (matrix_rows // 16 * chunks * 1024 + matrix_rows % 16 * 64)[:, None] + inputs[None, :]
         pair_at = scales + matrix_rows // 16 * chunks * 32 + matrix_rows % 16
         next_scale = tl.load(pair_at + low * 32)
+        next_offset = tl.load(pair_at + low * 32 + 16)
         for chunk in tl.range(low, high, num_stages=STAGES):
             q = tl.load(code_at + chunk * 1024)
             first = tl.load(x_at + (chunk * 128 + inputs)[:, None])
             second = tl.load(x_at + (chunk * 128 + 64 + inputs)[:, None])
-            s = next_scale.to(tl.float32) * 512.0
-            next_scale = tl.load(pair_at + tl.minimum(chunk + 1, high - 1) * 32)  # only tiles are pipelined
+            s, o = next_scale.to(tl.float32) * 512.0, next_offset.to(tl.float32)
+            next_at = pair_at + tl.minimum(chunk + 1, high - 1) * 32  # one chunk ahead: only tiles are pipelined
+            next_scale, next_offset = tl.load(next_at), tl.load(next_at + 16)
+            sum_ = tl.load(sum_at + chunk, mask=piece < ROWS, other=0.0)
             w, w_second = _as_float8(q, HAS_ASM)
             part = tl.dot(w_second, second, tl.dot(w, first))
             total += part * s[:, None]
+            total += sum_[None, :] * o[:, None]
     upper, lower = tl.split(tl.permute(tl.reshape(total, [BN, 2, ROWS]), (0, 2, 1)))
-    y = upper + lower * 0.0625
-    if KIND == "int4":
-        y = _add_offsets(y, pair_at + 16, sum_at, low, high, ROWS, BN)
-    return y
-
-
-@jit()
-def _add_offsets(
-    y: tl.tensor,
-    offset_at: tl.tensor,
-    sum_at: tl.tensor,
-    low: tl.tensor,
-    high: tl.tensor,
-    ROWS: tl.constexpr,
-    BN: tl.constexpr,
-) -> tl.tensor:
-    """``y`` [BN, ROWS] and the groups' offsets times the rows' sums: one small product."""
-    groups = tl.arange(0, 16)
-    for base in range(low, high, 16):
-        group = base + groups
-        is_group = group < high
-        offsets = tl.load(offset_at[:, None] + group[None, :] * 32, mask=is_group[None, :], other=0.0).to(tl.float32)
-        sums = tl.load(sum_at[None, :] + group[:, None], mask=is_group[:, None], other=0.0)
-        y = tl.dot(offsets, sums, y, input_precision="tf32x3")
-    return y
+    return upper + lower * 0.0625
 
 
 @jit()

@@ -95,11 +95,10 @@ def _grouped_float8_kernel(
     columns = tl.program_id(0) * BN + tl.arange(0, BN)
     matrix_rows = expert.to(tl.int64) * width + tl.minimum(columns, width - 1)
     chunks = depth // 128
-    slot = tl.load(slots + tile * ROWS + tl.arange(0, ROWS))
-    sum_at = sums + tl.minimum(slot, num_slots - 1) // slots_per_row * chunks
     y = multiply_float8(
-        x_at, sum_at, codes, scales, matrix_rows, 0, chunks, depth, ROWS, BN, STAGES, KIND, GROUP, HAS_ASM
+        x_at, sums + row * chunks, codes, scales, matrix_rows, 0, chunks, depth, ROWS, BN, STAGES, KIND, GROUP, HAS_ASM
     )
+    slot = tl.load(slots + tile * ROWS + tl.arange(0, ROWS))
     is_slot = slot < num_slots
     y *= tl.load(row_scales + slot // slots_per_row, mask=is_slot, other=0.0)[None, :]
     if KIND == "fp8" and GROUP == 0:

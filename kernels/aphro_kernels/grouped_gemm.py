@@ -4,14 +4,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 from torch import Tensor
 
 from aphro_kernels.language import jit, next_power_of_2, runs_kernels, tl, triton
-
-_PLANNED: Final = 2**14  # slots times experts that one program keeps in registers
 
 
 @dataclass(slots=True)
@@ -33,76 +30,9 @@ def plan_tiles(chosen: Tensor, first: int, num_experts: int) -> RowTiles:
 
     Shapes follow from the shape of ``chosen`` alone and nothing is copied to the host: a CUDA graph may hold it.
     """
-    size = next_power_of_2(max(chosen.numel(), 1)) * next_power_of_2(max(num_experts, 1))
-    if not runs_kernels(chosen) or size > _PLANNED or not chosen.numel():
-        return plan_tiles_reference(chosen, first, num_experts)
-    return _launch_plan(chosen, first, num_experts)
-
-
-def _tile_sizes(num_slots: int, num_experts: int) -> tuple[int, int]:
-    """(rows of a tile, of all tiles)."""
+    num_slots = chosen.numel()
     rows = _tile_rows(num_slots, num_experts)
-    return rows, -(-(num_slots + min(num_experts, num_slots) * (rows - 1)) // rows) * rows
-
-
-def _launch_plan(chosen: Tensor, first: int, num_experts: int) -> RowTiles:
-    num_slots = chosen.numel()
-    rows, capacity = _tile_sizes(num_slots, num_experts)
-    slots, experts = (torch.empty(n, dtype=torch.int32, device=chosen.device) for n in (capacity, capacity // rows))
-    width = next_power_of_2(num_slots)
-    _plan_kernel[(1,)](
-        chosen.contiguous(),
-        slots,
-        experts,
-        first,
-        num_slots,
-        num_experts,
-        capacity,
-        SLOTS=width,
-        EXPERTS=next_power_of_2(num_experts),
-        ROWS=rows,
-        num_warps=min(max(width * next_power_of_2(num_experts) // 1024, 4), 16),
-    )
-    return RowTiles(slots, experts, rows, num_slots)
-
-
-@jit(do_not_specialize=["first", "num_slots", "capacity"])
-def _plan_kernel(
-    chosen: tl.tensor,
-    slots: tl.tensor,
-    experts: tl.tensor,
-    first: tl.tensor,
-    num_slots: tl.tensor,
-    num_experts: tl.tensor,
-    capacity: tl.tensor,
-    SLOTS: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    ROWS: tl.constexpr,
-) -> None:
-    """One program: a slot's place is where its expert begins, and how many slots before it have the same one."""
-    slot, expert = tl.arange(0, SLOTS), tl.arange(0, EXPERTS)
-    local = tl.load(chosen + slot, mask=slot < num_slots, other=-1).to(tl.int32) - first
-    is_slot = (slot < num_slots) & (local >= 0) & (local < num_experts)
-    is_its = (local[None, :] == expert[:, None]) & is_slot[None, :]
-    before = tl.cumsum(is_its.to(tl.int32), axis=1) - 1
-    counts = tl.sum(is_its.to(tl.int32), axis=1)
-    padded = (counts + ROWS - 1) // ROWS * ROWS
-    ends = tl.cumsum(padded, axis=0)
-    place = tl.sum(tl.where(is_its, (ends - padded)[:, None] + before, 0), axis=0)
-    block = tl.arange(0, 1024)
-    for start in range(0, capacity, 1024):
-        tl.store(slots + start + block, num_slots, mask=start + block < capacity)
-    tl.debug_barrier()  # what is stored now is stored last
-    tl.store(slots + place, slot, mask=is_slot)
-    tile = tl.arange(0, 64)
-    for start in range(0, capacity // ROWS, 64):
-        passed = (ends[:, None] <= ((start + tile) * ROWS)[None, :]) & (expert < num_experts)[:, None]
-        tl.store(experts + start + tile, tl.sum(passed.to(tl.int32), axis=0), mask=start + tile < capacity // ROWS)
-
-
-def plan_tiles_reference(chosen: Tensor, first: int, num_experts: int) -> RowTiles:
-    num_slots = chosen.numel()
-    rows, capacity = _tile_sizes(num_slots, num_experts)
+    capacity = -(-(num_slots + min(num_experts, num_slots) * (rows - 1)) // rows) * rows
     local = chosen.flatten() - first
     local = torch.where((local >= 0) & (local < num_experts), local, num_experts)
     sorted_experts, order = torch.sort(local, stable=True)

@@ -188,7 +188,6 @@ def packed_linear(
             parts=workspace.parts,
             arrivals=workspace.arrivals,
             is_gated=is_gated,
-            split=workspace.last_split.take(x),
         )
         return out
     assert num_rows <= config.rows

@@ -6,7 +6,7 @@ faster there, says tuned.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import torch
@@ -15,7 +15,6 @@ from torch.nn.functional import linear, silu
 
 from aphro_kernels.language import chain_options, next_power_of_2
 from aphro_kernels.skinny_kernel import skinny_kernel
-from aphro_kernels.split_rows import LastSplit
 
 MAX_ROWS: Final = 64
 _PART_ELEMENTS: Final = 2**22  # float32, of the parts of cut stripes
@@ -39,11 +38,10 @@ class SkinnyConfig:
 
 @dataclass(frozen=True, slots=True)
 class SkinnyWorkspace:
-    """What the launches of one stream share; the tensors are zeros between them."""
+    """What the launches of one stream share; zeros between them."""
 
     parts: Tensor  # float32
     arrivals: Tensor  # int32
-    last_split: LastSplit = field(default_factory=LastSplit)
 
 
 def build_skinny_workspace(device: torch.device) -> SkinnyWorkspace:

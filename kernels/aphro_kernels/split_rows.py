@@ -48,38 +48,15 @@ def split_rows(x: Tensor) -> SplitRows:
     return _launch(x)
 
 
-def empty_split(x: Tensor) -> SplitRows:
-    """For a kernel to fill, of rows like ``x``."""
+def _launch(x: Tensor) -> SplitRows:
     num_rows, k = x.shape
+    assert x.stride(1) == 1
     assert k % GROUP == 0
-    return SplitRows(
+    split = SplitRows(
         torch.empty(2, num_rows, k, dtype=FLOAT8, device=x.device),
         torch.empty(num_rows, dtype=torch.float32, device=x.device),
         torch.empty(num_rows, k // GROUP, dtype=torch.float32, device=x.device),
     )
-
-
-@dataclass(slots=True)
-class LastSplit:
-    """Of the rows that a norm wrote last (rms_norm_split.py), for the product that reads them next."""
-
-    rows: Tensor | None = None
-    split: SplitRows | None = None
-
-    def keep(self, rows: Tensor, split: SplitRows) -> None:
-        self.rows, self.split = rows, split
-
-    def take(self, rows: Tensor) -> SplitRows | None:
-        """If it is that of the very tensor ``rows``; once."""
-        split = self.split if self.rows is rows else None
-        self.rows = self.split = None
-        return split
-
-
-def _launch(x: Tensor) -> SplitRows:
-    num_rows, k = x.shape
-    assert x.stride(1) == 1
-    split = empty_split(x)
     launch: Any = _split_rows_kernel[(num_rows,)]
     launch(
         x,
@@ -113,22 +90,6 @@ def _split_rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     ks = tl.arange(0, BLOCK)
     value = tl.load(x + row * x_stride + ks, mask=ks < k, other=0.0).to(tl.float32)
-    store_split(value, codes, scales, sums, row, num_rows, k, BLOCK)
-
-
-@jit()
-def store_split(
-    value: tl.tensor,
-    codes: tl.tensor,
-    scales: tl.tensor,
-    sums: tl.tensor,
-    row: tl.tensor,
-    num_rows: tl.tensor,
-    k: tl.tensor,
-    BLOCK: tl.constexpr,
-) -> None:
-    """Of row number ``row`` (int64): ``value`` [BLOCK] float32 that a bfloat16 holds, zeros from ``k`` on."""
-    ks = tl.arange(0, BLOCK)
     peak = tl.max(tl.abs(value), axis=0)
     # between 128 and 256 of its scale; both are normal numbers
     exponent = tl.minimum(tl.maximum(peak.to(tl.int32, bitcast=True) >> 23, 10), 254)

@@ -23,13 +23,10 @@ from tests.kernels.comparisons import (
     compare_grouped_packed_linear,
     compare_list_tiles,
     compare_packed_linear,
-    compare_plan_tiles,
     compare_quantise_rows,
     compare_rms_norm,
-    compare_rms_norm_split,
     compare_rotary,
     compare_rotary_angles,
-    compare_route,
     compare_sample,
     compare_silu_and_mul,
     compare_skinny_linear,
@@ -303,34 +300,9 @@ def test_packed_linear_of_split_rows(num_rows: int, groups: int) -> None:
     compare_packed_linear(num_rows, (1030, 4096), "fp8", groups, torch.bfloat16, "cuda")
 
 
-@pytest.mark.parametrize(("num_rows", "width"), [(1, 4096), (37, 640)])
-def test_rms_norm_split(num_rows: int, width: int) -> None:
-    compare_rms_norm_split(num_rows, width, "cuda")
-
-
 @pytest.mark.parametrize(("num_rows", "width"), [(1, 128), (33, 4096), (5, 14336), (200, 640)])
 def test_split_rows(num_rows: int, width: int) -> None:
     compare_split_rows(num_rows, width, "cuda")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("num_tokens", "num_experts", "top"), [(1, 8, 2), (5, 60, 4), (3, 4, 4)])
-def test_route(num_tokens: int, num_experts: int, top: int, dtype: torch.dtype) -> None:
-    compare_route(num_tokens, num_experts, top, dtype, "cuda")
-
-
-@pytest.mark.parametrize(
-    ("num_tokens", "top", "num_experts", "here"),
-    [
-        (1, 2, 8, range(8)),
-        (5, 2, 8, range(3, 5)),
-        (256, 2, 8, range(8)),
-        (9, 4, 60, range(60)),
-        (70, 3, 5, range(1, 5)),
-    ],
-)
-def test_plan_tiles(num_tokens: int, top: int, num_experts: int, here: range) -> None:
-    compare_plan_tiles(num_tokens, top, num_experts, here, "cuda")
 
 
 @pytest.mark.parametrize("num_tokens", [1, 40, 300])

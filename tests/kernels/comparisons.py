@@ -23,10 +23,8 @@ from aphro_kernels import (
     peer_all_reduce,
     quantise_rows,
     rms_norm,
-    rms_norm_split,
     rotary,
     rotary_angles,
-    route,
     sample,
     silu_and_mul,
     skinny_linear,
@@ -501,51 +499,6 @@ def compare_split_rows(num_rows: int, width: int, device: str) -> None:
     torch.testing.assert_close(split.sums, expected.sums, atol=0.01, rtol=1e-5)
     x[0, -1] = math.inf
     assert split_rows._launch(x).scales.isnan().tolist() == [row == 0 for row in range(num_rows)]
-
-
-def compare_rms_norm_split(num_rows: int, width: int, device: str) -> None:
-    """The norm of before, and the split of exactly what it wrote."""
-    x, residual = (random(num_rows, width, dtype=torch.bfloat16, device=device, seed=seed) for seed in (0, 1))
-    weight = random(width, dtype=torch.bfloat16, device=device, seed=2)
-    for added in (None, residual.clone()):
-        expected = rms_norm.rms_norm_reference(x, weight, 1e-5)
-        if added is not None:
-            expected = rms_norm.add_rms_norm_reference_(residual, x, weight, 1e-5)
-        out = nans(num_rows, width, dtype=torch.bfloat16, device=device)
-        normed, split = rms_norm_split.rms_norm_split(x, added, weight, 1e-5, out)
-        assert_close(normed, expected)
-        if added is not None:
-            assert_close(added, residual)
-        right = split_rows.split_rows_reference(normed)
-        assert torch.equal(split.scales, right.scales)
-        assert torch.equal(split.codes[0].float(), right.codes[0].float())
-        torch.testing.assert_close(split.codes[1].float(), right.codes[1].float(), atol=2.0**-9, rtol=0)
-        torch.testing.assert_close(split.sums, right.sums, atol=0.01, rtol=1e-5)
-
-
-def compare_route(num_tokens: int, num_experts: int, top: int, dtype: torch.dtype, device: str) -> None:
-    """Also where two experts are alike: the first one comes first."""
-    logits = random(num_tokens, num_experts + 8, dtype=torch.float32, device=device)[:, :num_experts]
-    logits += torch.arange(num_experts, device=device) / 1e3  # no two alike by chance, so that topk has no choice
-    for renormalize in (False, True):
-        found = route._launch(logits.to(dtype), top, renormalize)
-        expected = route.route_reference(logits.to(dtype), top, renormalize=renormalize)
-        torch.testing.assert_close(found[1], expected[1], atol=1e-6, rtol=1e-5)
-        alike = torch.softmax(logits.to(dtype).float(), dim=-1)
-        torch.testing.assert_close(alike.gather(1, found[0]), alike.gather(1, expected[0]), atol=0, rtol=0)
-    same = route._launch(torch.zeros(2, num_experts, dtype=dtype, device=device), top, True)
-    assert same[0].tolist() == [list(range(top))] * 2
-    torch.testing.assert_close(same[1], torch.full_like(same[1], 1 / top))
-
-
-def compare_plan_tiles(num_tokens: int, top: int, num_experts: int, here: range, device: str) -> None:
-    generator = torch.Generator().manual_seed(num_tokens)
-    chosen = torch.rand(num_tokens, num_experts, generator=generator).topk(top, dim=-1).indices.to(device)
-    found = grouped_gemm._launch_plan(chosen, here.start, len(here))
-    expected = grouped_gemm.plan_tiles_reference(chosen, here.start, len(here))
-    assert (found.rows, found.num_slots) == (expected.rows, expected.num_slots)
-    assert torch.equal(found.slots, expected.slots)
-    assert torch.equal(found.experts, expected.experts)
 
 
 def compare_grouped_packed_linear(

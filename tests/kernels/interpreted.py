@@ -16,13 +16,10 @@ from tests.kernels.comparisons import (
     compare_list_tiles,
     compare_packed_linear,
     compare_peer_all_reduce,
-    compare_plan_tiles,
     compare_quantise_rows,
     compare_rms_norm,
-    compare_rms_norm_split,
     compare_rotary,
     compare_rotary_angles,
-    compare_route,
     compare_sample,
     compare_silu_and_mul,
     compare_skinny_linear,
@@ -205,10 +202,6 @@ def test_packed_linear_of_split_rows(
     compare_packed_linear(num_rows, shape, kind, num_groups, BF16, "cpu", config, is_tiled=kind == "int4")
 
 
-def test_rms_norm_split() -> None:
-    compare_rms_norm_split(3, 384, "cpu")
-
-
 @pytest.mark.parametrize("num_groups", [1, 2])
 def test_packed_linear_of_float8_in_float16(num_groups: int) -> None:
     """bfloat16 rows are scaled into the range of float16."""
@@ -218,26 +211,6 @@ def test_packed_linear_of_float8_in_float16(num_groups: int) -> None:
 
 def test_grouped_packed_linear_of_tiles() -> None:
     compare_grouped_packed_linear(7, 2, range(2, 5), (48, 256), "int4", 2, F16, "cpu", is_tiled=True)
-
-
-@pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize(("num_tokens", "num_experts", "top"), [(1, 8, 2), (5, 60, 4), (3, 4, 4)])
-def test_route(num_tokens: int, num_experts: int, top: int, dtype: torch.dtype) -> None:
-    compare_route(num_tokens, num_experts, top, dtype, "cpu")
-
-
-@pytest.mark.parametrize(
-    ("num_tokens", "top", "num_experts", "here"),
-    [
-        (1, 2, 8, range(8)),
-        (5, 2, 8, range(3, 5)),
-        (256, 2, 8, range(8)),
-        (9, 4, 60, range(60)),
-        (70, 3, 5, range(1, 5)),
-    ],
-)
-def test_plan_tiles(num_tokens: int, top: int, num_experts: int, here: range) -> None:
-    compare_plan_tiles(num_tokens, top, num_experts, here, "cpu")
 
 
 @pytest.mark.parametrize(("kind", "groups"), [("fp8", 1), ("fp8", 2), ("int4", 2)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from aphro_kernels.split_rows import LOW_UNIT, LastSplit, SplitRows, split_rows
+from aphro_kernels.split_rows import LOW_UNIT, SplitRows, split_rows
 
 
 def joined(split: SplitRows) -> torch.Tensor:
@@ -32,14 +32,3 @@ def test_sums_and_rows_that_are_not_finite() -> None:
     torch.testing.assert_close(split.sums * split.scales[:, None], x.float().view(4, 3, 128).sum(dim=-1))
     x[1, 7], x[2, 300] = float("inf"), float("nan")
     assert split_rows(x).scales.isnan().tolist() == [False, True, True, False]
-
-
-def test_a_kept_split_is_taken_once_and_by_the_very_rows() -> None:
-    last, rows = LastSplit(), torch.randn(2, 128).bfloat16()
-    split = split_rows(rows)
-    last.keep(rows, split)
-    assert last.take(rows) is split
-    assert last.take(rows) is None
-    last.keep(rows, split)
-    assert last.take(rows.clone()) is None
-    assert last.take(rows) is None

@@ -242,10 +242,6 @@ class _Parts:
         elif spec.residual_scale != 1.0:
             outs = [partial(_scale_, scale=spec.residual_scale)] * 2
         norms = [self.norm(f"{name}.{norm}") for norm in ("input_norm", "post_attention_norm")]
-        _feed(norms[0], attention.projections[0], is_gated=False)
-        if isinstance(mlp, GatedMLP):
-            gate_up, _, activation = mlp.parts
-            _feed(norms[1], gate_up, is_gated=activation == "silu")
         return Block(norms[0], attention, norms[1], mlp, self._group, *outs)
 
     def _attention(self, name: str, layer: int) -> Attention:
@@ -347,12 +343,6 @@ class _Parts:
     def _keep(self, parameter: Tensor) -> Tensor:
         self._plain[parameter.data_ptr()] = parameter.nbytes
         return parameter
-
-
-def _feed(norm: Norm, product: AnyLinear, *, is_gated: bool) -> None:
-    """Tell a norm of the product that reads it, which may want its rows split."""
-    if isinstance(norm, RMSNorm) and isinstance(product, QuantizedLinear):
-        norm.feed(partial(product.wants_split, is_gated=is_gated))
 
 
 def _scale_(x: Tensor, scale: float) -> Tensor:

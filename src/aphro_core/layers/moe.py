@@ -7,7 +7,6 @@ from typing import Protocol
 
 import torch
 from aphro_kernels.grouped_gemm import plan_tiles
-from aphro_kernels.route import route
 from torch import Tensor
 
 from aphro_core.layers.expert_stacks import Stack
@@ -51,7 +50,10 @@ class SparseMoe:
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Every rank has the whole router and the same rows, so all choose alike."""
-        return route(self._router(x), self._top, renormalize=self._renormalize)
+        shares, chosen = torch.softmax(self._router(x).float(), dim=-1).topk(self._top, dim=-1)
+        if self._renormalize:
+            shares = shares / shares.sum(dim=-1, keepdim=True)
+        return chosen, shares
 
 
 class LoopedExperts:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Final
 
 import torch
 from aphro_kernels.cpu_rms_norm import CpuRMSNorm
 from aphro_kernels.rms_norm import add_rms_norm_, rms_norm
-from aphro_kernels.rms_norm_split import rms_norm_split
-from aphro_kernels.split_rows import LastSplit
 from torch import Tensor
 from torch.nn import functional
 
@@ -21,7 +18,7 @@ _FEW_ROWS: Final = 4  # up to here a norm on a CPU costs its calls, above it its
 class RMSNorm:
     """``x / sqrt(mean(x ** 2) + eps) * weight``, float32 inside. The weight may be finer than ``x``."""
 
-    __slots__ = ("_cpu", "_doubled_weight", "_wants_split", "_width", "eps", "weight")
+    __slots__ = ("_cpu", "_doubled_weight", "_width", "eps", "weight")
 
     def __init__(self, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> None:
         """``dtype`` of what will be normed, if it is not the weight's."""
@@ -31,17 +28,11 @@ class RMSNorm:
         has_kernel = weight.device.type == "cpu" and (dtype or weight.dtype) == torch.bfloat16
         self._cpu = CpuRMSNorm(weight, eps) if has_kernel else None
         self._doubled_weight = torch.cat((weight, weight))
-        self._wants_split: Callable[[Tensor], LastSplit | None] | None = None
-
-    def feed(self, wants_split: Callable[[Tensor], LastSplit | None]) -> None:
-        """What it makes is read by one product, which says where it looks for the split of such rows, if anywhere."""
-        self._wants_split = wants_split
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[..., width]`` to the same shape; rows may be strided, also in the answer."""
         if x.is_cuda:
-            kept = None if self._wants_split is None else self._wants_split(x)
-            return rms_norm(x, self.weight, self.eps) if kept is None else self._split(x, None, kept)
+            return rms_norm(x, self.weight, self.eps)
         if self._cpu is not None:
             return self._cpu(x)
         if x.dtype != self.weight.dtype:
@@ -57,18 +48,10 @@ class RMSNorm:
     def add_(self, residual: Tensor, delta: Tensor) -> Tensor:
         """``residual += delta`` in place; the norm of that sum."""
         if residual.is_cuda:
-            kept = None if self._wants_split is None else self._wants_split(residual)
-            if kept is not None:
-                return self._split(delta, residual, kept)
             return add_rms_norm_(residual, delta, self.weight, self.eps)
         if self._cpu is not None:
             return self._cpu.add_(residual, delta)
         return self(residual.add_(delta))
-
-    def _split(self, x: Tensor, residual: Tensor | None, kept: LastSplit) -> Tensor:
-        normed, split = rms_norm_split(x, residual, self.weight, self.eps)
-        kept.keep(normed, split)
-        return normed
 
     def add_sum_(self, residual: Tensor, summand: Tensor, group: TensorParallelGroup) -> Tensor:
         """``residual +=`` the sum of the ranks' ``summand``s; the norm of that: one launch where ``group`` can."""

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import torch
-from aphro_kernels.float8_linear import Float8Config, is_split_exactly
 from aphro_kernels.packed_linear import PackedWeight, can_convert, dequantise, packed_config, packed_linear
 from aphro_kernels.silu_and_mul import silu_and_mul
 from aphro_kernels.skinny_linear import SkinnyWorkspace
-from aphro_kernels.split_rows import LastSplit
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -42,13 +40,6 @@ class KernelProduct:
             part = weight.rows(start, min(start + step, n))
             torch.mm(x, dequantise(part, x.dtype).t(), out=y[:, start : start + step])
         return y if self._bias is None else y.add_(self._bias)
-
-    def wants_split(self, x: Tensor, *, is_gated: bool) -> LastSplit | None:
-        """Where the split of rows like ``x`` is to be kept; None: the product does not split them."""
-        if self._workspace is None or not is_split_exactly(x):
-            return None
-        is_split = isinstance(packed_config(self._weight, x, is_gated=is_gated), Float8Config)
-        return self._workspace.last_split if is_split else None
 
     def _few_rows(self, x: Tensor, *, is_gated: bool) -> Tensor | None:
         if self._workspace is None or x.dtype.itemsize != 2:

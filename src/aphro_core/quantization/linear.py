@@ -10,7 +10,6 @@ import torch
 from aphro_kernels.cpu_packed_linear import CpuPackedLinear, block_of
 from aphro_kernels.silu_and_mul import silu_and_mul
 from aphro_kernels.skinny_linear import SkinnyWorkspace
-from aphro_kernels.split_rows import LastSplit
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -61,10 +60,6 @@ class QuantizedLinear:
         if isinstance(only, CpuPackedLinear) and len(self._products) == 1 and self._bias is None and only.can_gate:
             return only.gated(x)
         return silu_and_mul(self(x))
-
-    def wants_split(self, x: Tensor, *, is_gated: bool) -> LastSplit | None:
-        """Where a norm that makes the rows of a call like ``x`` keeps their split (rms_norm_split.py)."""
-        return None if self._kernel is None else self._kernel.wants_split(x, is_gated=is_gated)
 
     @property
     def packed_bytes(self) -> int:
