@@ -180,12 +180,12 @@ def test_what_is_no_model(tmp_path: Path) -> None:
 
 def test_what_may_not_start_comes_with_what_makes_it_safe(config: Path) -> None:
     words = (config, "-tp", 1, "--max-model-len", 24000)
-    code, found = run_json(*words, "--gpu-memory", 23)
+    code, found = run_json(*words, "--gpu-memory", 23.5)
     assert (code, found["verdict"]) == (0, "may_not_start")
     assert "within the estimate's" in found["reason"]
     for way in found["remedies"]:
-        assert run_json(*words, "--gpu-memory", 23, *way["flags"].split())[1]["verdict"] == "fits"
-    code, found = run_json(*words, "--gpu-memory", 22.8)
+        assert run_json(*words, "--gpu-memory", 23.5, *way["flags"].split())[1]["verdict"] == "fits"
+    code, found = run_json(*words, "--gpu-memory", 23.2)
     assert (code, found["verdict"]) == (5, "does_not_fit")
     assert "it may start" in found["reason"]
 
