@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from functools import cache
 from typing import Final
 
@@ -48,6 +49,7 @@ def _mapping() -> _Mapping:
 def _map(num_bytes: int) -> Tensor:
     buffer = mmap.mmap(-1, num_bytes + _PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        buffer.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a kernel that was built without huge pages refuses the advice
+            buffer.madvise(mmap.MADV_HUGEPAGE)
     memory = torch.frombuffer(buffer, dtype=torch.uint8)
     return memory[-memory.data_ptr() % _PAGE_BYTES :][:num_bytes]

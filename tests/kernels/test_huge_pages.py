@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
+
+import pytest
 import torch
 from aphro_kernels import huge_pages
+
+from aphro_core.worker.kv_cache import _lazy_zeros as allocate_zeros
 
 MIB = 2**20
 
@@ -23,3 +29,14 @@ def test_order_and_dtype_are_kept() -> None:
     assert found.is_contiguous()
     assert torch.equal(found, x.permute(2, 0, 1))
     assert huge_pages.copied(x[:0]).shape == (0, 5, 4)
+
+
+def test_kernels_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(mmap.mmap):
+        def madvise(self, option: int, start: int = 0, length: int = 0) -> None:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Refusing)
+    x = torch.randn(33 * MIB // 4)  # in a mapping of its own
+    assert torch.equal(huge_pages.copied(x), x)
+    assert allocate_zeros((2, 2, 1, 16, 8), torch.bfloat16, MIB).count_nonzero() == 0

@@ -40,7 +40,8 @@ def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, num_prepared: int) -
     """
     buffer = mmap.mmap(-1, prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        buffer.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a kernel that was built without huge pages refuses the advice
+            buffer.madvise(mmap.MADV_HUGEPAGE)
     with suppress(OSError):  # Linux before 5.14: they are zeroed when they are written
         buffer.madvise(_MADV_POPULATE_WRITE, 0, min(num_prepared, len(buffer)))
     return torch.frombuffer(buffer, dtype=dtype).view(shape)
