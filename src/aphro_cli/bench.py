@@ -108,7 +108,7 @@ def bench(
             console.warn(warning)
         return ExitCode.INTERRUPTED if not is_whole else ExitCode.SERVER if report.errors else ExitCode.OK
 
-    raise typer.Exit(run_reported(console, work, interrupted="interrupted"))
+    raise typer.Exit(run_reported(console, work))
 
 
 def _measure(load: Load, warm: list[Planned], planned: list[Planned], console: Console) -> tuple[BenchReport, bool]:

@@ -80,7 +80,7 @@ def chat(
             _talk(ask, conversation, f"{name} at {connection.base_url}", console)
         return 0
 
-    raise typer.Exit(run_reported(console, work, interrupted="interrupted"))
+    raise typer.Exit(run_reported(console, work))
 
 
 def _asking(connection: Connection, model: str, sampling: Sampling) -> Ask:

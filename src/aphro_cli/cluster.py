@@ -238,7 +238,7 @@ def down() -> None:
 
 def _run(work: Callable[[Console], int]) -> None:
     console = open_console("info", term=os.environ.get("TERM", ""))
-    raise typer.Exit(run_reported(console, lambda: work(console), interrupted="interrupted"))
+    raise typer.Exit(run_reported(console, lambda: work(console)))
 
 
 def _print(as_json: bool, to_json: Callable[[], Any], render: Callable[[], list[str]]) -> None:

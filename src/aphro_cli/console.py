@@ -174,9 +174,7 @@ def has_style(stream: IO[str]) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
 
 
-def run_reported(
-    console: Console, work: Callable[[], int], *, interrupted: str = "interrupted before the server was up"
-) -> int:
+def run_reported(console: Console, work: Callable[[], int]) -> int:
     """Run ``work`` and return its exit code; an error becomes a message, the next step and its documented code.
 
     A reader that has closed our stdout (``aphro ... | head``) wanted no more: that ends with 0, silently.
@@ -184,7 +182,7 @@ def run_reported(
     try:
         return work()
     except KeyboardInterrupt:
-        console.error(interrupted, None)
+        console.error("interrupted", None)
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush complains

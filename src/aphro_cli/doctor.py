@@ -108,7 +108,7 @@ def doctor(
         _print(diagnosis, as_json)
         return diagnosis.exit_code
 
-    raise typer.Exit(run_reported(console, work, interrupted="interrupted"))
+    raise typer.Exit(run_reported(console, work))
 
 
 def _cluster_hosts() -> tuple[str, ...]:

@@ -66,7 +66,8 @@ class Channel(Generic[Out, In]):
     async def send(self, message: Out) -> None:
         """Raises :class:`ChannelClosedError` when the peer is gone.
 
-        What several tasks send in one turn of the loop goes out together, in order, and so is read together.
+        What several tasks send in one turn of the loop goes out together, in order, and so is read together: a
+        message may go out although its own sender was cancelled meanwhile.
         """
         self._unsent += self._codec.encode(message)
         try:

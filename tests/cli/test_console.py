@@ -188,7 +188,7 @@ def fail(error: BaseException) -> int:
     ("error", "code", "text"),
     [
         (ModelError("no such model", hint="look"), ExitCode.MODEL, "error: no such model\ntry: look\n"),
-        (KeyboardInterrupt(), ExitCode.INTERRUPTED, "error: interrupted before the server was up\n"),
+        (KeyboardInterrupt(), ExitCode.INTERRUPTED, "error: interrupted\n"),
         (KeyError("x"), ExitCode.INTERNAL, "error: unexpected KeyError: 'x'\ntry: again with --log-level debug"),
     ],
 )

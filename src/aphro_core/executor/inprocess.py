@@ -37,6 +37,7 @@ class InProcessExecutor:
         # the same thread every time: torch keeps a pool of OpenMP threads for each thread that computes
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._compute, name="worker", daemon=True)
+        self._is_dead = False
         self._failure: BaseException | None = None
         self._failed = anyio.Event()
         self.waiting = Results(
@@ -83,7 +84,7 @@ class InProcessExecutor:
         self._failed.set()
 
     def _compute(self) -> None:
-        while (call := self._calls.get()) is not None:
+        while not self._is_dead and (call := self._calls.get()) is not None:
             call()
 
     def _execute(self, plan: StepPlan) -> None:
@@ -94,6 +95,7 @@ class InProcessExecutor:
             self._worker.settle()
         except BaseException as error:
             _from_thread(self._loop, self._fail, error)
+            self._is_dead = True  # plans behind this one would build on half a step
 
     async def _call(self, function: Callable[[], T]) -> T:
         answer: asyncio.Future[T] = self._loop.create_future()
