@@ -31,7 +31,8 @@ __all__ = [
 
 def jit(**options: Any) -> Callable[[Callable[..., None]], Any]:
     """``triton.jit(**options)``. Integers that vary between steps belong into ``do_not_specialize``: Triton would
-    compile again, in the middle of serving, for each that becomes 1 or divisible by 16."""
+    compile again, in the middle of serving, for each that becomes 1 or divisible by 16. Of any other that is 1 it makes
+    a constant, which has no methods: ``tl.cast(n, tl.int64)``, not ``n.to(tl.int64)``."""
     return triton.jit(**options) if triton is not None else lambda function: function
 
 

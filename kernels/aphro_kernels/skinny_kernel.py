@@ -53,7 +53,7 @@ def skinny_kernel(
     start = program * tiles // used
     stop = (program + 1) * tiles // used
     PER_BYTE: tl.constexpr = 2 if KIND == "int4" else 1
-    up = n.to(tl.int64) * (k // PER_BYTE)  # where its rows begin, behind those of the gate
+    up = tl.cast(n, tl.int64) * (k // PER_BYTE)  # where its rows begin, behind those of the gate
     if CHAINED:
         if IS_EARLY:
             tl.extra.cuda.gdc_launch_dependents()

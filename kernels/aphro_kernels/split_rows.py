@@ -104,7 +104,7 @@ def _split_rows_kernel(
     low = (value - high) * 16.0
     at = codes + row * k + ks
     tl.store(at, high.to(tl.float8e4nv).to(tl.uint8, bitcast=True), mask=ks < k)
-    tl.store(at + num_rows.to(tl.int64) * k, low.to(tl.float8e4nv).to(tl.uint8, bitcast=True), mask=ks < k)
+    tl.store(at + tl.cast(num_rows, tl.int64) * k, low.to(tl.float8e4nv).to(tl.uint8, bitcast=True), mask=ks < k)
     tl.store(scales + row, tl.where(peak < float("inf"), scale, float("nan")))
     groups = tl.arange(0, BLOCK // 128)
     totals = tl.sum(tl.reshape(value, [BLOCK // 128, 128]), axis=1)

@@ -48,7 +48,7 @@ def tile_kernel(
     at = at + (warp * 1024)[None, :, None] + tl.arange(0, 64)[None, None, :]
     scale_at = scales + stripe * (TILES * 32) + (warp * 32)[:, None] + tl.arange(0, 16)[None, :]
     # where the rows of up begin, behind those of the gate
-    up, up_scale = (n // 16).to(tl.int64) * (TILES * 1024), n * (TILES * 2)
+    up, up_scale = tl.cast(n // 16, tl.int64) * (TILES * 1024), n * (TILES * 2)
     quarter = tl.arange(0, 32)  # of a thread's 32 inputs 8 follow each other, 16 and 64 on the next ones do
     x_row = tl.minimum(lane_row, num_rows - 1) * x_stride
     x_at = x + x_row[:, None, None] + (warp * 128)[None, :, None] + (quarter // 8 * 16 + quarter % 8)[None, None, :]

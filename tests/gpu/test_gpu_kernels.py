@@ -7,16 +7,20 @@ from unittest import mock
 
 import pytest
 import torch
-from aphro_kernels import decode_work, hopper_attention
+from aphro_kernels import decode_work, hopper_attention, tuned
 from aphro_kernels.decode_attention import decode_attention
 from aphro_kernels.decode_work import build_decode_work, plan_decode_
 from aphro_kernels.hopper import suits_hopper
+from aphro_kernels.packed_linear import packed_linear_reference
 from aphro_kernels.paged_attention import paged_attention_reference
 from aphro_kernels.rms_norm import rms_norm
 from aphro_kernels.rotary import rotary_and_cache
 from aphro_kernels.skinny_linear import SkinnyConfig, build_skinny_workspace, rows_bucket
 
+from aphro_core.quantization.kernel_linear import KernelProduct
+from aphro_core.quantization.matrix import PackedMatrix
 from tests.kernels.comparisons import (
+    assert_close,
     compare_attention,
     compare_gated_linear,
     compare_grouped_linear,
@@ -32,6 +36,7 @@ from tests.kernels.comparisons import (
     compare_skinny_linear,
     compare_split_rows,
     compare_step_rows,
+    packed_weight,
 )
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -275,6 +280,22 @@ def test_grouped_linear(
 )
 def test_packed_linear(num_rows: int, shape: tuple[int, int], num_groups: int, kind: str, dtype: torch.dtype) -> None:
     compare_packed_linear(num_rows, shape, kind, num_groups, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "num_groups"), [("int4", 32), ("int4", 16), ("int8", 64), ("fp8", 1), ("fp8", 8)])
+def test_one_output(kind: str, num_groups: int, dtype: torch.dtype) -> None:
+    """As the gate of a shared expert is, by whatever a layer takes for so many rows."""
+    depth, device = 2048, torch.device("cuda")
+    for num_rows in (1, 8):
+        compare_packed_linear(num_rows, (1, depth), kind, num_groups, dtype, "cuda")
+    weight = packed_weight((1, depth), kind, num_groups, dtype, "cuda")
+    matrix = PackedMatrix(weight.kind, weight.codes, weight.scales, weight.offsets)
+    product = KernelProduct(matrix, None, build_skinny_workspace(device))
+    for num_rows in (1, 2, 20, 60, 300):
+        x = torch.randn(num_rows, depth, device=device).to(dtype)
+        assert_close(product(x), packed_linear_reference(x, weight))
+    compare_skinny_linear(1, 1, depth, tuned._for_one_row(1, depth, False), dtype, "cuda")
 
 
 @pytest.mark.parametrize(("kind", "group"), [("int8", 16), ("int8", 32), ("int4", 32)])  # Q6_K; Q8_0, Q5_0; Q4_K, Q4_0

@@ -176,6 +176,13 @@ def test_packed_linear(num_rows: int, shape: tuple[int, int], num_groups: int, k
         compare_packed_linear(num_rows, shape, kind, num_groups, F16, "cpu", cut)
 
 
+@pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
+def test_packed_linear_of_one_output(kind: str) -> None:
+    """As the gate of a shared expert is."""
+    for num_rows in (1, 5):
+        compare_packed_linear(num_rows, (1, 96), kind, 3, F16, "cpu")
+
+
 @pytest.mark.parametrize(
     ("num_rows", "shape", "config"),
     [

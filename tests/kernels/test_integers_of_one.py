@@ -1,0 +1,133 @@
+"""Every kernel takes a 1 for each integer of a launch: Triton makes a constant of it, and constants are no tensors."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from typing import Any, Final
+
+import aphro_kernels
+import pytest
+
+from tests.kernels.test_kernels import KERNELS, triton_version
+
+pytestmark = pytest.mark.skipif(triton_version() < (3, 6), reason="tried with Triton 3.6 and 3.9")
+
+_WORDS: Final = ("plain", "int4", "int8", "fp8", "tf32", "ieee")  # values of constants, not types
+_GLUON: Final = (3, 6)
+_NO_INTEGERS: Final = {"chain_kernel.chain_kernel"}  # but the number of rows, which is never made a constant
+
+
+def _descriptor(rows: int) -> str:
+    from aphro_kernels.hopper import gl
+
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    return f"tensordesc<bf16[{rows}, 64],{layout!r}>"
+
+
+_ROWS = {
+    **dict.fromkeys(["x", "weight", "bias", "out", "scales", "offsets"], "*bf16"),
+    **{"codes": "*u8", "pieces": "*fp8e4nv", "arrivals": "*i32", "slots": "*i32", "experts": "*i32"},
+    **dict.fromkeys(["row_scales", "sums", "parts"], "*fp32"),
+    **dict.fromkeys(["num_rows", "n", "k", "x_stride", "ahead", "splits"], "i32"),
+    **dict.fromkeys(["num_experts", "num_slots", "width", "depth", "slots_per_row", "row_bytes"], "i32"),
+    **{"ROWS": 16, "BN": 64, "BK": 128, "STAGES": 3, "HAS_BIAS": True, "HAS_ASM": True, "IS_EARLY": True},
+    **{"KIND": "int4", "GROUP": 32, "SPLIT": 4, "IS_EVEN": False, "IS_TILED": False, "IS_GATED": False},
+}
+_ATTENTION = {
+    **dict.fromkeys(["q", "k_cache", "v_cache", "out"], "*bf16"),
+    **dict.fromkeys(["block_tables", "tiles", "seq_lens", "stretches", "totals", "arrivals"], "*i32"),
+    **dict.fromkeys(["q_stride", "block_rows", "table_stride"], "i32"),
+    **{"scale": "fp32", "value_scale": "fp32", "parts": "*fp32", "part_weights": "*fp32"},
+    **{"NUM_KV_HEADS": 8, "GROUP": 4, "HEADS": 8, "HEAD_DIM": 128, "BLOCK_SIZE": 16, "FIELDS": 8},
+}
+_SPLIT = {"KIND": "fp8", "GROUP": 0, "codes": "*fp8e4nv", "scales": "*fp32", "ROWS": 32, "BN": 128}
+_TILES = {"GROUP": 128, "IS_TILED": True}
+_PACKED: Final[dict[str, dict[str, Any]]] = {
+    **{
+        f"skinny_kernel.skinny_kernel {kind}": _ROWS | {"KIND": kind, "weight": codes, "IS_GATED": True}
+        for kind, codes in (("int4", "*u8"), ("int8", "*i8"), ("fp8", "*u8"))
+    },
+    "skinny_kernel.skinny_kernel a row": _ROWS | {"KIND": "int8", "weight": "*i8", "ROWS": 1, "SPLIT": 1},
+    "skinny_kernel.skinny_kernel tiles": _ROWS | _TILES | {"weight": "*u8", "BK": 512},
+    "tile_kernel.tile_kernel": _ROWS | {"TILES": 32, "WARPS": 4, "AHEAD": 1, "IS_UNROLLED": True, "IS_GATED": True},
+    "float8_kernel.float8_kernel": _ROWS | _SPLIT | {"IS_GATED": True},
+    "float8_kernel.float8_kernel tiles": _ROWS | _TILES | {"ROWS": 32, "BN": 128},
+    "grouped_gemm._grouped_linear_kernel": _ROWS
+    | {"BLOCK_N": 64, "BLOCK_K": 128, "IS_WHOLE": False, "PRECISION": "ieee"},
+    "grouped_packed._grouped_packed_kernel": _ROWS,
+    "grouped_packed._grouped_packed_kernel fp8": _ROWS | {"KIND": "fp8", "GROUP": 0, "SPLIT": 1},
+    "grouped_float8._grouped_float8_kernel": _ROWS | _SPLIT,
+    "packed_linear._dequantise_kernel": _ROWS | {"NUM_GROUPS": 4, "BLOCK": 1024},
+    "split_rows._split_rows_kernel": _ROWS | {"codes": "*u8", "scales": "*fp32", "BLOCK": 1024},
+}
+_HOPPER: Final[dict[str, dict[str, Any]]] = {
+    "gated_gemm.gated_kernel": _ROWS
+    | {"x": 64, "weight": 128, "out": 64, "ROWS": 128, "COLUMNS": 128, "INPUTS": 64, "GROUP": 16, "STAGES": 4},
+    "hopper_attention.hopper_attention_kernel": _ATTENTION | {"keys": 16, "values": 16, "KEYS": 128, "STAGES": 2},
+    "hopper_decode.hopper_decode_kernel": _ATTENTION | {"keys": 16, "values": 16, "KEYS": 64, "STAGES": 4},
+}
+_DESCRIPTORS: Final = {name: {"x", "weight", "out"} if "gated" in name else {"keys", "values"} for name in _HOPPER}
+
+
+@pytest.mark.parametrize("name", [*KERNELS, *_PACKED])
+def test_a_kernel_takes_ones(name: str) -> None:
+    _check(name, {**KERNELS, **_PACKED}[name])
+
+
+@pytest.mark.skipif(triton_version() != _GLUON, reason="Gluon changes from version to version")
+@pytest.mark.parametrize("name", _HOPPER)
+def test_a_kernel_in_gluon_takes_ones(name: str) -> None:
+    given = _HOPPER[name]
+    _check(name, given | {argument: _descriptor(given[argument]) for argument in _DESCRIPTORS[name]})
+
+
+def test_all_kernels_are_looked_at() -> None:
+    """By their names: what a launch names ends in "kernel"."""
+    found = set()
+    for module in pkgutil.iter_modules(aphro_kernels.__path__):
+        members = vars(importlib.import_module(f"aphro_kernels.{module.name}"))
+        found |= {
+            f"{module.name}.{name}"
+            for name, one in members.items()
+            if name.endswith("kernel") and hasattr(one, "arg_names") and one.fn.__module__.endswith(module.name)
+        }
+    assert found == {name.split()[0] for name in (*KERNELS, *_PACKED, *_HOPPER)} | _NO_INTEGERS
+
+
+def _check(name: str, given: dict[str, Any]) -> None:
+    module, kernel_name = name.split(maxsplit=1)[0].split(".")
+    kernel = getattr(importlib.import_module(f"aphro_kernels.{module}"), kernel_name)
+    given = {"CHAINED": True, **given}
+    integers = {one.name for one in kernel.params if given[one.name] == "i32" and not one.do_not_specialize}
+    for ones in _ones(integers):
+        _to_ir(kernel, given | dict.fromkeys(ones, 1))
+
+
+def _ones(integers: set[str]) -> Iterator[set[str]]:
+    """Each alone: constants leave out branches; and all together."""
+    yield from ({integer} for integer in sorted(integers))
+    if len(integers) > 1:
+        yield integers
+
+
+def _to_ir(kernel: Any, given: dict[str, Any]) -> None:
+    """The first pass of the compiler, which runs the kernel's Python; what follows knows no 1 from another constant."""
+    from triton._C.libtriton import ir
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler.compiler import make_backend
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+
+    is_type = {name: isinstance(given[name], str) and given[name] not in _WORDS for name in kernel.arg_names}
+    signature = {name: given[name] if is_type[name] else "constexpr" for name in kernel.arg_names}
+    constants = {(at,): given[name] for at, name in enumerate(kernel.arg_names) if not is_type[name]}
+    source = (GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource)(kernel, signature, constants)
+    target = GPUTarget("cuda", 90, 32)
+    backend: Any = make_backend(target)
+    options = backend.parse_options({"num_warps": 4})
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    source.make_ir(target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
