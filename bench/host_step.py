@@ -11,6 +11,7 @@ the clock. What the driver takes for copies and a graph is not in it.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import cProfile
 import os
 import pstats
@@ -23,7 +24,6 @@ from typing import Any
 
 import anyio
 import torch
-from torch import Tensor
 
 from aphro_core.channel import Channel
 from aphro_core.config import SchedulerConfig
@@ -69,13 +69,8 @@ class IdleWorker:
             SPEC, shard, decoder, caches, links,
             block_size=BLOCK_SIZE, max_rows=MAX_ROWS, max_model_len=MAX_LEN, dtype=torch.float32, device=cpu,
         )  # fmt: skip
-        tokens = torch.full((MAX_ROWS,), 7)
-        self._runner._run_padded = lambda shape: None
-
-        def draw(logits: Tensor, *rest: object) -> Tensor:
-            return tokens[: len(logits)].clone()
-
-        self._runner._device_sampler.draw = draw
+        self._runner._answers.memory.fill_(7)
+        self._runner._padded.run = lambda shape: None
         self.marks: dict[int, list[float]] = defaultdict(list)  # CPU seconds of the thread that launches, by rows
 
     def settle(self) -> None: ...
@@ -96,7 +91,7 @@ class IdleWorker:
 async def run_engine(sock: socket.socket, profile: cProfile.Profile | None) -> None:
     api = await Channel.over(sock, codec.engine_side_of_api())
     worker = IdleWorker()
-    executor = InProcessExecutor(worker)  # type: ignore[arg-type]
+    executor = InProcessExecutor(worker, asyncio.get_running_loop())  # type: ignore[arg-type]
 
     def build_scheduler() -> Scheduler:
         config = SchedulerConfig(max_num_seqs=MAX_ROWS, max_num_batched_tokens=8192)

@@ -28,7 +28,7 @@ import torch
 from workloads import CEILINGS, MODELS, WEIGHT_BYTES
 
 from aphro_core.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
-from aphro_core.messages.steps import NewSequence, ScheduledSequence, StartWorker, StepPlan
+from aphro_core.messages.steps import NewSequence, RowsAgain, ScheduledSequence, StartWorker, StepPlan
 from aphro_core.request import SamplingParams
 from aphro_core.worker.device_runner import DeviceRunner
 from aphro_core.worker.worker import Worker
@@ -67,6 +67,10 @@ class Stepper:
 
     def _run(self, new_blocks: list[list[int]], new: list[NewSequence]) -> object:
         self._step += 1
+        if not new and not self.lengths:  # as the scheduler says it of rows that go on
+            self._position += 1
+            blocks = [(row, block) for row, begun in enumerate(new_blocks) for block in begun]
+            return self._worker.launch(StepPlan(self._step, again=RowsAgain(self._rows, [], blocks)))
         scheduled = [ScheduledSequence(row, self._position, 1, [], new_blocks[row], True) for row in range(self._rows)]
         self._position += 1
         released, self._prompts = self._prompts, []
@@ -155,7 +159,7 @@ def graph_seconds(worker: Worker, rows: int, prompts: list[int], times: int) -> 
         shape = runner._shapes.with_chunks(rows + sum(prompts), rows, len(prompts))
         if not runner._shapes.has(shape):
             return float("nan")
-    return seconds(lambda: runner._run_padded(shape), times)[0]
+    return seconds(lambda: runner._padded.run(shape), times)[0]
 
 
 def main() -> None:

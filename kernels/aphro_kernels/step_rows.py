@@ -11,6 +11,9 @@ A device keeps, by slot (the place that a sequence has as long as it lives, and 
 - BLOCK: the block that holds the position if the step begins it, which is noted in the slot's table; else -1
 - DRAW_SLOT: where the token that is drawn goes; the last slot if none is
 - IS_NEW: 1 if it is the sequence's first step, in which others may write the prefix that it reads; for decode_work.py
+- ANSWER: where the host finds the token that is drawn, as an index of ``answers``; -1 for padding
+
+:func:`end_rows_` makes of a step's rows those of the next step, if the same come again: it need not be sent then.
 """
 # ruff: noqa: N803  (the constants of a kernel are in capitals)
 
@@ -22,10 +25,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from aphro_kernels.language import jit, runs_kernels, tl
+from aphro_kernels.language import chain_options, jit, runs_kernels, start_in_chain, tl
 
-SLOT, POSITION, TOKEN, BLOCK, DRAW_SLOT, IS_NEW, ROW_FIELDS = range(7)
+SLOT, POSITION, TOKEN, BLOCK, DRAW_SLOT, IS_NEW, ANSWER, ROW_FIELDS = range(8)
 _BLOCKS_AT_ONCE: Final = 256
+_ROWS_AT_ONCE: Final = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,3 +154,86 @@ def _step_rows_kernel(
         blocks = tl.load(table + at, mask=at < index, other=0)
         blocks = tl.where(at == index, block.to(tl.int32), blocks)
         tl.store(row_tables + row * table_stride + at, blocks, mask=at <= index)
+
+
+def end_rows_reference(
+    rows: Tensor, tokens: Tensor, is_bad: Tensor | None, last_token_ids: Tensor, answers: Tensor
+) -> None:
+    tokens = tokens if is_bad is None else tokens.masked_fill(is_bad, -1)
+    last_token_ids[rows[:, DRAW_SLOT]] = tokens
+    there = rows[:, ANSWER] >= 0
+    places = rows[there, ANSWER]
+    answers.view(-1)[places] = tokens[there]
+    rows[there, POSITION] += 1
+    rows[there, TOKEN] = rows[there, BLOCK] = -1
+    rows[there, IS_NEW] = 0
+    rows[there, ANSWER] = (places + answers.stride(0)) % answers.numel()
+
+
+def end_rows_(rows: Tensor, tokens: Tensor, is_bad: Tensor | None, last_token_ids: Tensor, answers: Tensor) -> None:
+    """Puts ``tokens`` [n] int64 where the next step and the host look for them, and moves ``rows`` [n, ROW_FIELDS] on.
+
+    A token is -1 instead where ``is_bad`` [n] bool. ``answers`` [steps, rows] int64 may be pinned memory of the host:
+    the next step's place is one line below, the first behind the last. Rows that have a place go on by one position,
+    with the token that was drawn, in a block that was begun; others stay as they are.
+    """
+    if not runs_kernels(rows):
+        end_rows_reference(rows, tokens, is_bad, last_token_ids, answers)
+        return
+    launch_end_rows(rows, tokens, is_bad, last_token_ids, answers)
+
+
+def launch_end_rows(
+    rows: Tensor, tokens: Tensor, is_bad: Tensor | None, last_token_ids: Tensor, answers: Tensor
+) -> None:
+    assert rows.is_contiguous()
+    assert rows.shape[1] == ROW_FIELDS
+    if len(rows):
+        _end_rows_kernel[(-(-len(rows) // _ROWS_AT_ONCE),)](
+            rows,
+            tokens,
+            is_bad,
+            last_token_ids,
+            answers,
+            len(rows),
+            answers.stride(0),
+            answers.numel(),
+            FIELDS=ROW_FIELDS,
+            AT_ONCE=_ROWS_AT_ONCE,
+            num_warps=4,
+            **chain_options(rows),
+        )
+
+
+@jit(do_not_specialize=["num_rows", "line", "num_places"])
+def _end_rows_kernel(
+    rows: tl.tensor,
+    tokens: tl.tensor,
+    is_bad: tl.tensor | None,
+    last_token_ids: tl.tensor,
+    answers: tl.tensor,
+    num_rows: tl.tensor,
+    line: tl.tensor,
+    num_places: tl.tensor,
+    FIELDS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    CHAINED: tl.constexpr,
+) -> None:
+    start_in_chain(CHAINED)
+    row = tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)
+    is_row = row < num_rows
+    token = tl.load(tokens + row, mask=is_row, other=0)
+    if is_bad is not None:
+        token = tl.where(tl.load(is_bad + row, mask=is_row, other=0) != 0, -1, token)
+    fields = rows + row * FIELDS  # SLOT, POSITION, TOKEN, BLOCK, DRAW_SLOT, IS_NEW, ANSWER
+    tl.store(last_token_ids + tl.load(fields + 4, mask=is_row, other=0), token, mask=is_row)
+    place = tl.load(fields + 6, mask=is_row, other=-1)
+    goes_on = place >= 0
+    tl.store(answers + place, token, mask=goes_on)
+    tl.store(fields + 1, tl.load(fields + 1, mask=goes_on, other=0) + 1, mask=goes_on)
+    nothing = tl.full([AT_ONCE], -1, tl.int64)
+    tl.store(fields + 2, nothing, mask=goes_on)
+    tl.store(fields + 3, nothing, mask=goes_on)
+    tl.store(fields + 5, nothing + 1, mask=goes_on)
+    place += line
+    tl.store(fields + 6, tl.where(place < num_places, place, place - num_places), mask=goes_on)

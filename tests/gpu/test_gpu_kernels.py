@@ -22,6 +22,7 @@ from aphro_core.quantization.matrix import PackedMatrix
 from tests.kernels.comparisons import (
     assert_close,
     compare_attention,
+    compare_end_rows,
     compare_gated_linear,
     compare_grouped_linear,
     compare_grouped_packed_linear,
@@ -379,3 +380,9 @@ def test_rounded_float8_products(num_rows: int, scale: float | None) -> None:
 @pytest.mark.parametrize("num_rows", [1, 63, 256])
 def test_step_rows(num_rows: int) -> None:
     compare_step_rows(num_rows, "cuda")
+
+
+@pytest.mark.parametrize("has_bad", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 16, 512])
+def test_end_rows(num_rows: int, has_bad: bool) -> None:
+    compare_end_rows(num_rows, "cuda", has_bad=has_bad)

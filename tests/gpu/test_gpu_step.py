@@ -152,10 +152,11 @@ def test_a_graph_gives_what_its_launches_give(serving: Serving, dials: SamplingP
     """Prompts alone, beside rows that decode, and many at once: the same tokens either way."""
     runner = serving.worker._runner
     assert isinstance(runner, DeviceRunner)
-    replay = runner._run_padded
+    padded = runner._padded
+    replay = padded.run
     tokens = []
-    for run in (replay, runner._run_layers):
-        runner._run_padded = run
+    for run in (replay, padded.launch):
+        padded.run = run
         first = max(serving._positions, default=-1) + 1
         ids = list(range(first, first + 14))
         steps = [
@@ -170,6 +171,6 @@ def test_a_graph_gives_what_its_launches_give(serving: Serving, dials: SamplingP
         serving.worker.launch(StepPlan(serving._step + 1, [], [], ids))
         serving._step += 1
         serving.give_back()
-    runner._run_padded = replay
+    padded.run = replay
     assert [len(drawn) for drawn in tokens[0]] == [2, 4, 13, 13, 13, 13, 3, 14]
     assert tokens[0] == tokens[1]

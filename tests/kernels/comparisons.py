@@ -586,3 +586,28 @@ def compare_step_rows(num_rows: int, device: str) -> None:
     for row, seq_len in enumerate(made[1].seq_lens.tolist()[:num_rows]):
         width = -(-seq_len // BLOCK_SIZE)
         assert torch.equal(made[0].block_tables[row, :width], made[1].block_tables[row, :width])
+
+
+def compare_end_rows(num_rows: int, device: str, *, has_bad: bool) -> None:
+    """Rows that go on from any line of answers, padding that stays, and rows whose tokens count for nobody."""
+    generator = torch.Generator().manual_seed(num_rows)
+    lines, width = 3, num_rows + 2
+
+    def random(most: int, *shape: int) -> Tensor:
+        return torch.randint(0, most, shape, generator=generator)
+
+    rows = random(1000, num_rows, step_rows.ROW_FIELDS)
+    rows[:, step_rows.DRAW_SLOT] = torch.randperm(num_rows + 5, generator=generator)[:num_rows]
+    rows[:, step_rows.ANSWER] = num_rows % lines * width + torch.arange(num_rows)
+    rows[2::3, step_rows.ANSWER] = -1
+    is_bad = random(2, num_rows).bool() if has_bad else None
+    given = [rows, random(1000, num_rows), is_bad, random(1000, num_rows + 5), random(1000, lines, width)]
+    found, expected = ([None if x is None else x.to(device).clone() for x in given] for _ in range(2))
+    for _ in range(4):
+        step_rows.launch_end_rows(*found)
+        step_rows.end_rows_reference(*expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours is theirs is None or torch.equal(ours, theirs)
+    assert torch.equal(found[0][2::3], rows[2::3].to(device)), "padding stays"
+    moved = found[0][0::3]
+    assert torch.equal(moved[:, step_rows.POSITION], rows[0::3, step_rows.POSITION].to(device) + 4)

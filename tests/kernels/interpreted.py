@@ -11,6 +11,7 @@ from aphro_kernels.tile_linear import TileConfig
 
 from tests.kernels.comparisons import (
     compare_attention,
+    compare_end_rows,
     compare_grouped_linear,
     compare_grouped_packed_linear,
     compare_list_tiles,
@@ -78,6 +79,11 @@ def test_rotary_angles(num_tokens: int, half: int) -> None:
 @pytest.mark.parametrize("num_rows", [0, 1, 9])
 def test_step_rows(num_rows: int) -> None:
     compare_step_rows(num_rows, "cpu")
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 150])
+def test_end_rows(num_rows: int) -> None:
+    compare_end_rows(num_rows, "cpu", has_bad=num_rows != 1)
 
 
 @pytest.mark.parametrize("window", [None, 300])

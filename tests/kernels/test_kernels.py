@@ -78,7 +78,11 @@ KERNELS: dict[str, dict[str, Any]] = {  # "module.kernel": types of its argument
     "step_rows._step_rows_kernel": {
         **dict.fromkeys(["rows", "last_token_ids", "token_ids", "positions", "slot_mapping"], "*i64"),
         **dict.fromkeys(["block_tables", "seq_lens", "row_tables"], "*i32"),
-        **{"table_stride": "i32", "FIELDS": 6, "BLOCK_SIZE": 16, "AT_ONCE": 256},
+        **{"table_stride": "i32", "FIELDS": 7, "BLOCK_SIZE": 16, "AT_ONCE": 256},
+    },
+    "step_rows._end_rows_kernel": {
+        **dict.fromkeys(["rows", "tokens", "last_token_ids", "answers"], "*i64"),
+        **{"is_bad": "*i1", "num_rows": "i32", "line": "i32", "num_places": "i32", "FIELDS": 7, "AT_ONCE": 128},
     },
     "rms_norm._rms_norm_kernel": {
         **dict.fromkeys(["x", "residual", "weight", "out"], "*bf16"),

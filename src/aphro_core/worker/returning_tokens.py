@@ -10,7 +10,6 @@ from torch import Tensor
 
 from aphro_core.distributed import TokenLink
 from aphro_core.messages.steps import StepPlan
-from aphro_core.worker.paged_inputs import PagedStep
 from aphro_core.worker.sequences import SequenceState
 
 
@@ -25,13 +24,13 @@ class ReturningTokens:
         self._num_steps = 0
         self._drawn_in: dict[int, int] = {}  # seq_id -> number of the step that drew its last token
 
-    def expect(self, step: PagedStep) -> None:
-        """``step`` has been launched here; its tokens will come."""
-        if not step.draws:
+    def expect(self, draws: list[int], slots: Tensor) -> None:
+        """A step has been launched here that ``draws`` a token for each of these; they will come, for ``slots``."""
+        if not draws:
             return
-        slots = step.draw_slots.clone()  # where those of a decode step were sent, the next one's will be
+        slots = slots.clone()  # where those of a decode step were sent, the next one's will be
         self._num_steps += 1
-        self._drawn_in.update((seq_id, self._num_steps) for seq_id in step.draws)
+        self._drawn_in.update((seq_id, self._num_steps) for seq_id in draws)
         self._expect(slots)
 
     def expect_void(self, count: int) -> None:

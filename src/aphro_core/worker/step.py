@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
-from torch import Tensor
-
 from aphro_core.errors import AphroError, ExitCode
 from aphro_core.messages.steps import PromptLogprobs, StepResult
+from aphro_core.worker.answers import Answer
 from aphro_core.worker.step_failure import failed_step
 
 
@@ -28,39 +26,28 @@ class FinishedStep:
 
 
 class RunningStep:
-    """A step on a GPU: its tokens are on the way into pinned memory, and an event says when they are there."""
+    """A step on a GPU: its tokens are on their way."""
 
     def __init__(
         self,
         step_id: int,
         seq_ids: list[int],
-        tokens: Tensor,
+        answer: Answer,
         prompt_logprobs: list[PromptLogprobs],
         wanted: list[int] | None = None,
     ) -> None:
-        """``tokens`` [rows] int64 on the device, -1 where none could be drawn, of the sequences ``seq_ids``.
+        """``answer``: the tokens of the sequences ``seq_ids``, -1 where none could be drawn.
 
         ``wanted``: which of them are, by index; None: all.
         """
         self._step_id = step_id
         self._seq_ids = seq_ids
+        self._answer = answer
         self._wanted = wanted
         self._prompt_logprobs = prompt_logprobs
-        self._event: torch.cuda.Event | None = None
-        if tokens.is_cuda:
-            # the allocator keeps freed pinned memory until the copies out of and into it are done
-            self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            self._tokens.copy_(tokens, non_blocking=True)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
-        else:
-            self._tokens = tokens.clone()
 
     def result(self) -> StepResult:
-        if self._event is not None:
-            self._event.synchronize()
-        seq_ids: list[int] = self._seq_ids
-        token_ids: list[int] = self._tokens.tolist()
+        seq_ids, token_ids = self._seq_ids, self._answer.read()
         if self._wanted is not None:
             seq_ids, token_ids = [seq_ids[i] for i in self._wanted], [token_ids[i] for i in self._wanted]
         if token_ids and min(token_ids) < 0:

@@ -25,6 +25,7 @@ from aphro_core.worker.gathered_rows import GatheredRowsBuilder
 from aphro_core.worker.paged_inputs import PagedInputs
 from aphro_core.worker.sequences import apply_plan
 from aphro_core.worker.span import Span
+from aphro_core.worker.step_memory import StepMemory
 from aphro_core.worker.step_shapes import StepShapes
 
 CPU = torch.device("cpu")
@@ -146,7 +147,7 @@ def paged(step: Step) -> Tensor:
     """The kernels' references: what a GPU is given, computed here."""
     shapes = StepShapes(len(step.spans) + 3, 32, 192, lambda num_tokens: False)
     sizes = {"max_rows": len(step.spans) + 3, "max_model_len": 64, "block_size": step.case.block_size}
-    inputs = PagedInputs(**sizes, shapes=shapes, device=CPU)
+    memory = StepMemory(**sizes, shapes=shapes, device=CPU)
     scheduled, new = [], []
     for seq_id, span in enumerate(step.spans):
         num_tokens = span.stop - span.start
@@ -154,8 +155,8 @@ def paged(step: Step) -> Tensor:
         new.append(NewSequence(seq_id, [0] * span.stop, span.stop, SamplingParams(), 0))
     plan, sequences = StepPlan(1, scheduled, new), {}
     apply_plan(plan, sequences)
-    staged = inputs.stage(plan, sequences)
-    batch = inputs.mixed_batch(staged) if staged.chunks else inputs.padded_batch(staged.shape)
+    staged = PagedInputs(memory, shapes).stage(plan, sequences)
+    batch = memory.mixed_batch(staged) if staged.chunks else memory.padded_batch(staged.shape)
     padding = batch.num_tokens - len(step.qkv)
     assert batch.positions.tolist() == [*step.positions.tolist(), *[0] * padding]
     attention = PagedAttention(step.case.window, *step.norms, step.case.scale, step.case.softcap)

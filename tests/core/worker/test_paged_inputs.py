@@ -9,15 +9,17 @@ from aphro_core.messages.steps import NewSequence, RowsAgain, ScheduledSequence,
 from aphro_core.request import SamplingParams
 from aphro_core.worker.paged_inputs import PagedInputs
 from aphro_core.worker.sequences import SequenceState, apply_plan
+from aphro_core.worker.step_memory import StepMemory
 from aphro_core.worker.step_shapes import StepShapes
 
 
 def test_a_row_is_new_in_its_first_step_alone() -> None:
     """In that step others may write the prefix that it reads, so that its keys are not read before."""
     shapes = StepShapes(4, 32, 192, lambda num_tokens: False)
-    inputs = PagedInputs(max_rows=4, max_model_len=64, block_size=16, shapes=shapes, device=torch.device("cpu"))
+    memory = StepMemory(max_rows=4, max_model_len=64, block_size=16, shapes=shapes, device=torch.device("cpu"))
+    inputs = PagedInputs(memory, shapes)
     sequences: dict[int, SequenceState] = {}
-    sent = inputs._sent[:, IS_NEW]
+    sent = memory._sent[:, IS_NEW]
 
     def new(seq_id: int) -> NewSequence:
         return NewSequence(seq_id, [1] * 17, 17, SamplingParams(), 0)
@@ -32,5 +34,6 @@ def test_a_row_is_new_in_its_first_step_alone() -> None:
         (StepPlan(4, [row(8, 17, []), row(7, 19, [])]), [0, 0, 0, 0]),
     ):
         apply_plan(plan, sequences)
-        inputs.stage(plan, sequences)
+        num_rows = inputs.stage(plan, sequences).num_rows
         assert sent.tolist() == expected
+        memory.end_rows_(torch.zeros(num_rows, dtype=torch.int64))

@@ -1,0 +1,83 @@
+"""What a CUDA graph holds of a step, from the numbers that were sent to the tokens that are told: all in fixed memory.
+
+A step of rows of one token is whole in it. Of one with chunks the layers are: how many of its rows are drawn from is
+known when it is launched, and a product with the head for as many as there may be would cost more than launches do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from aphro_core.layers.decoder import Decoder
+from aphro_core.models.spec import DecoderSpec
+from aphro_core.parallel.shard import RankShard
+from aphro_core.worker.cuda_graphs import CudaGraphs
+from aphro_core.worker.device_sampler import DeviceSampler
+from aphro_core.worker.step_memory import StepMemory
+from aphro_core.worker.step_shapes import StepShape, StepShapes
+
+
+class PaddedSteps:
+    """``run`` a shape: a graph of it, once graphs are captured."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        shard: RankShard,
+        decoder: Decoder,
+        caches: Sequence[Tensor],
+        memory: StepMemory,
+        shapes: StepShapes,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.shapes, self.memory = shapes, memory
+        self.has_head, self.samples = shard.has_head, shard.has_head and shard.tp_rank == 0
+        self.has_embedding = shard.has_embedding
+        # the last layer goes on with the rows that are drawn from; not where other ranks' sums have as many rows
+        self.keeps_draws = shard.has_head and shard.tp_size == 1
+        self._is_alone = shard.tp_size == 1  # nobody else has to know the tokens
+        self._decoder, self._caches, self._device = decoder, caches, device
+        # the way in and out of the layers
+        self.hidden = torch.zeros(shapes.max_tokens, spec.hidden_size, dtype=dtype, device=device)
+        # whatever is done to logits is done in float32, else they stay as the product gives them
+        is_plain = spec.logits_scale == 1.0 and spec.logits_softcap is None
+        logits_dtype = dtype if is_plain else torch.float32
+        num_logits = memory.max_rows * self.samples
+        self.logits = torch.zeros(num_logits, spec.vocab_size, dtype=logits_dtype, device=device)
+        self.sampler = DeviceSampler(spec.vocab_size, memory.max_rows, device)
+        self.run: Callable[[StepShape], None] = self.launch
+
+    def launch(self, shape: StepShape) -> None:
+        """Kernel by kernel, which gives what the graph gives. Of chunks, and on a stage without a head: ``hidden``."""
+        hidden = self.hidden[: shape.num_tokens]
+        batch = self.memory.padded_batch(shape)
+        kept = batch.sampled_rows if shape.num_seqs and self.keeps_draws else None
+        x = self._decoder(batch, None if self.has_embedding else hidden, self._caches, kept)
+        if shape.num_seqs or not self.has_head:
+            hidden[: len(x)].copy_(x)
+            return
+        logits = self.logits[: shape.num_tokens]
+        self._decoder.logits(x, out=logits)
+        if not self.samples:
+            return
+        tokens, is_bad = self.sampler.draw(logits, self.memory.positions(len(logits)))
+        if self._is_alone:
+            self.memory.end_rows_(tokens, is_bad)
+        else:
+            tokens.masked_fill_(is_bad, -1)
+
+    def launch_every_kind(self) -> None:
+        """Enough shapes to launch every kernel that others do."""
+        self.memory.clear()
+        for shape in self.shapes.kinds:
+            self.launch(shape)
+
+    def capture(self, on_progress: Callable[[int, int], None]) -> None:
+        """From here on steps are replayed graphs."""
+        self.memory.clear()
+        self.run = CudaGraphs(self.launch, self.shapes.padded, self._device, on_progress)
