@@ -20,6 +20,7 @@ from torch import Tensor
 
 from aphro_kernels.language import chain_options, next_power_of_2, runs_kernels
 from aphro_kernels.sample_kernels import BLOCK, choose_kernel, draw_kernel, peaks_kernel
+from aphro_kernels.step_rows import RowsEnd, end_rows_reference
 
 _TILE: Final = 4096  # tokens of one program of a draw
 _MASK32: Final = 2**32 - 1
@@ -122,12 +123,13 @@ def sample(
     position_offset: int = 0,
     all_greedy: bool = False,
     out: tuple[Tensor, Tensor] | None = None,
+    end: RowsEnd | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Token ids ``[rows]`` int64, and ``[rows]`` bool: where none can be chosen (NaN, +inf, or -inf alone; token 0).
 
     ``logits`` [rows, vocab_size] of any float dtype, rows may be strided; ``positions`` [rows] int64, plus
     ``position_offset``, are those of the tokens to draw. ``all_greedy`` promises that every temperature is 0. ``out``
-    takes the answers, such as the next step's token ids.
+    takes the answers. With ``end`` they are told too, as :func:`aphro_kernels.step_rows.end_rows_` does.
     """
     num_rows = logits.shape[0]
     if out is None:
@@ -136,10 +138,12 @@ def sample(
             torch.empty(num_rows, dtype=torch.bool, device=logits.device),
         )
     if runs_kernels(logits):
-        _launch(logits, positions, dials, workspace, position_offset, all_greedy, out)
+        _launch(logits, positions, dials, workspace, position_offset, all_greedy, out, end)
     else:
         for answer, found in zip(out, sample_reference(logits, positions + position_offset, dials), strict=True):
             answer[:num_rows] = found
+        if end is not None:
+            end_rows_reference(end, out[0][:num_rows], out[1][:num_rows])
     return out[0][:num_rows], out[1][:num_rows]
 
 
@@ -151,6 +155,7 @@ def _launch(
     position_offset: int,
     all_greedy: bool,
     out: tuple[Tensor, Tensor],
+    end: RowsEnd | None = None,
 ) -> None:
     num_rows, vocab_size = logits.shape
     assert logits.stride(1) == 1
@@ -192,6 +197,7 @@ def _launch(
         workspace.mass,
         workspace.listed,
         *out,
+        *((None, None, None, 0, 0) if end is None else _places(end)),
         logits.stride(0),
         position_offset,
         **common,
@@ -201,3 +207,8 @@ def _launch(
         num_warps=8,
         **chain,
     )
+
+
+def _places(end: RowsEnd) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    assert end.rows.is_contiguous()
+    return end.rows, end.last_token_ids, end.answers, end.answers.stride(0), end.answers.numel()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 from aphro_kernels.language import jit, start_in_chain, tl
+from aphro_kernels.step_rows import end_row
 
 BLOCK: Final = 128  # tokens
 
@@ -73,7 +74,7 @@ def draw_kernel(
         tl.store(mass + at, tl.sum(tl.exp(score), axis=0))
 
 
-@jit(do_not_specialize=["position_offset"])
+@jit(do_not_specialize=["position_offset", "line", "num_places"])
 def choose_kernel(
     logits: tl.tensor,
     temperature: tl.tensor,
@@ -89,6 +90,11 @@ def choose_kernel(
     listed: tl.tensor,
     token_ids: tl.tensor,
     is_bad: tl.tensor,
+    rows: tl.tensor | None,
+    last_token_ids: tl.tensor | None,
+    answers: tl.tensor | None,
+    line: tl.tensor,
+    num_places: tl.tensor,
     row_stride: tl.tensor,
     position_offset: tl.tensor,
     VOCAB: tl.constexpr,
@@ -99,7 +105,7 @@ def choose_kernel(
     ALL_GREEDY: tl.constexpr,
     CHAINED: tl.constexpr,
 ) -> None:
-    """One row: its token, whatever it asks."""
+    """One row: its token, whatever it asks; with ``rows`` also the end of it, step_rows.py says how."""
     start_in_chain(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     blocks = tl.arange(0, BLOCKS_PADDED)
@@ -151,6 +157,8 @@ def choose_kernel(
                     token = tl.where(is_open, other, token)
     tl.store(token_ids + row, tl.where(sound, token, 0).to(tl.int64))
     tl.store(is_bad + row, ~sound)
+    if rows is not None:
+        end_row(rows, row, row >= 0, tl.where(sound, token, -1), last_token_ids, answers, line, num_places)
 
 
 @jit()

@@ -156,11 +156,21 @@ def _step_rows_kernel(
         tl.store(row_tables + row * table_stride + at, blocks, mask=at <= index)
 
 
-def end_rows_reference(
-    rows: Tensor, tokens: Tensor, is_bad: Tensor | None, last_token_ids: Tensor, answers: Tensor
-) -> None:
+@dataclass(frozen=True, slots=True)
+class RowsEnd:
+    """Where the tokens of a decode step go, and its rows, which become those of the next one."""
+
+    rows: Tensor  # [n, ROW_FIELDS] int64
+    last_token_ids: Tensor  # by slot
+    # [steps, rows] int64, perhaps pinned memory of the host: the place in the next step is one line below, the first
+    # behind the last
+    answers: Tensor
+
+
+def end_rows_reference(end: RowsEnd, tokens: Tensor, is_bad: Tensor | None = None) -> None:
+    rows, answers = end.rows, end.answers
     tokens = tokens if is_bad is None else tokens.masked_fill(is_bad, -1)
-    last_token_ids[rows[:, DRAW_SLOT]] = tokens
+    end.last_token_ids[rows[:, DRAW_SLOT]] = tokens
     there = rows[:, ANSWER] >= 0
     places = rows[there, ANSWER]
     answers.view(-1)[places] = tokens[there]
@@ -170,52 +180,48 @@ def end_rows_reference(
     rows[there, ANSWER] = (places + answers.stride(0)) % answers.numel()
 
 
-def end_rows_(rows: Tensor, tokens: Tensor, is_bad: Tensor | None, last_token_ids: Tensor, answers: Tensor) -> None:
-    """Puts ``tokens`` [n] int64 where the next step and the host look for them, and moves ``rows`` [n, ROW_FIELDS] on.
+def end_rows_(end: RowsEnd, tokens: Tensor, is_bad: Tensor | None = None) -> None:
+    """Puts ``tokens`` [n] int64 where the next step and the host look for them, and moves the rows on.
 
-    A token is -1 instead where ``is_bad`` [n] bool. ``answers`` [steps, rows] int64 may be pinned memory of the host:
-    the next step's place is one line below, the first behind the last. Rows that have a place go on by one position,
-    with the token that was drawn, in a block that was begun; others stay as they are.
+    A token is -1 instead where ``is_bad`` [n] bool. Rows that have a place go on by one position, with the token that
+    was drawn, in a block that was begun; others stay as they are. sample.py ends rows behind its draw by itself.
     """
-    if not runs_kernels(rows):
-        end_rows_reference(rows, tokens, is_bad, last_token_ids, answers)
+    if not runs_kernels(end.rows):
+        end_rows_reference(end, tokens, is_bad)
         return
-    launch_end_rows(rows, tokens, is_bad, last_token_ids, answers)
+    launch_end_rows(end, tokens, is_bad)
 
 
-def launch_end_rows(
-    rows: Tensor, tokens: Tensor, is_bad: Tensor | None, last_token_ids: Tensor, answers: Tensor
-) -> None:
-    assert rows.is_contiguous()
-    assert rows.shape[1] == ROW_FIELDS
-    if len(rows):
-        _end_rows_kernel[(-(-len(rows) // _ROWS_AT_ONCE),)](
-            rows,
+def launch_end_rows(end: RowsEnd, tokens: Tensor, is_bad: Tensor | None = None) -> None:
+    num_rows = len(end.rows)
+    assert end.rows.is_contiguous()
+    assert end.rows.shape[1] == ROW_FIELDS
+    if num_rows:
+        _end_rows_kernel[(-(-num_rows // _ROWS_AT_ONCE),)](
             tokens,
             is_bad,
-            last_token_ids,
-            answers,
-            len(rows),
-            answers.stride(0),
-            answers.numel(),
-            FIELDS=ROW_FIELDS,
+            end.rows,
+            end.last_token_ids,
+            end.answers,
+            num_rows,
+            end.answers.stride(0),
+            end.answers.numel(),
             AT_ONCE=_ROWS_AT_ONCE,
             num_warps=4,
-            **chain_options(rows),
+            **chain_options(end.rows),
         )
 
 
 @jit(do_not_specialize=["num_rows", "line", "num_places"])
 def _end_rows_kernel(
-    rows: tl.tensor,
     tokens: tl.tensor,
     is_bad: tl.tensor | None,
+    rows: tl.tensor,
     last_token_ids: tl.tensor,
     answers: tl.tensor,
     num_rows: tl.tensor,
     line: tl.tensor,
     num_places: tl.tensor,
-    FIELDS: tl.constexpr,
     AT_ONCE: tl.constexpr,
     CHAINED: tl.constexpr,
 ) -> None:
@@ -225,15 +231,29 @@ def _end_rows_kernel(
     token = tl.load(tokens + row, mask=is_row, other=0)
     if is_bad is not None:
         token = tl.where(tl.load(is_bad + row, mask=is_row, other=0) != 0, -1, token)
-    fields = rows + row * FIELDS  # SLOT, POSITION, TOKEN, BLOCK, DRAW_SLOT, IS_NEW, ANSWER
+    end_row(rows, row, is_row, token, last_token_ids, answers, line, num_places)
+
+
+@jit()
+def end_row(
+    rows: tl.tensor,
+    row: tl.tensor,
+    is_row: tl.tensor,
+    token: tl.tensor,
+    last_token_ids: tl.tensor,
+    answers: tl.tensor,
+    line: tl.tensor,
+    num_places: tl.tensor,
+) -> None:
+    """One row or several."""
+    fields = rows + row * 7  # SLOT, POSITION, TOKEN, BLOCK, DRAW_SLOT, IS_NEW, ANSWER
     tl.store(last_token_ids + tl.load(fields + 4, mask=is_row, other=0), token, mask=is_row)
     place = tl.load(fields + 6, mask=is_row, other=-1)
     goes_on = place >= 0
     tl.store(answers + place, token, mask=goes_on)
     tl.store(fields + 1, tl.load(fields + 1, mask=goes_on, other=0) + 1, mask=goes_on)
-    nothing = tl.full([AT_ONCE], -1, tl.int64)
-    tl.store(fields + 2, nothing, mask=goes_on)
-    tl.store(fields + 3, nothing, mask=goes_on)
-    tl.store(fields + 5, nothing + 1, mask=goes_on)
+    tl.store(fields + 2, -1, mask=goes_on)
+    tl.store(fields + 3, -1, mask=goes_on)
+    tl.store(fields + 5, 0, mask=goes_on)
     place += line
     tl.store(fields + 6, tl.where(place < num_places, place, place - num_places), mask=goes_on)

@@ -391,14 +391,17 @@ def compare_sample(num_rows: int, vocab_size: int, dtype: torch.dtype, device: s
     dials = sampling_dials(num_rows, vocab_size, device)
     workspace = sample.build_sample_workspace(num_rows + 1, vocab_size, torch.device(device))
     out = (torch.full((num_rows,), -7, device=device), torch.zeros(num_rows, dtype=torch.bool, device=device))
-    for _ in range(2):
+    ends = [rows_that_end(num_rows, device) for _ in range(2)]
+    for end in (None, ends[0]):
         for scratch in (workspace.peaks, workspace.best, workspace.mass):
             scratch.fill_(math.nan)
         workspace.listed.fill_(2**30)
-        sample._launch(logits, positions - 3, dials, workspace, 3, False, out)
+        sample._launch(logits, positions - 3, dials, workspace, 3, False, out, end)
         expected = sample.sample_reference(logits, positions, dials)
         assert torch.equal(out[1], expected[1])
         assert torch.equal(out[0], expected[0])
+    step_rows.end_rows_reference(ends[1], *expected)
+    compare_ends(*ends)
     sample._launch(logits, positions, dials, workspace, 0, True, out)
     sound = ~out[1]
     assert torch.equal(out[0][sound], logits.argmax(dim=-1)[sound])
@@ -588,26 +591,31 @@ def compare_step_rows(num_rows: int, device: str) -> None:
         assert torch.equal(made[0].block_tables[row, :width], made[1].block_tables[row, :width])
 
 
-def compare_end_rows(num_rows: int, device: str, *, has_bad: bool) -> None:
-    """Rows that go on from any line of answers, padding that stays, and rows whose tokens count for nobody."""
+def rows_that_end(num_rows: int, device: str) -> step_rows.RowsEnd:
+    """Rows that go on from any line of answers, and padding that stays."""
     generator = torch.Generator().manual_seed(num_rows)
     lines, width = 3, num_rows + 2
-
-    def random(most: int, *shape: int) -> Tensor:
-        return torch.randint(0, most, shape, generator=generator)
-
-    rows = random(1000, num_rows, step_rows.ROW_FIELDS)
+    rows = torch.randint(0, 1000, (num_rows, step_rows.ROW_FIELDS), generator=generator)
     rows[:, step_rows.DRAW_SLOT] = torch.randperm(num_rows + 5, generator=generator)[:num_rows]
     rows[:, step_rows.ANSWER] = num_rows % lines * width + torch.arange(num_rows)
     rows[2::3, step_rows.ANSWER] = -1
-    is_bad = random(2, num_rows).bool() if has_bad else None
-    given = [rows, random(1000, num_rows), is_bad, random(1000, num_rows + 5), random(1000, lines, width)]
-    found, expected = ([None if x is None else x.to(device).clone() for x in given] for _ in range(2))
+    last, answers = torch.zeros(num_rows + 5, dtype=torch.int64), torch.zeros(lines, width, dtype=torch.int64)
+    return step_rows.RowsEnd(rows.to(device), last.to(device), answers.to(device))
+
+
+def compare_ends(found: step_rows.RowsEnd, expected: step_rows.RowsEnd) -> None:
+    for name in ("rows", "last_token_ids", "answers"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+
+
+def compare_end_rows(num_rows: int, device: str, *, has_bad: bool) -> None:
+    given, found, expected = (rows_that_end(num_rows, device) for _ in range(3))
+    tokens = torch.arange(num_rows, device=device) * 7
+    is_bad = tokens % 2 == 0 if has_bad else None
     for _ in range(4):
-        step_rows.launch_end_rows(*found)
-        step_rows.end_rows_reference(*expected)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours is theirs is None or torch.equal(ours, theirs)
-    assert torch.equal(found[0][2::3], rows[2::3].to(device)), "padding stays"
-    moved = found[0][0::3]
-    assert torch.equal(moved[:, step_rows.POSITION], rows[0::3, step_rows.POSITION].to(device) + 4)
+        step_rows.launch_end_rows(found, tokens, is_bad)
+        step_rows.end_rows_reference(expected, tokens, is_bad)
+    compare_ends(found, expected)
+    assert torch.equal(found.rows[2::3], given.rows[2::3]), "padding stays"
+    position = step_rows.POSITION
+    assert torch.equal(found.rows[0::3, position], given.rows[0::3, position] + 4)

@@ -82,7 +82,7 @@ KERNELS: dict[str, dict[str, Any]] = {  # "module.kernel": types of its argument
     },
     "step_rows._end_rows_kernel": {
         **dict.fromkeys(["rows", "tokens", "last_token_ids", "answers"], "*i64"),
-        **{"is_bad": "*i1", "num_rows": "i32", "line": "i32", "num_places": "i32", "FIELDS": 7, "AT_ONCE": 128},
+        **{"is_bad": "*i1", "num_rows": "i32", "line": "i32", "num_places": "i32", "AT_ONCE": 128},
     },
     "rms_norm._rms_norm_kernel": {
         **dict.fromkeys(["x", "residual", "weight", "out"], "*bf16"),
@@ -119,7 +119,8 @@ DIALS = {
     **dict.fromkeys(["temperature", "log_min_p", "top_p", "peaks", "best", "mass"], "*fp32"),
     **dict.fromkeys(["top_k", "best_ids", "listed"], "*i32"),
     **dict.fromkeys(["seed_hashes", "positions", "token_ids"], "*i64"),
-    **{"is_bad": "*i1", "row_stride": "i32", "position_offset": "i32"},
+    **dict.fromkeys(["rows", "last_token_ids", "answers"], "*i64"),
+    **{"is_bad": "*i1", "row_stride": "i32", "position_offset": "i32", "line": "i32", "num_places": "i32"},
     **{"VOCAB": 50257, "BLOCKS": 393, "BLOCKS_PADDED": 512, "TILES": 13, "TILES_PADDED": 16, "TILE": 4096},
     **{"ALL_GREEDY": False},
 }

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from aphro_kernels import hopper_attention
 from aphro_kernels.decode_work import DecodeWork, build_decode_work
+from aphro_kernels.step_rows import end_rows_
 from torch import Tensor
 from torch.nn import functional
 
@@ -178,7 +179,7 @@ class DeviceRunner:
             if self._needs_host and self._samples:
                 result = self._draw_with_host(plan, step, tokens, found)
             if not is_alone:
-                self._memory.end_rows_(self._links.tensor.broadcast_(tokens))
+                end_rows_(self._memory.end(len(tokens)), self._links.tensor.broadcast_(tokens))
             elif self._needs_host:
                 self._memory.last_token_ids.index_copy_(0, self._memory.draw_slots(step), tokens)
             if self._links.tokens is not None:

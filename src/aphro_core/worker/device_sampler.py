@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from aphro_kernels.sample import SamplingDials, build_sample_workspace, hash_seeds, sample
+from aphro_kernels.step_rows import RowsEnd
 from torch import Tensor
 
 from aphro_core.request import SamplingParams
@@ -47,16 +48,17 @@ class DeviceSampler:
             self._send(rows)
         self._is_greedy = is_greedy
 
-    def draw(self, logits: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(self, logits: Tensor, positions: Tensor, end: RowsEnd | None = None) -> tuple[Tensor, Tensor]:
         """The first ``tokens``, ``[rows]`` int64, and ``[rows]`` bool: rows without a finite largest logit.
 
         ``logits`` [rows, vocab]; ``positions`` [rows] int64 of the tokens that were read: one comes behind each. There
-        may be more rows than were prepared; of these nothing is asked. Fit for a CUDA graph.
+        may be more rows than were prepared; of these nothing is asked. ``end``: whom to tell, besides. Fit for a CUDA
+        graph.
         """
         n = len(logits)
         dials = first_rows(self._dials, n)
         out = self.tokens[:n], self._is_bad[:n]
-        return sample(logits, positions, dials, workspace=self._workspace, position_offset=1, out=out)
+        return sample(logits, positions, dials, workspace=self._workspace, position_offset=1, out=out, end=end)
 
     def _send(self, rows: Sequence[SamplingRow]) -> None:
         """``rows``, and greedy ones behind them."""

@@ -65,10 +65,11 @@ class PaddedSteps:
         self._decoder.logits(x, out=logits)
         if not self.samples:
             return
-        tokens, is_bad = self.sampler.draw(logits, self.memory.positions(len(logits)))
+        positions = self.memory.positions(len(logits))
         if self._is_alone:
-            self.memory.end_rows_(tokens, is_bad)
+            self.sampler.draw(logits, positions, self.memory.end(len(logits)))
         else:
+            tokens, is_bad = self.sampler.draw(logits, positions)
             tokens.masked_fill_(is_bad, -1)
 
     def launch_every_kind(self) -> None:

@@ -19,9 +19,9 @@ from aphro_kernels.step_rows import (
     DRAW_SLOT,
     IS_NEW,
     ROW_FIELDS,
+    RowsEnd,
     StepRows,
     build_step_rows,
-    end_rows_,
     step_rows,
 )
 from torch import Tensor
@@ -185,7 +185,6 @@ class StepMemory:
         slots: Tensor = step.numbers.draw_slots[: len(step.draws)]
         return slots
 
-    def end_rows_(self, tokens: Tensor, is_bad: Tensor | None = None) -> None:
-        """The tokens that were drawn for the first rows of a decode step, to where the next step and the host look; the
-        rows move on. Fit for a CUDA graph."""
-        end_rows_(self._sent[: len(tokens)], tokens, is_bad, self.last_token_ids, self._answers)
+    def end(self, num_rows: int) -> RowsEnd:
+        """Of a decode step's first rows: where their tokens go, and the rows, which move on. Fit for a CUDA graph."""
+        return RowsEnd(self._sent[:num_rows], self.last_token_ids, self._answers)

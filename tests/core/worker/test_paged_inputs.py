@@ -5,7 +5,7 @@ from __future__ import annotations
 from unittest import mock
 
 import torch
-from aphro_kernels.step_rows import ANSWER, BLOCK, IS_NEW, POSITION, TOKEN
+from aphro_kernels.step_rows import ANSWER, BLOCK, IS_NEW, POSITION, TOKEN, end_rows_
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,7 +38,7 @@ class Device:
         with mock.patch.object(self.memory, "send_rows", wraps=self.memory.send_rows) as sends:
             step = self.inputs.stage(plan, self.sequences, answer.place)
         read = self.memory._sent[: step.num_rows].tolist()
-        self.memory.end_rows_(torch.tensor(tokens))
+        end_rows_(self.memory.end(step.num_rows), torch.tensor(tokens))
         answer.expect(len(tokens))
         return read, sends.call_count, answer.read()
 

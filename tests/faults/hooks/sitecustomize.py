@@ -110,12 +110,12 @@ def _wrap_sampler(module: ModuleType) -> None:
 def _wrap_device_sampler(module: ModuleType) -> None:
     draw = module.DeviceSampler.draw
 
-    def draw_nan(self: Any, logits: Any, positions: Any) -> Any:
+    def draw_nan(self: Any, logits: Any, *others: Any) -> Any:
         tokens = {int(token) for token, fault in _FAULTS.items() if fault == "nan"}
         for index, row in enumerate(self.rows):
             if tokens & set(row.token_ids[: row.num_prompt_tokens]):
                 logits[index] = float("nan")
-        return draw(self, logits, positions)
+        return draw(self, logits, *others)
 
     module.DeviceSampler.draw = draw_nan
 
