@@ -1,7 +1,7 @@
 """Where each microsecond of a decode step on a GPU goes: kernels by name, gaps between them, and what the host costs.
 
     python bench/step_profile.py [--model llama3-8b] [--rows 1 32 256] [--context 640] [--steps 30] [--top 14]
-                                 [--prompts 512 512 512] [-q fp8]
+                                 [--prompts 512 512 512] [-q fp8] [--layers 8]
 
 Dummy weights of a shape. For each number of rows: the time of every kernel in a step (profiler), their sum, the wall
 time of the captured graph, and the period of whole steps launched one after the other, as the engine does; the
@@ -85,8 +85,9 @@ class Stepper:
 
 def build_worker(model: str, max_rows: int, arguments: argparse.Namespace) -> tuple[Worker, int]:
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(MODELS[model]))
-        length = MODELS[model]["max_position_embeddings"]
+        shape = MODELS[model] | ({"num_hidden_layers": arguments.layers} if arguments.layers else {})
+        (Path(folder) / "config.json").write_text(json.dumps(shape))
+        length = shape["max_position_embeddings"]
         num_blocks = max_rows * (arguments.context // BLOCK_SIZE + 20) + 600
         config = EngineConfig(
             model=ModelConfig(
@@ -170,6 +171,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--top", type=int, default=14)
     parser.add_argument("--prompts", type=int, nargs="*", default=[])
+    parser.add_argument("--layers", type=int, help="of the model, to fit a card that does not hold all")
     parser.add_argument("-q", choices=[name for name in WEIGHT_BYTES if name], help="quantise the weights")
     parser.add_argument("--host", action="store_true", help="also a profile of the thread that launches")
     parser.add_argument("--sampled", action="store_true", help="temperature 1 instead of greedy")

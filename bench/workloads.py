@@ -65,11 +65,24 @@ _MIXTRAL = {
     "num_local_experts": 8,
     "num_experts_per_tok": 2,
 }
+_QWEN2_MOE = {
+    **_QWEN2,
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "model_type": "qwen2_moe",
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+    "decoder_sparse_step": 1,
+    "norm_topk_prob": False,
+    "tie_word_embeddings": False,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "llama3-8b": {**_LLAMA3, **_sizes(4096, 32, 32, 8, 14336, 128256)},
     "qwen2.5-7b": {**_QWEN2, "tie_word_embeddings": False, **_sizes(3584, 28, 28, 4, 18944, 152064)},
     "qwen2.5-0.5b": {**_QWEN2, "tie_word_embeddings": True, **_sizes(896, 24, 14, 2, 4864, 151936)},
     "mixtral-8x7b": {**_MIXTRAL, **_sizes(4096, 32, 32, 8, 14336, 32000)},
+    "qwen1.5-moe-a2.7b": {**_QWEN2_MOE, **_sizes(2048, 24, 16, 16, 5632, 151936)},
     # to try the programs out on a CPU
     "tiny": {**_LLAMA3, **_sizes(256, 2, 4, 2, 512, 4096), "rope_theta": 10000.0, "eos_token_id": 2, "bos_token_id": 1},
     "tiny-moe": {**_MIXTRAL, **_sizes(256, 2, 4, 2, 512, 4096)},
@@ -166,13 +179,15 @@ def parameters(model: str) -> Parameters:
     config = MODELS[model]
     hidden, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
     kv_heads, head_dim = config["num_key_value_heads"], hidden // heads
-    experts = config.get("num_local_experts", 1)
-    bias = (heads + 2 * kv_heads) * head_dim if config["model_type"] == "qwen2" else 0
+    experts = config.get("num_local_experts", config.get("num_experts", 1))
+    width = config.get("moe_intermediate_size", config["intermediate_size"])
+    bias = (heads + 2 * kv_heads) * head_dim if config["model_type"].startswith("qwen2") else 0
     layer = hidden * (heads + 2 * kv_heads) * head_dim + bias + heads * head_dim * hidden + 2 * hidden
     layer += hidden * experts if experts > 1 else 0  # the router
+    layer += 3 * hidden * config.get("shared_expert_intermediate_size", 0)
     return Parameters(
         shared=layers * layer + hidden,
-        expert=layers * 3 * hidden * config["intermediate_size"],
+        expert=layers * 3 * hidden * width,
         num_experts=experts,
         chosen=config.get("num_experts_per_tok", 1),
         head=config["vocab_size"] * hidden,

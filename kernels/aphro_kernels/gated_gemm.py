@@ -45,9 +45,9 @@ def gated_linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor
     out = x.new_empty(num_rows, n) if out is None else out
     tiles = triton.cdiv(num_rows, ROWS) * triton.cdiv(n, COLUMNS)
     gated_kernel[(min(num_multiprocessors(x.device.index), tiles),)](
-        _descriptor(x, ROWS // 2, INPUTS),
-        _descriptor(weight, COLUMNS, INPUTS),
-        _descriptor(out, ROWS // 2, 64),
+        descriptor(x, ROWS // 2, INPUTS),
+        descriptor(weight, COLUMNS, INPUTS),
+        descriptor(out, ROWS // 2, 64),
         num_rows,
         n,
         k,
@@ -62,7 +62,7 @@ def gated_linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor
     return out
 
 
-def _descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
+def descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, columns], layout)
 
@@ -100,7 +100,7 @@ def gated_kernel(
     gl.warp_specialize(
         [
             (
-                _multiply,
+                multiply,
                 (
                     0,
                     out,
@@ -117,10 +117,11 @@ def gated_kernel(
                     INPUTS,
                     GROUP,
                     STAGES,
+                    True,
                 ),
             ),
             (
-                _multiply,
+                multiply,
                 (
                     1,
                     out,
@@ -137,6 +138,7 @@ def gated_kernel(
                     INPUTS,
                     GROUP,
                     STAGES,
+                    True,
                 ),
             ),
             (
@@ -150,7 +152,7 @@ def gated_kernel(
 
 
 @jit()
-def _place(
+def place(
     tile: tl.tensor,
     num_rows: tl.tensor,
     n: tl.tensor,
@@ -168,7 +170,7 @@ def _place(
 
 
 @jit()
-def _num_tiles(num_rows: tl.tensor, n: tl.tensor, ROWS: gl.constexpr, COLUMNS: gl.constexpr) -> tl.tensor:
+def num_tiles(num_rows: tl.tensor, n: tl.tensor, ROWS: gl.constexpr, COLUMNS: gl.constexpr) -> tl.tensor:
     return ((num_rows + ROWS - 1) // ROWS) * ((n + COLUMNS - 1) // COLUMNS)
 
 
@@ -192,8 +194,8 @@ def _load(
     """One warp: both halves of the rows' tile, the gate's and up's. What lies beyond the matrices is zeros."""
     TILE_BYTES: gl.constexpr = 2 * INPUTS * (ROWS + 2 * COLUMNS)
     loaded = 0
-    for tile in range(gl.program_id(0), _num_tiles(num_rows, n, ROWS, COLUMNS), gl.num_programs(0)):
-        row, column = _place(tile, num_rows, n, ROWS, COLUMNS, GROUP)
+    for tile in range(gl.program_id(0), num_tiles(num_rows, n, ROWS, COLUMNS), gl.num_programs(0)):
+        row, column = place(tile, num_rows, n, ROWS, COLUMNS, GROUP)
         for start in range(0, k, INPUTS):
             stage = loaded % STAGES
             hopper.mbarrier.wait(empty.index(stage), ((loaded // STAGES) & 1) ^ 1)
@@ -209,7 +211,7 @@ def _load(
 
 
 @jit()
-def _multiply(
+def multiply(
     PART: gl.constexpr,
     out: tl.tensor,
     x_tiles: tl.tensor,
@@ -225,16 +227,20 @@ def _multiply(
     INPUTS: gl.constexpr,
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
+    IS_GATED: gl.constexpr,
 ) -> None:
-    """Four warps, half of a tile's rows. A stage is free again when the products after its own have begun."""
+    """Four warps, half of a tile's rows. A stage is free again when the products after its own have begun.
+
+    Not gated (grouped_hopper.py), a tile has twice the columns, which are stored one half after the other."""
     HALF: gl.constexpr = ROWS // 2
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     HALVES: gl.constexpr = COLUMNS // 64
+    SPAN: gl.constexpr = COLUMNS if IS_GATED else 2 * COLUMNS
     out_tile = out_tiles.index(PART)
     out_parts = out_tile._reinterpret(out.dtype, [HALVES, HALF, 64], out_tile.layout)
     used = 0
-    for tile in range(gl.program_id(0), _num_tiles(num_rows, n, ROWS, COLUMNS), gl.num_programs(0)):
-        row, column = _place(tile, num_rows, n, ROWS, COLUMNS, GROUP)
+    for tile in range(gl.program_id(0), num_tiles(num_rows, n, ROWS, SPAN), gl.num_programs(0)):
+        row, column = place(tile, num_rows, n, ROWS, SPAN, GROUP)
         gate = gl.zeros([HALF, COLUMNS], gl.float32, SUMS)
         up = gl.zeros([HALF, COLUMNS], gl.float32, SUMS)
         for start in range(0, k, INPUTS):
@@ -250,12 +256,30 @@ def _multiply(
         gate, up = hopper.warpgroup_mma_wait(0, deps=(gate, up))
         barrier()
         hopper.mbarrier.arrive(empty.index((used + STAGES - 1) % STAGES), count=1)
-        product = gate / (1.0 + gl.exp(-gate)) * up
-        hopper.tma.store_wait(0)
-        barrier()
-        out_tile.store(product.to(out.dtype))
-        hopper.fence_async_shared()
-        barrier()
-        for half in gl.static_range(HALVES):
-            hopper.tma.async_copy_shared_to_global(out, [row + PART * HALF, column + half * 64], out_parts.index(half))
+        if IS_GATED:
+            product = gate / (1.0 + gl.exp(-gate)) * up
+            _store(out, out_tile, out_parts, product.to(out.dtype), row + PART * HALF, column, HALVES)
+        else:
+            _store(out, out_tile, out_parts, gate.to(out.dtype), row + PART * HALF, column, HALVES)
+            _store(out, out_tile, out_parts, up.to(out.dtype), row + PART * HALF, column + COLUMNS, HALVES)
     hopper.tma.store_wait(0)
+
+
+@jit()
+def _store(
+    out: tl.tensor,
+    out_tile: tl.tensor,
+    out_parts: tl.tensor,
+    value: tl.tensor,
+    row: tl.tensor,
+    column: tl.tensor,
+    HALVES: gl.constexpr,
+) -> None:
+    """By the copy engine, which cuts what is beyond ``out``; the tile is free again when what it held was read."""
+    hopper.tma.store_wait(0)
+    barrier()
+    out_tile.store(value)
+    hopper.fence_async_shared()
+    barrier()
+    for half in gl.static_range(HALVES):
+        hopper.tma.async_copy_shared_to_global(out, [row, column + half * 64], out_parts.index(half))

@@ -1,90 +1,74 @@
-"""Rows through the matrices of the experts that they chose: a plan of row tiles, and one product over all of them."""
-# ruff: noqa: N803  (the constants of a kernel are in capitals)
+"""Rows through the matrices of the experts that they chose, few rows an expert: bound by the bytes of the weights."""
+# ruff: noqa: N803, N806  (the constants of a kernel are in capitals)
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from aphro_kernels.language import jit, next_power_of_2, runs_kernels, tl, triton
+from aphro_kernels.language import chain_options, jit, runs_kernels, start_in_chain, tl, triton
+from aphro_kernels.row_tiles import RowTiles
+from aphro_kernels.silu_and_mul import silu_and_mul_reference
 
 
-@dataclass(slots=True)
-class RowTiles:
-    """Slots (row * k + choice) sorted by expert, each expert's padded to whole tiles.
-
-    ``slots`` [capacity] int32, the number of slots where a tile is padded; ``experts`` [capacity / rows] int32 counts
-    from the first local expert, their number where a tile is not used.
-    """
-
-    slots: Tensor
-    experts: Tensor
-    rows: int  # of a tile
-    num_slots: int
+@dataclass(frozen=True, slots=True)
+class GroupedConfig:
+    columns: int  # of the output in a tile; of the gate and as many of up in a gated product
+    inputs: int  # in a tile
+    num_warps: int
+    num_stages: int
 
 
-def plan_tiles(chosen: Tensor, first: int, num_experts: int) -> RowTiles:
-    """``chosen`` [num_tokens, k] int64 numbers of experts, of which ``first`` to ``first + num_experts`` are here.
-
-    Shapes follow from the shape of ``chosen`` alone and nothing is copied to the host: a CUDA graph may hold it.
-    """
-    num_slots = chosen.numel()
-    rows = _tile_rows(num_slots, num_experts)
-    capacity = -(-(num_slots + min(num_experts, num_slots) * (rows - 1)) // rows) * rows
-    local = chosen.flatten() - first
-    local = torch.where((local >= 0) & (local < num_experts), local, num_experts)
-    sorted_experts, order = torch.sort(local, stable=True)
-    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=chosen.device)
-    counts.scatter_add_(0, local, torch.ones_like(local))
-    padded = (counts + rows - 1) // rows * rows
-    padded[num_experts].zero_()
-    starts, padded_ends = counts.cumsum(0) - counts, padded.cumsum(0)
-    shift = padded_ends - padded - starts
-    place = torch.arange(num_slots, device=chosen.device) + shift[sorted_experts]
-    place = torch.where(sorted_experts < num_experts, place, capacity)  # foreign slots go behind the end
-    slots = torch.full((capacity + 1,), num_slots, dtype=torch.int32, device=chosen.device)
-    slots.scatter_(0, place, order.to(torch.int32))
-    tile_starts = torch.arange(0, capacity, rows, device=chosen.device)
-    experts = torch.searchsorted(padded_ends[:num_experts].contiguous(), tile_starts, right=True).to(torch.int32)
-    return RowTiles(slots[:capacity], experts, rows, num_slots)
-
-
-def _tile_rows(num_slots: int, num_experts: int) -> int:
-    """As many as an expert gets on average, between what tl.dot takes and what registers hold."""
-    return min(max(next_power_of_2(max(num_slots // max(num_experts, 1), 1)), 16), 64)
-
-
-def grouped_linear_reference(x: Tensor, weight: Tensor, tiles: RowTiles, slots_per_row: int) -> Tensor:
-    out = x.new_zeros(tiles.num_slots, weight.shape[1])
+def grouped_linear_reference(
+    x: Tensor, weight: Tensor, tiles: RowTiles, slots_per_row: int, *, is_gated: bool = False
+) -> Tensor:
+    out = x.new_zeros(tiles.num_slots, weight.shape[1] // (1 + is_gated))
     for tile, expert in enumerate(tiles.experts.tolist()):
         slots = tiles.slots[tile * tiles.rows : (tile + 1) * tiles.rows].long()
         slots = slots[slots < tiles.num_slots]
         if expert < weight.shape[0]:
-            out[slots] = (x[slots // slots_per_row].float() @ weight[expert].float().T).to(x.dtype)
+            y = x[slots // slots_per_row].float() @ weight[expert].float().T
+            out[slots] = (silu_and_mul_reference(y) if is_gated else y).to(x.dtype)
     return out
 
 
-def grouped_linear(
-    x: Tensor, weight: Tensor, tiles: RowTiles, slots_per_row: int, *, has_foreign: bool = False
-) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor, tiles: RowTiles, slots_per_row: int, *, is_gated: bool = False) -> Tensor:
     """``[num_slots, out]``: slot s is row s // ``slots_per_row`` of ``x`` [rows, in] times its expert's matrix of
-    ``weight`` [num_experts, out, in], float32 inside. Slots of experts that are elsewhere (``has_foreign``) are 0."""
+    ``weight`` [num_experts, out, in], float32 inside. ``is_gated``: gate rows, then up rows; SiLU(gate) * up,
+    [num_slots, out / 2]. Slots of experts that are elsewhere are not written."""
     if not runs_kernels(x):
-        return grouped_linear_reference(x, weight, tiles, slots_per_row)
-    new = x.new_zeros if has_foreign else x.new_empty
-    return _launch(x, weight, tiles, slots_per_row, new(tiles.num_slots, weight.shape[1]))
+        return grouped_linear_reference(x, weight, tiles, slots_per_row, is_gated=is_gated)
+    out = x.new_empty(tiles.num_slots, weight.shape[1] // (1 + is_gated))
+    return _launch(x, weight, tiles, slots_per_row, out, is_gated=is_gated)
 
 
-def _launch(x: Tensor, weight: Tensor, tiles: RowTiles, slots_per_row: int, out: Tensor) -> Tensor:
-    num_experts, width, depth = weight.shape
+def _config(x: Tensor, tiles: RowTiles, is_gated: bool) -> GroupedConfig:
+    if x.dtype.itemsize == 4 or tiles.rows > 32:
+        return GroupedConfig(64, 64, 4, 3)
+    return GroupedConfig(32 if is_gated else 64, 128, 4, 4)
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    tiles: RowTiles,
+    slots_per_row: int,
+    out: Tensor,
+    *,
+    is_gated: bool = False,
+    config: GroupedConfig | None = None,
+) -> Tensor:
+    num_experts, _, depth = weight.shape
+    width = out.shape[1]
     assert x.stride(1) == 1
     assert weight.is_contiguous()
+    config = config or _config(x, tiles, is_gated)
     if tiles.num_slots and num_experts:
-        block_n, block_k = (64, 128) if tiles.rows <= 16 else (128, 64)
-        grid = (triton.cdiv(width, block_n), len(tiles.experts))
-        _grouped_linear_kernel[grid](
+        # tiles of one expert beside each other: all but the first find its matrix in the second-level cache
+        launch: Any = _grouped_linear_kernel[(len(tiles.experts), triton.cdiv(width, config.columns))]
+        launch(
             x,
             weight,
             out,
@@ -97,12 +81,15 @@ def _launch(x: Tensor, weight: Tensor, tiles: RowTiles, slots_per_row: int, out:
             x.stride(0),
             slots_per_row,
             ROWS=tiles.rows,
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
-            IS_WHOLE=depth % block_k == 0,
-            PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-            num_warps=4,
-            num_stages=3,
+            BLOCK_N=config.columns,
+            BLOCK_K=config.inputs,
+            IS_EVEN=depth % config.inputs == 0 and width % config.columns == 0,
+            IS_GATED=is_gated,
+            STAGES=config.num_stages,
+            PRECISION="ieee" if x.dtype.itemsize == 4 else "tf32",
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            **chain_options(x),
         )
     return out
 
@@ -123,30 +110,65 @@ def _grouped_linear_kernel(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    IS_WHOLE: tl.constexpr,
+    IS_EVEN: tl.constexpr,
+    IS_GATED: tl.constexpr,
+    STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHAINED: tl.constexpr,
 ) -> None:
-    """One tile of rows times ``BLOCK_N`` rows of its expert's matrix."""
-    tile = tl.program_id(1)
+    """One tile of rows, the short side of the product, times ``BLOCK_N`` rows of its expert's matrix.
+
+    One row is multiplied and summed, more take the tensor cores.
+    """
+    start_in_chain(CHAINED)
+    tile = tl.program_id(0)
     expert = tl.load(experts + tile)
     if expert >= num_experts:
         return
     slot = tl.load(slots + tile * ROWS + tl.arange(0, ROWS))
     is_row = slot < num_slots
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_column = columns < width
     ks = tl.arange(0, BLOCK_K)
-    x_at = x + (slot // slots_per_row).to(tl.int64)[:, None] * x_stride + ks[None, :]
-    weight_at = weight + (expert.to(tl.int64) * width + columns)[None, :] * depth + ks[:, None]
-    total = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    for start in range(0, depth, BLOCK_K):
-        if IS_WHOLE:
-            a = tl.load(x_at + start, mask=is_row[:, None], other=0.0)
-            b = tl.load(weight_at + start, mask=is_column[None, :], other=0.0)
+    x_at = x + (slot // slots_per_row).to(tl.int64)[None, :] * x_stride + ks[:, None]
+    matrix_rows = expert.to(tl.int64) * width * (2 if IS_GATED else 1) + columns
+    weight_at = weight + matrix_rows[:, None] * depth + ks[None, :]
+    up_at = weight_at + width.to(tl.int64) * depth
+    row_at = x + tl.sum(slot, axis=0).to(tl.int64) // slots_per_row * x_stride + ks
+    WIDTH: tl.constexpr = BLOCK_K if ROWS == 1 else ROWS
+    total = tl.zeros([BLOCK_N, WIDTH], tl.float32)
+    gated = tl.zeros([BLOCK_N, WIDTH], tl.float32)
+    for chunk in tl.range(0, tl.cdiv(depth, BLOCK_K), num_stages=STAGES):
+        start = chunk * BLOCK_K
+        is_k = start + ks < depth
+        if ROWS == 1:
+            row = tl.load(row_at + start, mask=is_k | IS_EVEN, other=0.0).to(tl.float32)
         else:
-            is_k = start + ks < depth
-            a = tl.load(x_at + start, mask=is_row[:, None] & is_k[None, :], other=0.0)
-            b = tl.load(weight_at + start, mask=is_column[None, :] & is_k[:, None], other=0.0)
-        total += tl.dot(a, b, input_precision=PRECISION)
+            rows = tl.load(x_at + start, mask=is_row[None, :] & (is_k[:, None] | IS_EVEN), other=0.0)
+        w = _load_weight(weight_at + start, is_column, is_k, IS_EVEN)
+        if IS_GATED:
+            up = _load_weight(up_at + start, is_column, is_k, IS_EVEN)
+        if ROWS == 1:
+            total += w.to(tl.float32) * row[None, :]
+        else:
+            total = tl.dot(w, rows, total, input_precision=PRECISION)
+        if IS_GATED:
+            if ROWS == 1:
+                gated += up.to(tl.float32) * row[None, :]
+            else:
+                gated = tl.dot(up, rows, gated, input_precision=PRECISION)
+    if ROWS == 1:
+        total = tl.sum(total, axis=1, keep_dims=True)
+        gated = tl.sum(gated, axis=1, keep_dims=True)
+    if IS_GATED:
+        total = total / (1.0 + tl.exp(-total)) * gated
     out_at = out + slot.to(tl.int64)[:, None] * width + columns[None, :]
-    tl.store(out_at, total.to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
+    tl.store(out_at, tl.trans(total).to(out.dtype.element_ty), mask=is_row[:, None] & is_column[None, :])
+
+
+@jit()
+def _load_weight(at: tl.tensor, is_column: tl.tensor, is_k: tl.tensor, IS_EVEN: tl.constexpr) -> tl.tensor:
+    if IS_EVEN:
+        return tl.load(at)
+    else:
+        return tl.load(at, mask=is_column[:, None] & is_k[None, :], other=0.0)

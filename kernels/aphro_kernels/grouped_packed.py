@@ -3,26 +3,33 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from aphro_kernels.float8 import float8_as_bytes
 from aphro_kernels.grouped_float8 import launch_grouped_float8, suits_float8
-from aphro_kernels.grouped_gemm import RowTiles, grouped_linear, grouped_linear_reference
-from aphro_kernels.language import jit, runs_kernels, tl, triton
+from aphro_kernels.grouped_gemm import grouped_linear, grouped_linear_reference
+from aphro_kernels.language import chain_options, jit, runs_kernels, start_in_chain, tl, triton
 from aphro_kernels.packed_linear import PackedWeight, can_convert, dequantise, dequantise_reference, widest_tile
 from aphro_kernels.packed_tiles import multiply_packed
+from aphro_kernels.row_tiles import RowTiles
 
 _MAX_ROWS: Final = 32  # of a tile; more rows an expert share a dequantised copy
 
 
 def grouped_packed_linear_reference(
-    x: Tensor, weight: PackedWeight, num_experts: int, tiles: RowTiles, slots_per_row: int
+    x: Tensor,
+    weight: PackedWeight,
+    num_experts: int,
+    tiles: RowTiles,
+    slots_per_row: int,
+    *,
+    is_gated: bool = False,
 ) -> Tensor:
     dense = dequantise_reference(weight, torch.float32).view(num_experts, -1, weight.shape[1])
-    return grouped_linear_reference(x, dense, tiles, slots_per_row)
+    return grouped_linear_reference(x, dense, tiles, slots_per_row, is_gated=is_gated)
 
 
 def grouped_packed_linear(
@@ -32,23 +39,31 @@ def grouped_packed_linear(
     tiles: RowTiles,
     slots_per_row: int,
     *,
-    has_foreign: bool = False,
+    is_gated: bool = False,
 ) -> Tensor:
     """As ``grouped_linear``, of ``num_experts`` quantised matrices below each other: ``weight`` [experts * out, in]."""
     if not runs_kernels(x):
-        return grouped_packed_linear_reference(x, weight, num_experts, tiles, slots_per_row)
-    new = x.new_zeros if has_foreign else x.new_empty
-    if suits_float8(x, weight, tiles):
-        out = new(tiles.num_slots, len(weight.codes) // num_experts)
-        return launch_grouped_float8(x, weight, num_experts, tiles, slots_per_row, out)
-    if tiles.rows > _MAX_ROWS or x.dtype.itemsize != 2 or not weight.suits_kernel or not can_convert(weight.codes):
+        return grouped_packed_linear_reference(x, weight, num_experts, tiles, slots_per_row, is_gated=is_gated)
+    width = len(weight.codes) // num_experts // (1 + is_gated)
+    is_float8 = suits_float8(x, weight, tiles)
+    is_taken = tiles.rows <= _MAX_ROWS and x.dtype.itemsize == 2 and weight.suits_kernel and can_convert(weight.codes)
+    if not is_float8 and not is_taken:
         dense = dequantise(weight, x.dtype).view(num_experts, -1, weight.shape[1])
-        return grouped_linear(x, dense, tiles, slots_per_row, has_foreign=has_foreign)
-    return _launch(x, weight, num_experts, tiles, slots_per_row, new(tiles.num_slots, len(weight.codes) // num_experts))
+        return grouped_linear(x, dense, tiles, slots_per_row, is_gated=is_gated)
+    launch = launch_grouped_float8 if is_float8 else _launch
+    out = x.new_empty(tiles.num_slots, width)
+    return launch(x, weight, num_experts, tiles, slots_per_row, out, is_gated=is_gated)
 
 
 def _launch(
-    x: Tensor, weight: PackedWeight, num_experts: int, tiles: RowTiles, slots_per_row: int, out: Tensor
+    x: Tensor,
+    weight: PackedWeight,
+    num_experts: int,
+    tiles: RowTiles,
+    slots_per_row: int,
+    out: Tensor,
+    *,
+    is_gated: bool = False,
 ) -> Tensor:
     depth, width = weight.shape[1], out.shape[1]
     assert x.stride(1) == 1
@@ -57,7 +72,8 @@ def _launch(
     if tiles.num_slots and num_experts:
         columns, splits = 32, 4
         inputs = widest_tile(weight.tile_group or depth, 128) * splits
-        _grouped_packed_kernel[(triton.cdiv(width, columns), len(tiles.experts))](
+        launch: Any = _grouped_packed_kernel[(len(tiles.experts), triton.cdiv(width, columns))]
+        launch(
             x,
             float8_as_bytes(weight.codes),
             weight.scales,
@@ -80,8 +96,10 @@ def _launch(
             IS_EVEN=width % columns == 0 and depth % inputs == 0,
             STAGES=3,
             IS_TILED=weight.is_tiled,
+            IS_GATED=is_gated,
             HAS_ASM=x.is_cuda,
             num_warps=4,
+            **chain_options(x),
         )
     return out
 
@@ -110,24 +128,35 @@ def _grouped_packed_kernel(
     IS_EVEN: tl.constexpr,
     STAGES: tl.constexpr,
     IS_TILED: tl.constexpr,
+    IS_GATED: tl.constexpr,
     HAS_ASM: tl.constexpr,
+    CHAINED: tl.constexpr,
 ) -> None:
     """One tile of rows times ``BN`` rows of its expert's matrix."""
-    tile = tl.program_id(1)
+    start_in_chain(CHAINED)
+    tile = tl.program_id(0)
     expert = tl.load(experts + tile)
     if expert >= num_experts:
         return
     slot = tl.load(slots + tile * ROWS + tl.arange(0, ROWS))
     is_row = slot < num_slots
-    columns = tl.program_id(0) * BN + tl.arange(0, BN)
+    columns = tl.program_id(1) * BN + tl.arange(0, BN)
     is_column = columns < width
     x_rows = (slot // slots_per_row).to(tl.int64) * x_stride
-    matrix_rows = expert.to(tl.int64) * width + columns
+    matrix_rows = expert.to(tl.int64) * width * (2 if IS_GATED else 1) + columns
     total = multiply_packed(
         x, x_rows, is_row, codes, scales, offsets, matrix_rows, is_column, 0, tl.cdiv(depth, BK), depth, KIND, GROUP,
         ROWS, BN, BK, SPLIT, IS_EVEN, STAGES, IS_TILED, HAS_ASM,
     )  # fmt: skip
     if GROUP == 0:
         total *= tl.load(scales + matrix_rows, mask=is_column, other=0.0).to(tl.float32)[:, None]
+    if IS_GATED:
+        up = multiply_packed(
+            x, x_rows, is_row, codes, scales, offsets, matrix_rows + width, is_column, 0, tl.cdiv(depth, BK), depth,
+            KIND, GROUP, ROWS, BN, BK, SPLIT, IS_EVEN, STAGES, IS_TILED, HAS_ASM,
+        )  # fmt: skip
+        if GROUP == 0:
+            up *= tl.load(scales + width + matrix_rows, mask=is_column, other=0.0).to(tl.float32)[:, None]
+        total = total / (1.0 + tl.exp(-total)) * up
     out_at = out + slot.to(tl.int64)[None, :] * width + columns[:, None]
     tl.store(out_at, total.to(out.dtype.element_ty), mask=is_row[None, :] & is_column[:, None])

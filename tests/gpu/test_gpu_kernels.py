@@ -23,15 +23,20 @@ from tests.kernels.comparisons import (
     assert_close,
     compare_attention,
     compare_end_rows,
+    compare_expert_rows,
     compare_gated_linear,
+    compare_grouped_float8_wide,
     compare_grouped_linear,
     compare_grouped_packed_linear,
+    compare_grouped_wide,
     compare_list_tiles,
     compare_packed_linear,
+    compare_plan_tiles,
     compare_quantise_rows,
     compare_rms_norm,
     compare_rotary,
     compare_rotary_angles,
+    compare_route,
     compare_sample,
     compare_silu_and_mul,
     compare_skinny_linear,
@@ -261,7 +266,60 @@ def test_the_sampler_draws_on_a_gpu_what_it_draws_on_a_cpu(vocab_size: int) -> N
 def test_grouped_linear(
     num_tokens: int, top: int, num_experts: int, here: range, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    compare_grouped_linear(num_tokens, top, num_experts, here, shape, dtype, "cuda")
+    for is_gated in (False, True):
+        compare_grouped_linear(num_tokens, top, num_experts, here, shape, dtype, "cuda", is_gated=is_gated)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("is_gated", [False, True])
+@pytest.mark.parametrize(
+    ("num_tokens", "top", "num_experts", "here", "shape"),
+    [
+        (1, 2, 8, range(8), (1024, 512)),
+        (300, 2, 8, range(3, 6), (1504, 576)),
+        (900, 4, 60, range(60), (352, 200)),
+        (2000, 2, 8, range(8), (4096, 64)),
+        (700, 2, 8, range(2, 8), (72, 4096)),
+    ],
+)
+def test_grouped_wide(
+    num_tokens: int,
+    top: int,
+    num_experts: int,
+    here: range,
+    shape: tuple[int, int],
+    is_gated: bool,
+    dtype: torch.dtype,
+) -> None:
+    compare_grouped_wide(num_tokens, top, num_experts, here, shape, dtype, is_gated)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_tokens", "num_experts", "top"), [(1, 8, 2), (5, 60, 4), (3, 4, 4), (3000, 128, 8)])
+def test_route(num_tokens: int, num_experts: int, top: int, dtype: torch.dtype) -> None:
+    compare_route(num_tokens, num_experts, top, dtype, "cuda")
+
+
+@pytest.mark.parametrize("rows", [16, 64, 128])
+@pytest.mark.parametrize(
+    ("num_tokens", "top", "num_experts", "here"),
+    [
+        (1, 2, 8, range(8)),
+        (16, 2, 8, range(3, 6)),
+        (256, 4, 60, range(60)),
+        (257, 2, 8, range(8)),
+        (8192, 2, 8, range(8)),
+        (4000, 8, 128, range(64, 128)),
+    ],
+)
+def test_plan_tiles(num_tokens: int, top: int, num_experts: int, here: range, rows: int) -> None:
+    compare_plan_tiles(num_tokens, top, num_experts, here, rows, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_tokens", "top", "here", "width"), [(1, 2, range(8), 4096), (210, 3, range(2, 5), 1100)])
+def test_expert_rows(num_tokens: int, top: int, here: range, width: int, dtype: torch.dtype) -> None:
+    compare_expert_rows(num_tokens, top, here, width, dtype, "cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -331,14 +389,27 @@ def test_split_rows(num_rows: int, width: int) -> None:
 @pytest.mark.parametrize(("kind", "groups"), [("fp8", 1), ("fp8", 8), ("int4", 8)])
 def test_grouped_packed_linear_of_split_rows(num_tokens: int, kind: str, groups: int) -> None:
     options = {"is_tiled": kind == "int4", "is_split": True}
-    compare_grouped_packed_linear(
-        num_tokens, 2, range(2, 7), (1040, 1024), kind, groups, torch.bfloat16, "cuda", **options
-    )
+    for is_gated in (False, True):
+        compare_grouped_packed_linear(
+            num_tokens, 2, range(2, 7), (1040, 1024), kind, groups, torch.bfloat16, "cuda", is_gated=is_gated, **options
+        )
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize(
+    ("num_tokens", "here", "shape"),
+    [(1, range(8), (1024, 1024)), (150, range(3, 6), (1480, 2048)), (900, range(8), (8192, 1024))],
+)
+def test_grouped_float8_wide(num_tokens: int, here: range, shape: tuple[int, int], groups: int) -> None:
+    compare_grouped_float8_wide(num_tokens, here, shape, groups)
 
 
 def test_grouped_packed_linear_of_tiles() -> None:
     shape = (1024, 512)
-    compare_grouped_packed_linear(19, 2, range(2, 5), shape, "int4", 4, torch.bfloat16, "cuda", is_tiled=True)
+    for is_gated in (False, True):
+        compare_grouped_packed_linear(
+            19, 2, range(2, 5), shape, "int4", 4, torch.bfloat16, "cuda", is_tiled=True, is_gated=is_gated
+        )
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
@@ -347,7 +418,10 @@ def test_grouped_packed_linear_of_tiles() -> None:
     [(1, range(8), (1024, 512), 4), (19, range(2, 5), (1500, 576), 1), (90, range(8), (72, 256), 8)],
 )
 def test_grouped_packed_linear(num_tokens: int, here: range, shape: tuple[int, int], groups: int, kind: str) -> None:
-    compare_grouped_packed_linear(num_tokens, 2, here, shape, kind, groups, torch.bfloat16, "cuda")
+    for is_gated in (False, True):
+        compare_grouped_packed_linear(
+            num_tokens, 2, here, shape, kind, groups, torch.bfloat16, "cuda", is_gated=is_gated
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -13,9 +13,12 @@ from typing import Any
 import torch
 from aphro_kernels import (
     chunk_tiles,
+    expert_rows,
     gated_gemm,
     grouped_float8,
     grouped_gemm,
+    grouped_hopper,
+    grouped_hopper_float8,
     grouped_packed,
     hopper_attention,
     packed_linear,
@@ -25,6 +28,8 @@ from aphro_kernels import (
     rms_norm,
     rotary,
     rotary_angles,
+    route,
+    row_tiles,
     sample,
     silu_and_mul,
     skinny_linear,
@@ -298,30 +303,111 @@ def poisoned_work(q: Tensor, num_kv_heads: int, seq_lens: Tensor, window: int | 
     return work
 
 
+def compare_route(num_tokens: int, num_experts: int, top: int, dtype: torch.dtype, device: str) -> None:
+    """Also where two experts are alike: the first one comes first."""
+    logits = random(num_tokens, num_experts + 8, dtype=torch.float32, device=device)[:, :num_experts]
+    logits += torch.arange(num_experts, device=device) / 1e3  # no two alike by chance, so that topk has no choice
+    for renormalize in (False, True):
+        found = route._launch(logits.to(dtype), top, renormalize)
+        expected = route.route_reference(logits.to(dtype), top, renormalize=renormalize)
+        torch.testing.assert_close(found[1], expected[1], atol=1e-6, rtol=1e-5)
+        alike = torch.softmax(logits.to(dtype).float(), dim=-1)
+        torch.testing.assert_close(alike.gather(1, found[0]), alike.gather(1, expected[0]), atol=0, rtol=0)
+    x = random(min(num_tokens, 5), 330, dtype=torch.float32, device=device)
+    weight = random(num_experts, 330, dtype=torch.float32, device=device, seed=1)
+    found = route.route_rows(x, weight, top, renormalize=True)
+    expected = route.route_reference(x @ weight.T, top, renormalize=True)
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], atol=1e-4, rtol=1e-4)
+    same = route._launch(torch.zeros(2, num_experts, dtype=dtype, device=device), top, True)
+    assert same[0].tolist() == [list(range(top))] * 2
+    torch.testing.assert_close(same[1], torch.full_like(same[1], 1 / top))
+
+
+def chosen_experts(num_tokens: int, num_experts: int, top: int, device: str, *, left_out: int = 0) -> Tensor:
+    """``left_out`` experts that nobody takes, the first and from there every third."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    likely = torch.rand(num_tokens, num_experts, generator=generator)
+    likely[:, : 3 * left_out : 3] = -1.0
+    return likely.topk(top, dim=-1).indices.to(device)
+
+
+def compare_plan_tiles(num_tokens: int, top: int, num_experts: int, here: range, rows: int, device: str) -> None:
+    chosen = chosen_experts(num_tokens, num_experts, top, device, left_out=1)
+    found = row_tiles._launch(chosen, here.start, len(here), rows)
+    expected = row_tiles.plan_tiles_reference(chosen, here.start, len(here), rows)
+    for name in ("slots", "experts", "places", "used"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    stands = [(slot, place) for slot, place in enumerate(found.places.flatten().tolist()) if place >= 0]
+    assert [found.slots[place].item() for _, place in stands] == [slot for slot, _ in stands]
+
+
+def compare_expert_rows(num_tokens: int, top: int, here: range, width: int, dtype: torch.dtype, device: str) -> None:
+    """Rows spread and weighed; what is padded or elsewhere is NaN and is not seen."""
+    tiles = row_tiles.plan_tiles(chosen_experts(num_tokens, 8, top, device), here.start, len(here), 32)
+    x = random(num_tokens, width + 8, dtype=dtype, device=device)[:, :width]
+    is_slot = tiles.slots < tiles.num_slots
+    spread = expert_rows._launch_spread(x, tiles)
+    assert torch.equal(spread[is_slot], expert_rows.spread_rows_reference(x, tiles)[is_slot])
+    shares = random(num_tokens, top, dtype=torch.float32, device=device)
+    for is_spread, rows in ((True, len(tiles.slots)), (False, tiles.num_slots)):
+        y = random(rows, width, dtype=dtype, device=device)
+        expected = expert_rows.weigh_rows_reference(y, shares, tiles.places, is_spread=is_spread)
+        y[~is_slot if is_spread else tiles.places.flatten() < 0] = math.nan
+        assert_close(expert_rows._launch_weigh(y, shares, tiles.places, is_spread=is_spread), expected)
+
+
 def compare_grouped_linear(
-    num_tokens: int, top: int, num_experts: int, here: range, shape: tuple[int, int], dtype: torch.dtype, device: str
+    num_tokens: int,
+    top: int,
+    num_experts: int,
+    here: range,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: str,
+    *,
+    is_gated: bool = False,
 ) -> None:
     """Rows to the experts ``here`` of ``num_experts``: k slots a row (the first product), then a row a slot."""
     width, depth = shape
-    generator = torch.Generator().manual_seed(num_tokens)
-    chosen = torch.rand(num_tokens, num_experts, generator=generator).topk(top, dim=-1).indices.to(device)
-    tiles = grouped_gemm.plan_tiles(chosen, here.start, len(here))
-    weight = random(len(here), width, depth, dtype=dtype, device=device, seed=1) / depth**0.5
+    chosen = chosen_experts(num_tokens, num_experts, top, device, left_out=1)
+    tiles = row_tiles.plan_tiles(chosen, here.start, len(here), row_tiles.tile_rows(chosen.numel(), num_experts))
+    weight = random(len(here), width * (1 + is_gated), depth, dtype=dtype, device=device, seed=1) / depth**0.5
     for rows, slots_per_row in ((num_tokens, top), (num_tokens * top, 1)):
         x = random(rows, depth, dtype=dtype, device=device)
         expected = x.new_zeros(num_tokens * top, width)
         for slot, expert in enumerate(chosen.flatten().tolist()):
             if expert in here:
-                matrix = weight[expert - here.start].float()
-                expected[slot] = (matrix @ x[slot // slots_per_row].float()).to(dtype)
-        assert_close(grouped_gemm.grouped_linear_reference(x, weight, tiles, slots_per_row), expected)
-        is_foreign = torch.tensor(
-            [expert not in here for expert in chosen.flatten().tolist()], dtype=torch.bool, device=device
-        )
+                y = weight[expert - here.start].float() @ x[slot // slots_per_row].float()
+                expected[slot] = (silu_and_mul.silu_and_mul_reference(y) if is_gated else y).to(dtype)
+        reference = grouped_gemm.grouped_linear_reference(x, weight, tiles, slots_per_row, is_gated=is_gated)
+        assert_close(reference, expected)
+        is_ours = tiles.places.flatten() >= 0
         out = nans(num_tokens * top, width, dtype=dtype, device=device)
-        grouped_gemm._launch(x, weight, tiles, slots_per_row, out)
-        assert bool(out[is_foreign].isnan().all())
-        assert_close(out[~is_foreign], expected[~is_foreign])
+        grouped_gemm._launch(x, weight, tiles, slots_per_row, out, is_gated=is_gated)
+        assert bool(out[~is_ours].isnan().all()), "slots of other ranks are not written"
+        assert_close(out[is_ours], expected[is_ours])
+
+
+def compare_grouped_wide(
+    num_tokens: int, top: int, num_experts: int, here: range, shape: tuple[int, int], dtype: torch.dtype, is_gated: bool
+) -> None:
+    """Only on Hopper. Padded rows of ``x`` are NaN."""
+    width, depth = shape
+    chosen = chosen_experts(num_tokens, num_experts, top, "cuda", left_out=1)
+    tiles = row_tiles.plan_tiles(chosen, here.start, len(here), gated_gemm.ROWS)
+    weight = random(len(here), width * (1 + is_gated), depth, dtype=dtype, device="cuda", seed=1) / depth**0.5
+    x = random(len(tiles.slots), depth, dtype=dtype, device="cuda")
+    expected = grouped_hopper.grouped_wide_reference(x, weight, tiles, is_gated=is_gated)
+    is_slot = tiles.slots < tiles.num_slots
+    x[~is_slot] = math.nan
+    results = []
+    for _ in range(3):  # a race would make them differ
+        out = nans(len(x), width, dtype=dtype, device="cuda")
+        results.append(grouped_hopper.grouped_wide(x, weight, tiles, is_gated=is_gated, out=out)[is_slot])
+    assert_close(results[0], expected[is_slot])
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 def compare_skinny_linear(
@@ -516,13 +602,13 @@ def compare_grouped_packed_linear(
     *,
     is_tiled: bool = False,
     is_split: bool = False,
+    is_gated: bool = False,
 ) -> None:
     """As compare_grouped_linear, of ``here`` among 8 experts."""
     width, depth = shape
-    generator = torch.Generator().manual_seed(num_tokens)
-    chosen = torch.rand(num_tokens, 8, generator=generator).topk(top, dim=-1).indices.to(device)
-    tiles = grouped_gemm.plan_tiles(chosen, here.start, len(here))
-    weight = packed_weight((len(here), width, depth), kind, groups, dtype, device)
+    chosen = chosen_experts(num_tokens, 8, top, device, left_out=1)
+    tiles = row_tiles.plan_tiles(chosen, here.start, len(here), row_tiles.tile_rows(chosen.numel(), 8))
+    weight = packed_weight((len(here), width * (1 + is_gated), depth), kind, groups, dtype, device)
     whole = [None if x is None else x.flatten(0, 1) for x in (weight.codes, weight.scales, weight.offsets)]
     assert whole[0] is not None
     assert whole[1] is not None
@@ -532,13 +618,36 @@ def compare_grouped_packed_linear(
         assert weight.is_tiled
     for rows, slots_per_row in ((num_tokens, top), (num_tokens * top, 1)):
         x = random(rows, depth, dtype=dtype, device=device)
-        expected = grouped_packed.grouped_packed_linear_reference(x, weight, len(here), tiles, slots_per_row)
+        place = len(here), tiles, slots_per_row
+        expected = grouped_packed.grouped_packed_linear_reference(x, weight, *place, is_gated=is_gated)
         out = nans(num_tokens * top, width, dtype=dtype, device=device)
         launch = grouped_float8.launch_grouped_float8 if is_split else grouped_packed._launch
-        launch(x, weight, len(here), tiles, slots_per_row, out)
-        is_ours = torch.tensor([expert in here for expert in chosen.flatten().tolist()], device=device)
+        launch(x, weight, *place, out, is_gated=is_gated)
+        is_ours = tiles.places.flatten() >= 0
         assert_close(out[is_ours], expected[is_ours])
         assert bool(out[~is_ours].isnan().all()), "slots of other ranks are not written"
+
+
+def compare_grouped_float8_wide(num_tokens: int, here: range, shape: tuple[int, int], groups: int) -> None:
+    """Only on Hopper. Padded rows of ``x`` are NaN."""
+    width, depth = shape
+    chosen = chosen_experts(num_tokens, 8, 2, "cuda", left_out=1)
+    tiles = row_tiles.plan_tiles(chosen, here.start, len(here), gated_gemm.ROWS)
+    weight = packed_weight((len(here), width, depth), "fp8", groups, torch.bfloat16, "cuda")
+    weight = packed_linear.PackedWeight(weight.codes.flatten(0, 1), weight.scales.flatten(0, 1))
+    x = random(len(tiles.slots), depth, dtype=torch.bfloat16, device="cuda")
+    assert grouped_hopper_float8.suits_float8_wide(x, weight, len(here))
+    dense = packed_linear.dequantise_reference(weight, torch.float32).view(len(here), width, depth)
+    expected = grouped_hopper.grouped_wide_reference(x, dense, tiles, is_gated=False)
+    is_slot = tiles.slots < tiles.num_slots
+    x[~is_slot] = math.nan
+    results = []
+    for _ in range(3):
+        out = nans(len(x), width, dtype=torch.bfloat16, device="cuda")
+        results.append(grouped_hopper_float8.grouped_float8_wide(x, weight, len(here), tiles, out)[is_slot])
+    assert_close(results[0], expected[is_slot])
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 def compare_quantise_rows(

@@ -12,15 +12,18 @@ from aphro_kernels.tile_linear import TileConfig
 from tests.kernels.comparisons import (
     compare_attention,
     compare_end_rows,
+    compare_expert_rows,
     compare_grouped_linear,
     compare_grouped_packed_linear,
     compare_list_tiles,
     compare_packed_linear,
     compare_peer_all_reduce,
+    compare_plan_tiles,
     compare_quantise_rows,
     compare_rms_norm,
     compare_rotary,
     compare_rotary_angles,
+    compare_route,
     compare_sample,
     compare_silu_and_mul,
     compare_skinny_linear,
@@ -146,7 +149,27 @@ def test_rows_in_pieces_of_their_own(seq_lens: list[int]) -> None:
 def test_grouped_linear(  # not bfloat16: the interpreter's tl.dot takes its bits for integers
     num_tokens: int, top: int, num_experts: int, here: range, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
-    compare_grouped_linear(num_tokens, top, num_experts, here, shape, dtype, "cpu")
+    is_gated = num_tokens % 2 == 1
+    compare_grouped_linear(num_tokens, top, num_experts, here, shape, dtype, "cpu", is_gated=is_gated)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(("num_tokens", "num_experts", "top"), [(1, 8, 2), (5, 60, 4), (3, 4, 4)])
+def test_route(num_tokens: int, num_experts: int, top: int, dtype: torch.dtype) -> None:
+    compare_route(num_tokens, num_experts, top, dtype, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "top", "num_experts", "here", "rows"),
+    [(1, 2, 8, range(8), 16), (5, 4, 60, range(20, 60), 16), (300, 2, 8, range(3, 6), 128), (2, 2, 4, range(4, 4), 16)],
+)
+def test_plan_tiles(num_tokens: int, top: int, num_experts: int, here: range, rows: int) -> None:
+    compare_plan_tiles(num_tokens, top, num_experts, here, rows, "cpu")
+
+
+@pytest.mark.parametrize(("num_tokens", "top", "here"), [(1, 2, range(8)), (21, 3, range(2, 5))])
+def test_expert_rows(num_tokens: int, top: int, here: range) -> None:
+    compare_expert_rows(num_tokens, top, here, 70, F32, "cpu")
 
 
 @pytest.mark.parametrize("num_rows", [1, 3, 16])
@@ -229,14 +252,16 @@ def test_grouped_packed_linear_of_tiles() -> None:
 @pytest.mark.parametrize(("kind", "groups"), [("fp8", 1), ("fp8", 2), ("int4", 2)])
 def test_grouped_packed_linear_of_split_rows(kind: str, groups: int) -> None:
     compare_grouped_packed_linear(
-        7, 2, range(2, 5), (80, 256), kind, groups, BF16, "cpu", is_tiled=kind == "int4", is_split=True
-    )
+        7, 2, range(2, 5), (80, 256), kind, groups, BF16, "cpu", is_tiled=kind == "int4", is_split=True,
+        is_gated=groups == 1,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
 @pytest.mark.parametrize(("num_tokens", "here", "groups"), [(1, range(8), 2), (19, range(2, 5), 1)])
 def test_grouped_packed_linear(num_tokens: int, here: range, groups: int, kind: str) -> None:
-    compare_grouped_packed_linear(num_tokens, 2, here, (40, 64), kind, groups, F16, "cpu")
+    is_gated = num_tokens == 1
+    compare_grouped_packed_linear(num_tokens, 2, here, (40, 64), kind, groups, F16, "cpu", is_gated=is_gated)
 
 
 @pytest.mark.parametrize("scale", [None, 0.01])

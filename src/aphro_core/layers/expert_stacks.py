@@ -7,13 +7,20 @@ from dataclasses import replace
 from typing import Final, Protocol
 
 import torch
-from aphro_kernels.grouped_gemm import RowTiles, grouped_linear
+from aphro_kernels.grouped_gemm import grouped_linear
+from aphro_kernels.grouped_hopper import grouped_wide, suits_wide
+from aphro_kernels.grouped_hopper_float8 import grouped_float8_wide, suits_float8_wide
 from aphro_kernels.grouped_packed import grouped_packed_linear
+from aphro_kernels.packed_linear import dequantise
 from aphro_kernels.quantise_rows import round_rows
+from aphro_kernels.row_tiles import RowTiles
+from aphro_kernels.silu_and_mul import silu_and_mul
 from torch import Tensor
 
 from aphro_core.quantization.matrix import PackedMatrix, below_each_other, cut_rows
 
+_WIDE_FROM: Final = {"plain": 24, "fp8": 24}
+_DEQUANTISED_FROM: Final = 64
 _GATHERED: Final = 2**24  # inputs that are put into another order at once: their indices take eight bytes each
 
 
@@ -21,19 +28,31 @@ class Stack(Protocol):
     """The matrices of a rank's experts, [experts, out, in]."""
 
     num_experts: int
+    wide_from: (
+        int | None
+    )  # rows an expert, on average, from which grouped_hopper.py is faster; None: it is not to be had
 
-    def times(self, x: Tensor, tiles: RowTiles, slots_per_row: int, *, has_foreign: bool) -> Tensor:
+    def times(self, x: Tensor, tiles: RowTiles, slots_per_row: int, *, is_gated: bool = False) -> Tensor:
         """As ``grouped_linear``."""
+        ...
+
+    def wide(self, x: Tensor, tiles: RowTiles, *, is_gated: bool) -> Tensor:
+        """As ``grouped_wide``, of 16-bit rows on Hopper; only where ``wide_from`` is a number. A dequantised copy of
+        the matrices, where it takes one, is gone afterwards."""
         ...
 
 
 class DenseStack:
     def __init__(self, weight: Tensor) -> None:
         self.num_experts = len(weight)
+        self.wide_from: int | None = _WIDE_FROM["plain"] if suits_wide(weight.shape) else None
         self._weight = weight
 
-    def times(self, x: Tensor, tiles: RowTiles, slots_per_row: int, *, has_foreign: bool) -> Tensor:
-        return grouped_linear(x, self._weight, tiles, slots_per_row, has_foreign=has_foreign)
+    def times(self, x: Tensor, tiles: RowTiles, slots_per_row: int, *, is_gated: bool = False) -> Tensor:
+        return grouped_linear(x, self._weight, tiles, slots_per_row, is_gated=is_gated)
+
+    def wide(self, x: Tensor, tiles: RowTiles, *, is_gated: bool) -> Tensor:
+        return grouped_wide(x, self._weight, tiles, is_gated=is_gated)
 
 
 class PackedStack:
@@ -43,16 +62,25 @@ class PackedStack:
         self.num_experts = num_experts
         self._weight = matrix.for_kernels()
         self._inputs, self._kind = matrix.inputs, matrix.kind
+        rows, width = self._weight.shape
+        is_rounded = self._inputs is not None and self._kind != "int4"
+        is_wide = not is_rounded and suits_wide((num_experts, rows // num_experts, width))
+        self.wide_from: int | None = _WIDE_FROM.get(self._kind, _DEQUANTISED_FROM) if is_wide else None
 
-    def times(self, x: Tensor, tiles: RowTiles, slots_per_row: int, *, has_foreign: bool) -> Tensor:
-        options = {"has_foreign": has_foreign}
+    def times(self, x: Tensor, tiles: RowTiles, slots_per_row: int, *, is_gated: bool = False) -> Tensor:
+        place = self._weight, self.num_experts, tiles, slots_per_row
         if self._inputs is None or self._kind == "int4":
-            return grouped_packed_linear(x, self._weight, self.num_experts, tiles, slots_per_row, **options)
+            return grouped_packed_linear(x, *place, is_gated=is_gated)
         codes, scales = round_rows(x, self._kind, self._inputs.scale)
-        y = grouped_packed_linear(codes, self._weight, self.num_experts, tiles, slots_per_row, **options)
-        if has_foreign:  # their rows were never written, and what is found of them is nothing to go by
-            scales.nan_to_num_(0.0, 0.0, 0.0)
-        return y.mul_(scales.repeat_interleave(slots_per_row)[:, None])
+        y = grouped_packed_linear(codes, *place).mul_(scales.repeat_interleave(slots_per_row)[:, None])
+        return silu_and_mul(y) if is_gated else y
+
+    def wide(self, x: Tensor, tiles: RowTiles, *, is_gated: bool) -> Tensor:
+        if suits_float8_wide(x, self._weight, self.num_experts):
+            y = grouped_float8_wide(x, self._weight, self.num_experts, tiles)
+            return silu_and_mul(y) if is_gated else y
+        weight = dequantise(self._weight, x.dtype).view(self.num_experts, -1, self._weight.shape[1])
+        return grouped_wide(x, weight, tiles, is_gated=is_gated)
 
 
 class OrderedStack:
@@ -61,19 +89,24 @@ class OrderedStack:
     def __init__(self, stack: Stack, orders: Tensor) -> None:
         """``orders`` [experts, in]: column j of an expert is its input ``orders[expert, j]``."""
         self.num_experts = stack.num_experts
+        self.wide_from: int | None = None
         self._stack, self._orders = stack, orders.long()
 
-    def times(self, x: Tensor, tiles: RowTiles, slots_per_row: int, *, has_foreign: bool) -> Tensor:
-        experts = tiles.experts.repeat_interleave(tiles.rows).clamp(max=self.num_experts - 1).long()
+    def times(self, x: Tensor, tiles: RowTiles, slots_per_row: int, *, is_gated: bool = False) -> Tensor:
+        experts = tiles.experts.repeat_interleave(tiles.rows).clamp(0, self.num_experts - 1).long()
         of_slot = torch.zeros(tiles.num_slots + 1, dtype=torch.int64, device=x.device)
-        of_slot.scatter_(0, tiles.slots.long(), experts)  # the last one takes all padding
+        # the last one takes all padding; while kernels are only compiled, anything may stand in a plan
+        of_slot.scatter_(0, tiles.slots.long().clamp(0, tiles.num_slots), experts)
         ordered = x.new_empty(tiles.num_slots, x.shape[1])
         step = max(_GATHERED // x.shape[1], 1)
         for start in range(0, tiles.num_slots, step):
             slots = torch.arange(start, min(start + step, tiles.num_slots), device=x.device)
             index = self._orders[of_slot[slots]]
             torch.gather(x[slots // slots_per_row], 1, index, out=ordered[start : start + step])
-        return self._stack.times(ordered, tiles, 1, has_foreign=has_foreign)
+        return self._stack.times(ordered, tiles, 1, is_gated=is_gated)
+
+    def wide(self, x: Tensor, tiles: RowTiles, *, is_gated: bool) -> Tensor:
+        raise NotImplementedError
 
 
 class SideBySide:
@@ -81,11 +114,15 @@ class SideBySide:
 
     def __init__(self, stacks: Sequence[Stack]) -> None:
         self.num_experts = stacks[0].num_experts
+        self.wide_from: int | None = None
         self._stacks = stacks
 
-    def times(self, x: Tensor, tiles: RowTiles, slots_per_row: int, *, has_foreign: bool) -> Tensor:
-        parts = [stack.times(x, tiles, slots_per_row, has_foreign=has_foreign) for stack in self._stacks]
-        return torch.cat(parts, dim=-1)
+    def times(self, x: Tensor, tiles: RowTiles, slots_per_row: int, *, is_gated: bool = False) -> Tensor:
+        y = torch.cat([stack.times(x, tiles, slots_per_row) for stack in self._stacks], dim=-1)
+        return silu_and_mul(y) if is_gated else y
+
+    def wide(self, x: Tensor, tiles: RowTiles, *, is_gated: bool) -> Tensor:
+        raise NotImplementedError
 
 
 class DequantisedStack:
@@ -93,12 +130,21 @@ class DequantisedStack:
 
     def __init__(self, experts: Sequence[Sequence[PackedMatrix]]) -> None:
         self.num_experts = len(experts)
+        rows = sum(part.shape[0] for part in experts[0])
+        self.wide_from: int | None = (
+            _WIDE_FROM["plain"] if suits_wide((len(experts), rows, experts[0][0].shape[1])) else None
+        )
         self._experts = experts
 
-    def times(self, x: Tensor, tiles: RowTiles, slots_per_row: int, *, has_foreign: bool) -> Tensor:
-        dense = torch.cat([part.dequantise(x.dtype) for parts in self._experts for part in parts])
-        weight = dense.view(self.num_experts, -1, dense.shape[1])
-        return grouped_linear(x, weight, tiles, slots_per_row, has_foreign=has_foreign)
+    def times(self, x: Tensor, tiles: RowTiles, slots_per_row: int, *, is_gated: bool = False) -> Tensor:
+        return grouped_linear(x, self._dequantised(x.dtype), tiles, slots_per_row, is_gated=is_gated)
+
+    def wide(self, x: Tensor, tiles: RowTiles, *, is_gated: bool) -> Tensor:
+        return grouped_wide(x, self._dequantised(x.dtype), tiles, is_gated=is_gated)
+
+    def _dequantised(self, dtype: torch.dtype) -> Tensor:
+        dense = torch.cat([part.dequantise(dtype) for parts in self._experts for part in parts])
+        return dense.view(self.num_experts, -1, dense.shape[1])
 
 
 def packed_stack(weight: Sequence[PackedMatrix], num_experts: int) -> Stack:

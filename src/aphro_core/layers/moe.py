@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from aphro_kernels.grouped_gemm import plan_tiles
+from aphro_kernels.expert_rows import spread_rows, weigh_rows
+from aphro_kernels.gated_gemm import ROWS
+from aphro_kernels.hopper import suits_hopper
+from aphro_kernels.route import route
+from aphro_kernels.row_tiles import plan_tiles, tile_rows
 from torch import Tensor
 
 from aphro_core.layers.expert_stacks import Stack
@@ -50,10 +55,7 @@ class SparseMoe:
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Every rank has the whole router and the same rows, so all choose alike."""
-        shares, chosen = torch.softmax(self._router(x).float(), dim=-1).topk(self._top, dim=-1)
-        if self._renormalize:
-            shares = shares / shares.sum(dim=-1, keepdim=True)
-        return chosen, shares
+        return route(self._router(x), self._top, renormalize=self._renormalize)
 
 
 class LoopedExperts:
@@ -89,13 +91,29 @@ class GroupedExperts:
     def __init__(self, gate_up: Stack, down: Stack, *, first: int, num_experts: int, activation: Activation) -> None:
         """``gate_up`` [local experts, 2 * columns, hidden_size], ``down`` [local experts, hidden_size, columns], of
         the ``num_experts`` of the model those from ``first`` on."""
-        self._gate_up, self._down, self._first = gate_up, down, first
-        self._has_foreign = down.num_experts < num_experts
-        self._activation = activation
+        self._gate_up, self._down, self._first, self._num_experts = gate_up, down, first, num_experts
+        self._activation: Activation = activation
+        self._is_silu = activation == "silu"
+        found = [stack.wide_from for stack in (gate_up, down)]
+        self._wide_from = math.inf if None in found else max(rows for rows in found if rows is not None)
 
     def __call__(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
-        num_tokens, top = chosen.shape
-        tiles = plan_tiles(chosen, self._first, self._down.num_experts)
-        gate_up = self._gate_up.times(x, tiles, top, has_foreign=False)
-        y = self._down.times(gated(gate_up, self._activation), tiles, 1, has_foreign=self._has_foreign)
-        return torch.bmm(shares.to(x.dtype)[:, None], y.view(num_tokens, top, -1))[:, 0]
+        is_wide = chosen.numel() >= self._wide_from * self._num_experts and suits_hopper(x)
+        y, places = (self._wide if is_wide else self._few)(x, chosen)
+        return weigh_rows(y, shares, places, is_spread=is_wide)
+
+    def _few(self, x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """A row a slot: few rows an expert, whose matrices are read as fast as memory gives them."""
+        rows = tile_rows(chosen.numel(), self._num_experts)
+        tiles = plan_tiles(chosen, self._first, self._down.num_experts, rows)
+        y = self._gate_up.times(x, tiles, chosen.shape[1], is_gated=self._is_silu)
+        return self._down.times(self._activated(y), tiles, 1), tiles.places
+
+    def _wide(self, x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """A row a place: rows stand by expert."""
+        tiles = plan_tiles(chosen, self._first, self._down.num_experts, ROWS)
+        y = self._gate_up.wide(spread_rows(x, tiles), tiles, is_gated=self._is_silu)
+        return self._down.wide(self._activated(y), tiles, is_gated=False), tiles.places
+
+    def _activated(self, y: Tensor) -> Tensor:
+        return y if self._is_silu else gated(y, self._activation)
