@@ -25,7 +25,7 @@ from aphro_kernels.grouped_gemm import GroupedConfig
 from aphro_kernels.grouped_hopper import grouped_wide
 from aphro_kernels.grouped_hopper_float8 import grouped_float8_wide
 from aphro_kernels.packed_linear import PackedWeight
-from aphro_kernels.route import route, route_rows
+from aphro_kernels.route import route
 from torch import Tensor
 from torch.nn.functional import linear
 from workloads import CEILINGS
@@ -60,8 +60,6 @@ class Layer:
         found: dict[str, Runs] = {"route": {}, "plan": {}, "gate_up": {}, "down": {}, "rest": {}}
         found["route"]["choice"] = lambda: route(logits, self.top, renormalize=True)
         found["route"]["product, choice"] = lambda: route(linear(x, self.router), self.top, renormalize=True)
-        if tokens <= 256:
-            found["route"]["both"] = lambda: route_rows(x, self.router, self.top, renormalize=True)
         rows_of = [row_tiles.tile_rows(tokens * self.top, self.num_experts)]
         found["plan"][""] = lambda: row_tiles.plan_tiles(chosen, 0, self.num_experts, rows_of[0])
         if every_config:
@@ -70,7 +68,7 @@ class Layer:
             tiles = row_tiles.plan_tiles(chosen, 0, self.num_experts, rows)
             for name, given, weight, per in (("gate_up", x, self.gate_up, self.top), ("down", inner, self.down, 1)):
                 gated = name == "gate_up"
-                for config in _configs(rows) if every_config else [grouped_gemm._config(given, tiles, gated)]:
+                for config in _configs(rows) if every_config else [grouped_gemm._config(given, tiles)]:
                     out = given.new_empty(tokens * self.top, weight.shape[1] // (1 + gated))
                     found[name][f"few {rows} {_text(config)}"] = (
                         lambda given=given, weight=weight, per=per, out=out, gated=gated, config=config, tiles=tiles: (

@@ -19,8 +19,8 @@ _FEW_PROGRAMS: Final = 264  # then tiles are narrower
 
 
 def suits_float8(x: Tensor, weight: PackedWeight, tiles: RowTiles) -> bool:
-    is_kept_so = weight.is_tiled or (weight.kind == "fp8" and weight.tile_group % 128 == 0)
-    return is_kept_so and tiles.rows <= _MAX_ROWS[weight.kind] and is_split_exactly(x)
+    is_kept_so = weight.is_tiled or (weight.kind == "fp8" and weight.tile_group % 128 == weight.shape[1] % 128 == 0)
+    return is_kept_so and 1 < tiles.rows <= _MAX_ROWS[weight.kind] and is_split_exactly(x)
 
 
 def launch_grouped_float8(

@@ -44,10 +44,11 @@ def grouped_linear(x: Tensor, weight: Tensor, tiles: RowTiles, slots_per_row: in
     return _launch(x, weight, tiles, slots_per_row, out, is_gated=is_gated)
 
 
-def _config(x: Tensor, tiles: RowTiles, is_gated: bool) -> GroupedConfig:
-    if x.dtype.itemsize == 4 or tiles.rows > 32:
-        return GroupedConfig(64, 64, 4, 3)
-    return GroupedConfig(32 if is_gated else 64, 128, 4, 4)
+def _config(x: Tensor, tiles: RowTiles) -> GroupedConfig:
+    """The fastest of ``bench/experts.py --configs`` (an H100)."""
+    if tiles.rows == 1:
+        return GroupedConfig(8, 1024 if x.shape[1] >= 2048 else 512, 4, 3)
+    return GroupedConfig(64, 64 if x.dtype.itemsize == 4 or tiles.rows > 32 else 128, 4, 3)
 
 
 def _launch(
@@ -64,7 +65,7 @@ def _launch(
     width = out.shape[1]
     assert x.stride(1) == 1
     assert weight.is_contiguous()
-    config = config or _config(x, tiles, is_gated)
+    config = config or _config(x, tiles)
     if tiles.num_slots and num_experts:
         # tiles of one expert beside each other: all but the first find its matrix in the second-level cache
         launch: Any = _grouped_linear_kernel[(len(tiles.experts), triton.cdiv(width, config.columns))]

@@ -57,32 +57,18 @@ def _route_kernel(
     BLOCK: tl.constexpr,
     CHAINED: tl.constexpr,
 ) -> None:
+    """One token: the largest of what is left, ``TOP`` times."""
     start_in_chain(CHAINED)
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, BLOCK)
     logit = tl.load(logits + token * stride + expert, mask=expert < num_experts, other=float("-inf")).to(tl.float32)
-    _choose(logit, num_experts, chosen + token * TOP, shares + token * TOP, TOP, RENORMALIZE, BLOCK)
-
-
-@jit()
-def _choose(
-    logit: tl.tensor,
-    num_experts: tl.tensor,
-    chosen: tl.tensor,
-    shares: tl.tensor,
-    TOP: tl.constexpr,
-    RENORMALIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    """One token: the largest of what is left, ``TOP`` times. ``logit`` [BLOCK] float32, -inf beyond the experts."""
-    expert = tl.arange(0, BLOCK)
     weight = tl.exp(logit - tl.max(logit, axis=0))
     total = tl.sum(weight, axis=0)
     left = tl.where(expert < num_experts, weight, -1.0)
     is_taken = expert < 0
     for place in tl.static_range(TOP):
         best = tl.argmax(left, axis=0)
-        tl.store(chosen + place, best.to(tl.int64))
+        tl.store(chosen + token * TOP + place, best.to(tl.int64))
         is_taken = is_taken | (expert == best)
         left = tl.where(expert == best, -1.0, left)
     if RENORMALIZE:
@@ -90,63 +76,5 @@ def _choose(
     left = tl.where(is_taken, weight, -1.0)
     for place in tl.static_range(TOP):
         best = tl.argmax(left, axis=0)
-        tl.store(shares + place, tl.max(left, axis=0) / total)
+        tl.store(shares + token * TOP + place, tl.max(left, axis=0) / total)
         left = tl.where(expert == best, -1.0, left)
-
-
-def route_rows(x: Tensor, weight: Tensor, top: int, *, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """As :func:`route` of ``x`` [num_tokens, hidden_size] times the router ``weight`` [num_experts, hidden_size], whose
-    logits are rounded to their dtype as a product of its own would. For a few tokens on a GPU."""
-    (num_tokens, depth), num_experts = x.shape, len(weight)
-    assert x.stride(1) == 1
-    assert weight.is_contiguous()
-    chosen = torch.empty(num_tokens, top, dtype=torch.int64, device=x.device)
-    shares = torch.empty(num_tokens, top, dtype=torch.float32, device=x.device)
-    block = next_power_of_2(num_experts)
-    _route_rows_kernel[(num_tokens,)](
-        x,
-        weight,
-        chosen,
-        shares,
-        num_experts,
-        depth,
-        x.stride(0),
-        TOP=top,
-        RENORMALIZE=renormalize,
-        BLOCK=block,
-        INPUTS=max(8192 // block, 64),
-        num_warps=8,
-        **chain_options(x),
-    )
-    return chosen, shares
-
-
-@jit(do_not_specialize=["x_stride"])
-def _route_rows_kernel(
-    x: tl.tensor,
-    weight: tl.tensor,
-    chosen: tl.tensor,
-    shares: tl.tensor,
-    num_experts: tl.tensor,
-    depth: tl.tensor,
-    x_stride: tl.tensor,
-    TOP: tl.constexpr,
-    RENORMALIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    INPUTS: tl.constexpr,
-    CHAINED: tl.constexpr,
-) -> None:
-    start_in_chain(CHAINED)
-    token = tl.program_id(0).to(tl.int64)
-    expert = tl.arange(0, BLOCK)
-    inputs = tl.arange(0, INPUTS)
-    total = tl.zeros([BLOCK, INPUTS], tl.float32)
-    for start in range(0, depth, INPUTS):
-        is_input = start + inputs < depth
-        row = tl.load(x + token * x_stride + start + inputs, mask=is_input, other=0.0).to(tl.float32)
-        at = weight + expert[:, None] * depth + start + inputs[None, :]
-        w = tl.load(at, mask=(expert < num_experts)[:, None] & is_input[None, :], other=0.0)
-        total += w.to(tl.float32) * row[None, :]
-    logit = tl.sum(total, axis=1).to(x.dtype.element_ty).to(tl.float32)
-    logit = tl.where(expert < num_experts, logit, float("-inf"))
-    _choose(logit, num_experts, chosen + token * TOP, shares + token * TOP, TOP, RENORMALIZE, BLOCK)

@@ -313,12 +313,6 @@ def compare_route(num_tokens: int, num_experts: int, top: int, dtype: torch.dtyp
         torch.testing.assert_close(found[1], expected[1], atol=1e-6, rtol=1e-5)
         alike = torch.softmax(logits.to(dtype).float(), dim=-1)
         torch.testing.assert_close(alike.gather(1, found[0]), alike.gather(1, expected[0]), atol=0, rtol=0)
-    x = random(min(num_tokens, 5), 330, dtype=torch.float32, device=device)
-    weight = random(num_experts, 330, dtype=torch.float32, device=device, seed=1)
-    found = route.route_rows(x, weight, top, renormalize=True)
-    expected = route.route_reference(x @ weight.T, top, renormalize=True)
-    assert torch.equal(found[0], expected[0])
-    torch.testing.assert_close(found[1], expected[1], atol=1e-4, rtol=1e-4)
     same = route._launch(torch.zeros(2, num_experts, dtype=dtype, device=device), top, True)
     assert same[0].tolist() == [list(range(top))] * 2
     torch.testing.assert_close(same[1], torch.full_like(same[1], 1 / top))
@@ -371,7 +365,8 @@ def compare_grouped_linear(
     """Rows to the experts ``here`` of ``num_experts``: k slots a row (the first product), then a row a slot."""
     width, depth = shape
     chosen = chosen_experts(num_tokens, num_experts, top, device, left_out=1)
-    tiles = row_tiles.plan_tiles(chosen, here.start, len(here), row_tiles.tile_rows(chosen.numel(), num_experts))
+    rows_of_tile = 1 if num_tokens == 1 else row_tiles.tile_rows(chosen.numel(), num_experts)
+    tiles = row_tiles.plan_tiles(chosen, here.start, len(here), rows_of_tile)
     weight = random(len(here), width * (1 + is_gated), depth, dtype=dtype, device=device, seed=1) / depth**0.5
     for rows, slots_per_row in ((num_tokens, top), (num_tokens * top, 1)):
         x = random(rows, depth, dtype=dtype, device=device)

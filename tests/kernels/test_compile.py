@@ -91,9 +91,11 @@ def test_tiles_are_decoded_where_they_are_loaded(is_gated: bool, dtype: str) -> 
     assert not any(word in between for between in alone for word in ("shfl", "st.shared", "bar.sync"))
 
 
-def test_grouped_linear() -> None:
+@pytest.mark.parametrize(("rows", "is_even", "is_gated"), [(1, True, True), (16, False, True), (64, False, False)])
+def test_grouped_linear(rows: int, is_even: bool, is_gated: bool) -> None:
     from aphro_kernels.grouped_gemm import _grouped_linear_kernel
 
-    constants = {"ROWS": 16, "BLOCK_N": 64, "BLOCK_K": 128, "IS_WHOLE": False, "PRECISION": "ieee"}
+    tile = {"ROWS": rows, "BLOCK_N": 8 if rows == 1 else 64, "BLOCK_K": 512 if rows == 1 else 128, "STAGES": 3}
+    constants = {**tile, "IS_EVEN": is_even, "IS_GATED": is_gated, "PRECISION": "tf32", "CHAINED": True}
     plain = dict.fromkeys(("x", "weight", "out"), "*bf16")
     compile_for_hopper(_grouped_linear_kernel, constants, slots="*i32", experts="*i32", **plain)

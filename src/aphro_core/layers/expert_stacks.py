@@ -19,8 +19,10 @@ from torch import Tensor
 
 from aphro_core.quantization.matrix import PackedMatrix, below_each_other, cut_rows
 
-_WIDE_FROM: Final = {"plain": 24, "fp8": 24}
-_DEQUANTISED_FROM: Final = 64
+# rows an expert, on average, from which tiles of 128 are faster (docs/kernels.md); others dequantise there in any case
+_WIDE_FROM: Final = {"plain": 24, "fp8": 48}
+_DEQUANTISED_FROM: Final = 40
+_MANY_ROWS: Final = 768  # from which a dequantised copy of fp8 is
 _GATHERED: Final = 2**24  # inputs that are put into another order at once: their indices take eight bytes each
 
 
@@ -28,9 +30,8 @@ class Stack(Protocol):
     """The matrices of a rank's experts, [experts, out, in]."""
 
     num_experts: int
-    wide_from: (
-        int | None
-    )  # rows an expert, on average, from which grouped_hopper.py is faster; None: it is not to be had
+    takes_one_row: bool  # in a tile, besides 16 and more
+    wide_from: int | None  # rows an expert, on average, from which grouped_hopper.py takes them; None: never
 
     def times(self, x: Tensor, tiles: RowTiles, slots_per_row: int, *, is_gated: bool = False) -> Tensor:
         """As ``grouped_linear``."""
@@ -45,6 +46,7 @@ class Stack(Protocol):
 class DenseStack:
     def __init__(self, weight: Tensor) -> None:
         self.num_experts = len(weight)
+        self.takes_one_row = True
         self.wide_from: int | None = _WIDE_FROM["plain"] if suits_wide(weight.shape) else None
         self._weight = weight
 
@@ -65,6 +67,7 @@ class PackedStack:
         rows, width = self._weight.shape
         is_rounded = self._inputs is not None and self._kind != "int4"
         is_wide = not is_rounded and suits_wide((num_experts, rows // num_experts, width))
+        self.takes_one_row = False
         self.wide_from: int | None = _WIDE_FROM.get(self._kind, _DEQUANTISED_FROM) if is_wide else None
 
     def times(self, x: Tensor, tiles: RowTiles, slots_per_row: int, *, is_gated: bool = False) -> Tensor:
@@ -76,7 +79,8 @@ class PackedStack:
         return silu_and_mul(y) if is_gated else y
 
     def wide(self, x: Tensor, tiles: RowTiles, *, is_gated: bool) -> Tensor:
-        if suits_float8_wide(x, self._weight, self.num_experts):
+        is_many = tiles.num_slots >= _MANY_ROWS * self.num_experts
+        if not is_many and suits_float8_wide(x, self._weight, self.num_experts):
             y = grouped_float8_wide(x, self._weight, self.num_experts, tiles)
             return silu_and_mul(y) if is_gated else y
         weight = dequantise(self._weight, x.dtype).view(self.num_experts, -1, self._weight.shape[1])
@@ -89,6 +93,7 @@ class OrderedStack:
     def __init__(self, stack: Stack, orders: Tensor) -> None:
         """``orders`` [experts, in]: column j of an expert is its input ``orders[expert, j]``."""
         self.num_experts = stack.num_experts
+        self.takes_one_row = stack.takes_one_row
         self.wide_from: int | None = None
         self._stack, self._orders = stack, orders.long()
 
@@ -114,6 +119,7 @@ class SideBySide:
 
     def __init__(self, stacks: Sequence[Stack]) -> None:
         self.num_experts = stacks[0].num_experts
+        self.takes_one_row = all(stack.takes_one_row for stack in stacks)
         self.wide_from: int | None = None
         self._stacks = stacks
 
@@ -130,6 +136,7 @@ class DequantisedStack:
 
     def __init__(self, experts: Sequence[Sequence[PackedMatrix]]) -> None:
         self.num_experts = len(experts)
+        self.takes_one_row = True
         rows = sum(part.shape[0] for part in experts[0])
         self.wide_from: int | None = (
             _WIDE_FROM["plain"] if suits_wide((len(experts), rows, experts[0][0].shape[1])) else None

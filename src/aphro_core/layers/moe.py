@@ -104,7 +104,8 @@ class GroupedExperts:
 
     def _few(self, x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """A row a slot: few rows an expert, whose matrices are read as fast as memory gives them."""
-        rows = tile_rows(chosen.numel(), self._num_experts)
+        is_one = len(chosen) == 1 and self._gate_up.takes_one_row and self._down.takes_one_row
+        rows = 1 if is_one else tile_rows(chosen.numel(), self._num_experts)
         tiles = plan_tiles(chosen, self._first, self._down.num_experts, rows)
         y = self._gate_up.times(x, tiles, chosen.shape[1], is_gated=self._is_silu)
         return self._down.times(self._activated(y), tiles, 1), tiles.places
