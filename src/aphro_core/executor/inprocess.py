@@ -43,6 +43,7 @@ class InProcessExecutor:
         self.waiting = Results(
             lambda result: _from_thread(loop, self._send_result.send_nowait, result),
             lambda error: _from_thread(loop, self._fail, error),
+            worker.enter_thread,
         )
 
     async def load(self) -> None:

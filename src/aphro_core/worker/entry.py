@@ -77,7 +77,7 @@ def serve(
 
     worker = Worker(start, channel.send, open_store, fetch)
     channel.send(worker.load())
-    with Results(channel.send, errors=partial(_fail, channel, start.rank)) as results:
+    with Results(channel.send, partial(_fail, channel, start.rank), worker.enter_thread) as results:
         while True:
             match channel.receive():
                 case StepPlan() as plan:

@@ -32,6 +32,7 @@ from aphro_core.quantization.matrix import PackedMatrix, Weights, below_each_oth
 from aphro_core.quantization.online import quantise
 from aphro_core.quantization.registry import READERS
 from aphro_core.quantization.source import QuantSource
+from aphro_core.worker.device import use_device
 
 DUMMY_RANGE: Final = 1e-3  # dummy weights are uniform in plus or minus this
 _DEVICE_THREADS: Final = 4  # that read for a GPU, where torch itself is given one
@@ -184,7 +185,9 @@ def _filling_threads(device: torch.device) -> Iterator[ThreadPoolExecutor]:
     cores have other work, and reading and dequantising would still be on one core.
     """
     num_threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(num_threads if device.type == "cpu" else _DEVICE_THREADS, "load-weights")
+    pool = ThreadPoolExecutor(
+        num_threads if device.type == "cpu" else _DEVICE_THREADS, "load-weights", use_device, (device,)
+    )
     torch.set_num_threads(1)
     try:
         yield pool

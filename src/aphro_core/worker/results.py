@@ -16,8 +16,15 @@ from aphro_core.worker.step import LaunchedStep
 class Results:
     """``put`` a step; ``send`` gets its result. Leaving the block ends the thread, once what was put is done."""
 
-    def __init__(self, send: Callable[[StepResult], None], errors: Callable[[BaseException], None]) -> None:
-        """Both are called on the thread: ``errors`` with whatever a result raised, after which none follows."""
+    def __init__(
+        self,
+        send: Callable[[StepResult], None],
+        errors: Callable[[BaseException], None],
+        enter_thread: Callable[[], None],
+    ) -> None:
+        """All are called on the thread, ``enter_thread`` first; ``errors`` with whatever a result raised, after which
+        none follows."""
+        self._enter_thread = enter_thread
         self._send = send
         self._errors = errors
         self._steps: SimpleQueue[LaunchedStep | None] = SimpleQueue()
@@ -37,6 +44,7 @@ class Results:
         self._thread.join(timeout=0.0 if error is not None else 1.0)
 
     def _run(self) -> None:
+        self._enter_thread()
         while (step := self._steps.get()) is not None:
             try:
                 self._send(step.result())

@@ -25,6 +25,7 @@ from aphro_core.models.registry import load_spec
 from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel import memory
 from aphro_core.parallel.shard import build_plan
+from aphro_core.worker.device import use_device
 from aphro_core.worker.device_runner import DeviceRunner
 from aphro_core.worker.fetched_model import Fetch, FetchedModel
 from aphro_core.worker.kv_cache import allocate_kv_cache
@@ -65,8 +66,7 @@ class Worker:
 
     def load(self) -> WorkerLoaded:
         """Join the group and put this rank's slices of the weights in place."""
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
+        use_device(self._device)
         model, parallel, rank = self._config.model, self._config.parallel, self._start.rank
         self._spec = self._read_spec().for_length(model.max_model_len)
         sizes = (parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
@@ -174,6 +174,10 @@ class Worker:
     @property
     def _speaks(self) -> bool:
         return self._shard.has_head and self._shard.tp_rank == 0
+
+    def enter_thread(self) -> None:
+        """Comes first in every other thread that waits for this rank's steps."""
+        use_device(self._device)
 
     @property
     def is_asynchronous(self) -> bool:

@@ -33,13 +33,15 @@ def test_results_come_in_order_and_nobody_waits_for_them() -> None:
         if result.step_id == 2:
             came.set()
 
-    with Results(send, errors=sent.append) as results:
+    entered: list[str] = []
+    with Results(send, sent.append, lambda: entered.append(threading.current_thread().name)) as results:
         results.put(SlowStep(1, is_done))
         results.put(FinishedStep(StepResult(2, [])))
         assert sent == []
         is_done.set()
         assert came.wait(10)
     assert sent == [(1, "step-results"), (2, "step-results")]
+    assert entered == ["step-results"]
 
 
 def test_a_failure_is_told_and_nothing_follows() -> None:
@@ -50,7 +52,7 @@ def test_a_failure_is_told_and_nothing_follows() -> None:
         sent.append(error)
         failed.set()
 
-    with Results(sent.append, errors=fail) as results:
+    with Results(sent.append, fail, lambda: None) as results:
         results.put(FailingStep())
         results.put(FinishedStep(StepResult(2, [])))
         assert failed.wait(10)
