@@ -23,6 +23,12 @@ from tests.tiny import PLAIN, write_tiny_checkpoint, write_tiny_gguf
 
 NUM_GPUS = torch.cuda.device_count()
 FAMILIES = tuple(TINY)
+LAYOUTS = {  # (tp, pp): what differs between families is the same in each
+    (1, 1): FAMILIES,
+    (2, 1): PLAIN,
+    (1, 2): PLAIN,
+    **dict.fromkeys([(3, 1), (4, 1), (2, 2)], ("llama", "qwen2")),
+}
 FORMATS = (
     "gptq",
     "gptq-act-order",
@@ -36,13 +42,12 @@ FORMATS = (
 pytestmark = pytest.mark.skipif(NUM_GPUS == 0, reason="no CUDA device")
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2)])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "tp", "pp"), [(family, *layout) for layout, families in LAYOUTS.items() for family in families]
+)
 def test_float32_tokens_equal_transformers(tmp_path: Path, family: str, tp: int, pp: int) -> None:
     if tp * pp > NUM_GPUS:
         pytest.skip(f"needs {tp * pp} GPUs")
-    if family not in PLAIN and (tp, pp) != (1, 1):
-        pytest.skip("one layout of several ranks is enough for what differs")
     model = write_tiny_checkpoint(tmp_path, family)
     reference = Reference(model, prompt_lengths=(1, 5, 17, 40, 33), new=12)
     with LLM(
