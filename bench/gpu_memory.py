@@ -1,6 +1,6 @@
 """What a start takes of a GPU, term by term, beside the memory model.
 
-    python bench/gpu_memory.py [SHAPE ...] [-tp N] [--enforce-eager]
+    python bench/gpu_memory.py [SHAPE ...] [-tp N] [-pp N] [--enforce-eager]
 
 Dummy weights of published shapes go the way of ``aphro run``: prepare, load, size, warm up with graphs. A row a rank:
 blocks as estimated and as the worker sizes them; what the process holds outside torch (context, then communicators
@@ -50,7 +50,7 @@ SHAPES = {
     "8b": _shape(_DENSE, 128_256, 4096, 32, 32, 8, 14_336, head_dim=128, rope_theta=5e5),  # Llama-3.1-8B
 }
 COLUMNS = (
-    "shape", "tp", "rank", "blocks est", "blocks got", "diff", "context", "+groups", "+warm-up", "model", "bound",
+    "shape", "tp", "pp", "rank", "blocks est", "blocks got", "diff", "context", "+groups", "+warm-up", "model", "bound",
     "peak", "reserved", "spare",
 )  # fmt: skip
 
@@ -61,6 +61,7 @@ def main() -> None:
         "shapes", nargs="*", metavar="SHAPE", default=[], help=f"of {', '.join(SHAPES)}; default: all but the first"
     )
     parser.add_argument("-tp", type=int, default=1)
+    parser.add_argument("-pp", type=int, default=1)
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--patience", type=int, default=90, metavar="SECONDS", help="for each shape; default: 90")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a trial of the script itself")
@@ -82,7 +83,7 @@ def main() -> None:
 
 def run_shape(shape: str, arguments: argparse.Namespace) -> list[dict[str, str]]:
     """A process a rank, as a start has them."""
-    tp = arguments.tp
+    tp, pp = arguments.tp, arguments.pp
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps(SHAPES[shape]))
@@ -90,6 +91,7 @@ def run_shape(shape: str, arguments: argparse.Namespace) -> list[dict[str, str]]
             model=name,
             load_format="dummy",
             tensor_parallel_size=tp,
+            pipeline_parallel_size=pp,
             device=arguments.device,
             enforce_eager=arguments.enforce_eager,
         )
@@ -98,11 +100,12 @@ def run_shape(shape: str, arguments: argparse.Namespace) -> list[dict[str, str]]
             raise SystemExit("nvidia-smi does not answer")
         (folder / "engine.json").write_bytes(msgspec.json.encode(prepared.config))
         limiting = min(prepared.expected, key=lambda balance: balance.num_blocks)
-        foreign = limiting.overhead_bytes - memory.outside_bytes(tp)
+        foreign = limiting.overhead_bytes - memory.outside_bytes(tp, pp)
         known = ["--folder", name, "--expected", str(limiting.num_blocks), "--foreign", str(foreign)]
         command = [sys.executable, __file__, *known, "--patience", str(arguments.patience)]
         ranks = [
-            subprocess.Popen([*command, "--rank", str(rank)], stdout=subprocess.PIPE, text=True) for rank in range(tp)
+            subprocess.Popen([*command, "--rank", str(rank)], stdout=subprocess.PIPE, text=True)
+            for rank in range(tp * pp)
         ]
         while any(rank.poll() is None for rank in ranks):
             if any(rank.poll() for rank in ranks):
@@ -113,7 +116,7 @@ def run_shape(shape: str, arguments: argparse.Namespace) -> list[dict[str, str]]
         answers = [rank.communicate()[0] for rank in ranks]
     if any(rank.returncode for rank in ranks):
         raise SystemExit(f"{shape}: ranks ended with {[rank.returncode for rank in ranks]}; the reasons are above")
-    return [{"shape": shape, "tp": str(tp)} | json.loads(answer.splitlines()[-1]) for answer in answers]
+    return [{"shape": shape, "tp": str(tp), "pp": str(pp)} | json.loads(answer.splitlines()[-1]) for answer in answers]
 
 
 def measure(folder: Path, rank: int, expected: int, foreign: int) -> dict[str, str]:
@@ -123,7 +126,11 @@ def measure(folder: Path, rank: int, expected: int, foreign: int) -> dict[str, s
     from aphro_core.worker.worker import Worker
 
     config = msgspec.json.decode((folder / "engine.json").read_bytes(), type=EngineConfig)
-    tp = config.parallel.tensor_parallel_size
+    tp, pp, size = (
+        config.parallel.tensor_parallel_size,
+        config.parallel.pipeline_parallel_size,
+        config.parallel.world_size,
+    )
     began = time.monotonic()
 
     def tell(text: str) -> None:
@@ -145,12 +152,12 @@ def measure(folder: Path, rank: int, expected: int, foreign: int) -> dict[str, s
         return int(total - free - torch.cuda.memory_reserved(device) - foreign)
 
     context = outside()
-    share = 0 if on_gpu else int(available_memory_bytes() * config.cache.cpu_memory_utilization / tp)
+    share = 0 if on_gpu else int(available_memory_bytes() * config.cache.cpu_memory_utilization / size)
     worker = Worker(StartWorker(config, rank, rank, str(folder / "store"), share), follow)
     loaded = worker.load()
     groups = outside() - context
     blocks = loaded.num_blocks
-    if tp > 1:  # the engine would tell all ranks the least of their numbers
+    if size > 1:  # the engine would tell all ranks the least of their numbers
         blocks = _least(blocks, device)
     tell(f"{blocks} blocks")
     worker.allocate(blocks)
@@ -169,7 +176,7 @@ def measure(folder: Path, rank: int, expected: int, foreign: int) -> dict[str, s
         "context": _gib(context),
         "+groups": _gib(groups),
         "+warm-up": _gib(outside() - context - groups),
-        "model": _gib(memory.outside_bytes(tp)),
+        "model": _gib(memory.outside_bytes(tp, pp)),
         "bound": _gib(loaded.activation_bytes),
         "peak": _gib(torch.cuda.max_memory_allocated(device) - held),
         "reserved": _gib(torch.cuda.memory_reserved(device) - held),

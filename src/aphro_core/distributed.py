@@ -17,7 +17,7 @@ from aphro_kernels.peer_all_reduce import PeerMemory, build_peer_memory, peer_al
 from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from aphro_core.parallel.shard import ShardingPlan
+from aphro_core.parallel.shard import RankShard, ShardingPlan
 
 _LOG: Final = logging.getLogger(__name__)
 _PEER_BYTES: Final = 4 * 2**20  # that a rank sends in one sum by peer memory; above it NCCL moves less
@@ -254,7 +254,24 @@ def join(
     group = dist.group.WORLD if plan.pp_size == 1 else _stage_group(plan, rank)
     stage = StageLink(previous, following, max_sends=plan.pp_size)
     tokens = _token_link(plan, rank) if device.type == "cuda" and plan.pp_size > 1 else None
-    return Links(TensorParallelGroup(shard.tp_rank, plan.tp_size, group), stage, tokens, store)
+    links = Links(TensorParallelGroup(shard.tp_rank, plan.tp_size, group), stage, tokens, store)
+    if device.type == "cuda" and plan.pp_size > 1:
+        _open_lines(links, shard, device)
+    return links
+
+
+def _open_lines(links: Links, shard: RankShard, device: torch.device) -> None:
+    """NCCL makes the buffers of a line of messages with the first one: here, before the KV cache is sized."""
+    token = torch.zeros(1, dtype=torch.int64, device=device)
+    if not shard.has_embedding:
+        links.stage.receive((1,), token.dtype, device)
+    if not shard.has_head:
+        links.stage.send(token)
+    if links.tokens is not None and shard.has_embedding:
+        links.tokens.expect(1, device)[0].wait()
+    elif links.tokens is not None:
+        links.tokens.send(token)
+    torch.cuda.synchronize(device)
 
 
 def _stage_group(plan: ShardingPlan, rank: int) -> dist.ProcessGroup | None:

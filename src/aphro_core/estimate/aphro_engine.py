@@ -70,7 +70,7 @@ class AphroEngine:
         """Inside the budget, on GPUs: the CUDA context, with several ranks communicators too."""
         if not self.is_gpu:
             return 0
-        return self.foreign_bytes + memory.outside_bytes(sizes.tp * sizes.pp)
+        return self.foreign_bytes + memory.outside_bytes(sizes.tp, sizes.pp)
 
     def _balance(self, shard: RankShard, sizes: Sizes) -> RankBalance:
         spec, element = self.spec, DTYPE_BYTES[sizes.dtype]

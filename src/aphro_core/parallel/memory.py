@@ -130,9 +130,9 @@ def working_bytes(
     return round(step * _ALLOCATOR_SHARE) + dequantised + _MODULE_BYTES + graphs
 
 
-def outside_bytes(num_ranks: int) -> int:
-    """What one of ``num_ranks`` processes holds of its GPU outside torch once its weights are loaded."""
-    return CONTEXT_BYTES + (COMMUNICATOR_BYTES if num_ranks > 1 else 0)
+def outside_bytes(tp_size: int, pp_size: int) -> int:
+    """What a rank's process holds of its GPU outside torch once its weights are loaded."""
+    return CONTEXT_BYTES + (COMMUNICATOR_BYTES if tp_size * pp_size > 1 else 0)
 
 
 def activation_bytes(
