@@ -117,26 +117,42 @@ class TensorParallelGroup:
             self.num_broadcasts += 1
         return x
 
-    def gather_columns(self, x: Tensor) -> Tensor | None:
-        """``[rows, columns]`` of every rank side by side on tp rank 0, None on the others; equal shapes."""
+    def gather_columns(self, x: Tensor, out: Tensor | None = None) -> Tensor | None:
+        """``[rows, columns]`` of every rank side by side on tp rank 0, None on the others; equal shapes. Into ``out``
+        if it is given, which may have fewer columns."""
         if self.size == 1:
-            return x
-        if x.is_cuda:
-            return self._gather_on_all(x)
-        parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
-        dist.gather(x.contiguous(), parts, dst=self._first_rank(), group=self._group)
+            return x if out is None else out.copy_(x[:, : out.shape[1]])
+        parts = self._gather(x.contiguous())
         self.num_gathers += 1
-        return None if parts is None else torch.cat(parts, dim=-1)
+        if self.rank != 0:
+            return None
+        return torch.cat(list(parts), dim=-1) if out is None else _side_by_side(parts, out)
 
-    def _gather_on_all(self, x: Tensor) -> Tensor | None:
-        """NCCL gathers by messages, for which tp rank 0 would hold 0.28 GiB of buffers for every other rank."""
-        parts = x.new_empty(self.size, *x.shape)
-        dist.all_gather_into_tensor(parts, x.contiguous(), group=self._group)
-        self.num_gathers += 1
-        return parts.transpose(0, 1).flatten(1) if self.rank == 0 else None
+    def _gather(self, x: Tensor) -> Tensor:
+        """``[size, rows, columns]`` of all, on tp rank 0. With NCCL on every rank: its gather is made of messages, and
+        rank 0 would hold 0.3 GiB of buffers for those of each other rank."""
+        if x.is_cuda:
+            parts = x.new_empty(self.size, *x.shape)
+            dist.all_gather_into_tensor(parts, x, group=self._group)
+            return parts
+        parts = x.new_empty(self.size if self.rank == 0 else 0, *x.shape)
+        dist.gather(x, list(parts) or None, dst=self._first_rank(), group=self._group)
+        return parts
 
     def _first_rank(self) -> int:
         return dist.get_global_rank(self._group, 0) if self._group is not None else 0
+
+
+def _side_by_side(parts: Tensor, out: Tensor) -> Tensor:
+    """``parts`` [ranks, rows, columns] into ``out`` [rows, at most as many columns as all have]."""
+    num_ranks, num_rows, width = parts.shape
+    if out.is_contiguous() and out.shape[1] == num_ranks * width:
+        out.view(num_rows, num_ranks, width).copy_(parts.transpose(0, 1))
+        return out
+    for rank, part in enumerate(parts):  # the last ones may be padding
+        place = out[:, rank * width : (rank + 1) * width]
+        place.copy_(part[:, : place.shape[1]])
+    return out
 
 
 def _reaches_all(device: torch.device) -> bool:

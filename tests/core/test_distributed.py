@@ -21,6 +21,7 @@ def test_alone_everything_is_the_identity() -> None:
     group, x = TensorParallelGroup(0, 1), torch.randn(3, 4)
     assert group.all_reduce_(x) is x
     assert group.gather_columns(x) is x
+    assert group.gather_columns(x, torch.zeros(3, 2)).tolist() == x[:, :2].tolist()
 
 
 def sums(links: Links, rank: int) -> dict[str, list[float]]:
@@ -42,13 +43,19 @@ def test_every_rank_gets_the_same_bits(tmp_path: Path, tp: int) -> None:
 
 
 def gather(links: Links, rank: int) -> Any:
-    gathered = links.tensor.gather_columns(torch.full((2, 3), float(rank))[:, :2])
-    return [] if gathered is None else gathered.tolist()
+    x = torch.arange(6.0).view(2, 3)[:, :2] + 10 * rank
+    places = [None, *(torch.zeros(2, width, dtype=torch.float64) for width in (4, 3, 2))]
+    gathered = [links.tensor.gather_columns(x, place) for place in places]
+    return [[] if one is None else one.tolist() for one in gathered]
 
 
 def test_columns_go_to_the_first_rank_of_their_stage(tmp_path: Path) -> None:
-    row0, row1 = [0.0, 0.0, 1.0, 1.0], [2.0, 2.0, 3.0, 3.0]
-    assert run_ranks(tmp_path, build_plan(SPEC, 2, 2), gather) == [[row0] * 2, [], [row1] * 2, []]
+    """Of the whole, or as many as there is a place for: what pads the vocabulary stays behind."""
+    first, second, third, fourth = run_ranks(tmp_path, build_plan(SPEC, 2, 2), gather)
+    for answers, least in ((first, 0), (third, 20)):
+        rows = [[least + column for column in (0.0, 1.0, 10.0, 11.0)], [least + column for column in (3, 4, 13, 14)]]
+        assert answers == [[row[:width] for row in rows] for width in (4, 4, 3, 2)]
+    assert second == fourth == [[]] * 4
 
 
 def hand_over(links: Links, rank: int) -> Any:

@@ -42,7 +42,7 @@ def test_each_takes_its_own_gpu(tmp_path: Path, tp: int, pp: int) -> None:
         device="cuda",
         dtype="bfloat16",
         num_blocks=BLOCKS,
-        max_model_len=512,
+        max_model_len=256,
         skip_tokenizer_init=True,
     )
     (tmp_path / "engine.json").write_bytes(msgspec.json.encode(prepare(options, SilentReporter()).config))

@@ -59,11 +59,11 @@ class VocabHead:
         if out is not None and self._writes_into(out):
             assert isinstance(self._linear, Linear)
             return self._linear(x, out)
-        logits = self._group.gather_columns(self._linear(x))
+        logits = self._group.gather_columns(self._linear(x), out)
         if logits is None:
             return None
-        logits = logits[:, : self._vocab_size]
-        logits = logits.float() if out is None else out.copy_(logits)
+        if out is None:
+            logits = logits[:, : self._vocab_size].float()
         if self._scale != 1.0:
             logits.mul_(self._scale)
         return logits if self._softcap is None else logits.div_(self._softcap).tanh_().mul_(self._softcap)

@@ -18,12 +18,15 @@ LOGITS_COPIES: Final = 8
 SAMPLED_ROWS: Final = 256  # that the sampler looks at at once
 _GIB: Final = 2**30
 # What bench/gpu_memory.py found of a GPU's memory (H100, driver 580, torch 2.11). Outside torch, before the cache is
-# sized: the driver's context with torch's own kernels 0.60 GiB; at tp 2 a rank's communicators with their channels and
-# the peers' buffers 1.04 GiB. Outside torch, later: our kernels' modules 0.07 GiB. In torch: a step of 8,192 tokens
-# reserves 1.45 times what is in use at its peak, because blocks are rounded and fragments of the last step do not fit
-# the next.
+# sized: the driver's context with torch's own kernels 0.60 GiB; at tp 2 a rank's communicator with its channels and the
+# peers' buffers 0.84 GiB, at pp 2 the same and 0.33 GiB for the lines between stages; a second communicator of the same
+# ranks 0.48 GiB (tp 2 x pp 2 itself was not measured). Outside torch, later: our kernels' modules 0.07 GiB. In torch: a
+# step of 8,192 tokens reserves 1.45 times what is in use at its peak, because blocks are rounded and fragments of the
+# last step do not fit the next.
 CONTEXT_BYTES: Final = round(0.6 * _GIB)
-COMMUNICATOR_BYTES: Final = round(1.04 * _GIB)
+COMMUNICATOR_BYTES: Final = round(0.84 * _GIB)
+_LINES_BYTES: Final = round(0.33 * _GIB)
+_STAGE_GROUP_BYTES: Final = round(0.48 * _GIB)
 _MODULE_BYTES: Final = round(0.08 * _GIB)
 _ALLOCATOR_SHARE: Final = 1.4  # of the bound below, which is 1.07 times the peak
 _GRAPH_BYTES: Final = 2 * 2**20  # of the driver, a graph of 16 rows
@@ -132,7 +135,10 @@ def working_bytes(
 
 def outside_bytes(tp_size: int, pp_size: int) -> int:
     """What a rank's process holds of its GPU outside torch once its weights are loaded."""
-    return CONTEXT_BYTES + (COMMUNICATOR_BYTES if tp_size * pp_size > 1 else 0)
+    if tp_size == pp_size == 1:
+        return CONTEXT_BYTES
+    between_stages = _LINES_BYTES + (_STAGE_GROUP_BYTES if tp_size > 1 else 0)
+    return CONTEXT_BYTES + COMMUNICATOR_BYTES + (between_stages if pp_size > 1 else 0)
 
 
 def activation_bytes(

@@ -105,12 +105,19 @@ def _run_forked(jobs: list[Callable[[], Any]], num_processes: int) -> None:
     _LOG.info("%d kernels by %d processes in %.1f s", len(jobs), num_processes, time.monotonic() - started)
 
 
+def _build_launcher(kernel: Any) -> None:
+    """What passes the arguments on is C, which Triton would compile when it first launches the kernel."""
+    from triton.runtime.driver import driver
+
+    driver.active.launcher_cls(kernel.src, kernel.metadata)
+
+
 def _serve_jobs(numbers: int, jobs: list[Callable[[], Any]], parent: int) -> None:
     """A forked process: it ends here, whatever happens."""
     try:
         die_with_parent(parent)
         while taken := os.read(numbers, _JOB_BYTES):
-            jobs[int.from_bytes(taken, "little")]()
+            _build_launcher(jobs[int.from_bytes(taken, "little")]())
     except BaseException:  # the same error comes again where it can be told
         _LOG.debug("a kernel could not be compiled ahead:\n%s", traceback.format_exc())
     finally:

@@ -43,7 +43,12 @@ PID = os.getpid()
 
 
 @pytest.mark.parametrize("num_processes", [1, 3])
-def test_each_kernel_is_compiled_once_and_launched_by_nobody(tmp_path: Path, num_processes: int) -> None:
+def test_each_kernel_is_compiled_once_and_launched_by_nobody(
+    tmp_path: Path, num_processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launchers = tmp_path / "launchers"
+    launchers.mkdir()
+    monkeypatch.setattr(compile_ahead, "_build_launcher", lambda kernel: (launchers / kernel).touch())
     assert can_compile_ahead() == hasattr(triton, "AsyncCompileMode")
     made: dict[str, Any] = {}
     here: list[str] = []
@@ -56,12 +61,14 @@ def test_each_kernel_is_compiled_once_and_launched_by_nobody(tmp_path: Path, num
     assert here == names
     pids = {int((tmp_path / name).read_text()) for name in names}
     assert pids == {PID} if num_processes == 1 else PID not in pids
+    assert {path.name for path in launchers.iterdir()} == (set("abcdefgh") if num_processes > 1 else set())
     assert active_mode.get() is None
 
 
 def test_processes_that_do_not_end_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile_ahead, "_SECONDS", 0.2)
     rank, wait = os.getpid(), os.pipe()
+    monkeypatch.setattr(compile_ahead, "_build_launcher", lambda kernel: None)
     jobs = [lambda: os.getpid() == rank or os.read(wait[0], 1), lambda: None]
     compile_ahead._run_forked(jobs, 2)
     with pytest.raises(ChildProcessError):
