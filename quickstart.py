@@ -37,6 +37,9 @@ MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_BYTES = 98362432
 MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
+# of two halves of the tests, each in a process of its own, who has finished takes over from the other
+IN_PARALLEL = ["-n", "2", "--dist", "worksteal"]
+
 NETWORK_WORDS = (
     "Temporary failure in name resolution",
     "Name or service not known",
@@ -271,7 +274,7 @@ def run_checks(pytest_arguments: "list[str]", use_system_torch: bool) -> int:
         ("ruff check", ["-m", "ruff", "check"]),
         ("ruff format", ["-m", "ruff", "format", "--check"]),
         ("mypy", ["-m", "mypy"]),
-        ("pytest", ["-m", "pytest", *pytest_arguments]),
+        ("pytest", ["-m", "pytest", *IN_PARALLEL, *pytest_arguments]),
     )
     codes = {}
     for name, words in checks:

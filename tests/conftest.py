@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.fork_servers import KeptForkServers
+
+# several tests run beside each other: threads that spin at OpenMP's barriers would take the cores from one another.
+# Said before torch is loaded, and inherited by every process that a test starts
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 settings.register_profile("busy", deadline=None)  # cores have other things to do, and a deadline tests only them
 settings.load_profile("busy")
@@ -28,3 +38,18 @@ def smollm2_gguf() -> Path:
     if not path.exists():
         pytest.skip("SmolLM2 is not in the cache: python3 quickstart.py model")
     return path
+
+
+@pytest.fixture(scope="session")
+def kept_fork_servers() -> Iterator[KeptForkServers]:
+    from tests.fork_servers import KeptForkServers
+
+    kept = KeptForkServers()
+    yield kept
+    kept.close()
+
+
+@pytest.fixture
+def warm_start(kept_fork_servers: KeptForkServers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``LLM(...)`` forks its engine from a server that is there: for tests whose subject is not the start."""
+    monkeypatch.setattr("aphro_core.session.open_fork_server", kept_fork_servers.open)

@@ -205,7 +205,12 @@ def test_checks_all_run_and_the_first_failure_counts(
 
     monkeypatch.setattr(subprocess, "call", call)
     assert quickstart.run_checks(["-k", "cli"], False) == 3
-    assert ran == [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"], ["pytest", "-k", "cli"]]
+    assert ran == [
+        ["ruff", "check"],
+        ["ruff", "format", "--check"],
+        ["mypy"],
+        ["pytest", *quickstart.IN_PARALLEL, "-k", "cli"],
+    ]
     assert "failed: mypy, pytest" in capsys.readouterr().err
     codes.update(mypy=0, pytest=0)
     assert quickstart.run_checks([], False) == 0

@@ -12,6 +12,8 @@ from aphro_core.llm import LLM
 from tests.gguf_families import TINY_GGUF, write_gguf_family
 from tests.reference import Reference
 
+pytestmark = pytest.mark.usefixtures("warm_start")
+
 
 @pytest.mark.parametrize("name", TINY_GGUF)
 def test_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:

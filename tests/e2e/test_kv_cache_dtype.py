@@ -22,6 +22,8 @@ from aphro_core.request import RequestOutput
 from tests.reference import Reference
 from tests.tiny import write_tiny_checkpoint
 
+pytestmark = pytest.mark.usefixtures("warm_start")
+
 PROMPT_LENGTHS = (1, 17, 40, 150)  # the last by products, the others row by row
 SCALES = {layer: (0.03 + 0.01 * layer, 0.02 + 0.01 * layer) for layer in range(4)}
 

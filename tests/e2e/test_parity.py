@@ -22,6 +22,8 @@ from tests.formats import TINY_FORMATS, round_inputs, write_tiny_format
 from tests.reference import Reference, load_reference
 from tests.tiny import FAMILIES, write_tiny_checkpoint
 
+pytestmark = pytest.mark.usefixtures("warm_start")
+
 NEW_TOKENS = 12
 PROMPT_LENGTHS = (1, 5, 17, 40, 33)
 LEGAL_SHAPES = [(tp, pp) for tp in (1, 2, 3, 4) for pp in (1, 2, 3)]

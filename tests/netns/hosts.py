@@ -15,7 +15,6 @@ Nothing has a name outside, and every process dies with its parent: whatever hap
 
 from __future__ import annotations
 
-import itertools
 import os
 import shutil
 import signal
@@ -35,7 +34,7 @@ import pytest
 DRIVER = 254  # the last number of this process's own address
 COMMANDS = ("unshare", "setpriv", "nsenter", "ip", "tc", "nft", "ssh", "ssh-keygen", "sshd")
 _START_SECONDS = 10.0
-_networks = itertools.count(os.getpid())
+_MOST_NETWORKS = 250
 
 
 def _environment() -> dict[str, str]:
@@ -166,8 +165,8 @@ def hosts(count: int, *, env: Mapping[str, Mapping[str, str]] | None = None) -> 
         pytest.skip(reason)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="aphro-hosts-")))
-        number = next(_networks)
-        network, card = f"198.18.{number % 250}", f"aphro{number}"  # of the range for benchmarks (RFC 2544)
+        number = stack.enter_context(_network_number())
+        network, card = f"198.18.{number}", f"aphro{number}"  # of the range for benchmarks (RFC 2544)
         _write_ssh_client(folder, [f"node{number}" for number in range(count)], network)
         log = stack.enter_context((folder / "boot.log").open("wb"))
         switch = _start(stack, log, "sleep", "86400")
@@ -185,6 +184,20 @@ def hosts(count: int, *, env: Mapping[str, Mapping[str, str]] | None = None) -> 
         os.environ["PATH"] = f"{folder}:{old}"
         stack.callback(os.environ.__setitem__, "PATH", old)
         yield made
+
+
+@contextmanager
+def _network_number() -> Iterator[int]:
+    """One that no other test has, in whatever process it runs: each is held by a socket of that name."""
+    with socket.socket(socket.AF_UNIX) as claim:
+        for number in range(_MOST_NETWORKS):
+            try:
+                claim.bind(f"\0aphro-hosts-{number}")
+            except OSError:
+                continue
+            yield number
+            return
+    raise AssertionError(f"all {_MOST_NETWORKS} networks are in use")
 
 
 def _boot(

@@ -16,6 +16,8 @@ from tests import tiny
 from tests.netns.hosts import NetnsHost, hosts
 from tests.netns.small import SMALL, tokens_of
 
+pytestmark = pytest.mark.usefixtures("warm_start")
+
 WHERE = (HostSlots("node0", 1), HostSlots("node1", 1))
 
 

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from tests.e2e.server_process import running_server
 from tests.netns.hosts import NetnsHost
 from tests.netns.ray_nodes import RayNodes, ray_nodes
 from tests.netns.small import SMALL, tokens_of
+
+pytestmark = pytest.mark.usefixtures("warm_start")
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +103,8 @@ def test_a_killed_driver_leaves_nothing(cluster: RayNodes, nodes: list[NetnsHost
     with running_server(tmp_path, model, *arguments) as server:
         assert [worker["host"] for worker in server.record["workers"]] == ["node0", "node0", "node1"]
         for pid in [server.process.pid, *server.descendants]:
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it went with those that were killed before it
+                os.kill(pid, signal.SIGKILL)
         wait_until_gone(nodes, 3)
 
 

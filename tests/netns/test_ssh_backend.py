@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from tests.e2e.server_process import running_server
 from tests.netns.hosts import NetnsHost
 from tests.netns.small import SMALL, tokens_of
 from tests.tiny import write_tiny_checkpoint
+
+pytestmark = pytest.mark.usefixtures("warm_start")
 
 
 def ranks_on(nodes: list[NetnsHost]) -> list[int]:
@@ -121,5 +124,6 @@ def test_a_killed_driver_leaves_nothing(nodes: list[NetnsHost], model: Path, tmp
         assert len(ranks_on(nodes)) == 2
         doomed = [server.process.pid] if victim == "the keeper" else [server.process.pid, *server.descendants]
         for pid in doomed:
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it went with those that were killed before it
+                os.kill(pid, signal.SIGKILL)
         wait_until_gone(nodes, 3)

@@ -16,6 +16,8 @@ from tests.netns.hosts import NetnsHost, hosts
 from tests.netns.small import SMALL
 from tests.netns.test_ssh_backend import wait_until_gone
 
+pytestmark = pytest.mark.usefixtures("warm_start")
+
 WHERE = (HostSlots("node0", 1), HostSlots("node1", 1))
 _SECONDS = 30.0  # on a busy machine; two interpreters that import torch are most of it
 

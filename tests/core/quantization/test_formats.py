@@ -18,6 +18,8 @@ from aphro_core.worker.loader import load_weights
 from tests.formats import TINY_FORMATS, round_inputs, write_tiny_format
 from tests.reference import Reference
 
+pytestmark = pytest.mark.usefixtures("warm_start")
+
 CPU = torch.device("cpu")
 
 
