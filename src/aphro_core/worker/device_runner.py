@@ -81,6 +81,11 @@ class DeviceRunner:
         if links.tokens is not None and shard.has_embedding:
             self._returning = ReturningTokens(links.tokens, self._memory.last_token_ids)
 
+    @property
+    def graph_tokens(self) -> int:
+        """Steps with chunks have shapes of their own up to so many tokens."""
+        return self._shapes.graph_tokens
+
     @torch.inference_mode()
     def run_every_kind(self) -> None:
         """Padded steps, enough of them to launch every kernel that others do."""

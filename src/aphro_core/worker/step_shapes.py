@@ -34,6 +34,7 @@ class StepShapes:
     def __init__(self, max_rows: int, graph_tokens: int, long: int, has_long: Callable[[int], bool]) -> None:
         """Steps with chunks are padded up to ``graph_tokens``. ``has_long``: whether so many tokens are computed
         otherwise where chunks are ``long`` on average."""
+        self.graph_tokens = graph_tokens
         self._long_chunk = long
         self._max_rows = max_rows
         self._rows, self._tokens = row_buckets(max_rows), token_buckets(graph_tokens)

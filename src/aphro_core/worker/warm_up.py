@@ -42,7 +42,9 @@ def warm_up(
     _run_steps(runner, steps, most, num_short, config.cache.block_size)
     if not config.enforce_eager:
         runner.capture_graphs(on_progress)
-    _run_every_length(runner, steps, min(most, config.scheduler.max_num_batched_tokens), config.cache.block_size)
+    replayed = 0 if config.enforce_eager else runner.graph_tokens
+    most = min(most, config.scheduler.max_num_batched_tokens)
+    _run_lengths(runner, steps, range(replayed + 1, most + 1), config.cache.block_size)
     _reserve_pinned_memory()
     torch.cuda.synchronize()
 
@@ -66,11 +68,12 @@ def _reserve_pinned_memory() -> None:
     del held
 
 
-def _run_every_length(runner: DeviceRunner, steps: count[int], most: int, block_size: int) -> None:
-    """One prompt of each length that a step beside streams may have and a library may take another kernel for. It loads
-    a kernel when it is first called, and waits for the steps in flight then: the streams would wait, too."""
+def _run_lengths(runner: DeviceRunner, steps: count[int], lengths: range, block_size: int) -> None:
+    """One prompt of each of these lengths that a library may take another kernel for, in steps beside streams that no
+    graph was captured of. It loads a kernel when it is first called, and waits for the steps in flight then: the
+    streams would wait, too."""
     for length in _LENGTHS:
-        if length <= most:
+        if length in lengths:
             _run_short(runner, steps, 1, length, block_size)
 
 

@@ -46,3 +46,27 @@ def test_steps_of_every_kind_leave_nothing_behind(tmp_path: Path, monkeypatch: p
     assert [1, 2] in lengths
     assert [1, 1] in lengths
     assert runner._sequences == {}
+
+
+@pytest.mark.parametrize(("is_eager", "expected"), [(True, [16, 32, 64]), (False, [64])])
+def test_lengths_that_graphs_have_are_not_run_again(
+    tmp_path: Path, is_eager: bool, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_checkpoint(tmp_path, "llama")
+    runner = device_runner(SimpleNamespace(folder=tmp_path), graph_tokens=32)
+    config = EngineConfig(
+        model=ModelConfig(path=str(tmp_path), served_name="tiny", dtype="float32", max_model_len=128),
+        scheduler=SchedulerConfig(max_num_seqs=3, max_num_batched_tokens=100),
+        device="cuda",
+        enforce_eager=is_eager,
+    )
+    run: list[int] = []
+    monkeypatch.setattr(runner, "capture_graphs", lambda on_progress: run.clear())
+    monkeypatch.setattr(module, "can_compile_ahead", lambda: False)
+    monkeypatch.setattr(module, "_LENGTHS", (16, 32, 64, 128))
+    monkeypatch.setattr(module, "_run_steps", lambda *arguments: None)
+    monkeypatch.setattr(module, "_run_short", lambda runner, steps, num_prompts, length, block_size: run.append(length))
+    monkeypatch.setattr(module, "_reserve_pinned_memory", lambda: None)
+    with mock.patch.object(torch.cuda, "synchronize"):
+        module.warm_up(runner, config, NUM_BLOCKS, lambda done, total: None)
+    assert run == expected
