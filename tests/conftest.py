@@ -26,6 +26,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full-matrix", action="store_true", help="every family and format on every tp x pp")
 
 
+# what takes long, in seconds a test, begins first, so that no process is left alone with it at the end
+_FIRST = ("netns", "faults", "e2e", "kernels")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        room = item.nodeid.split("/")[1]
+        return _FIRST.index(room) if room in _FIRST else len(_FIRST)
+
+    items.sort(key=place)
+
+
 def smollm2_path() -> Path:
     """Where ``python3 quickstart.py model`` keeps SmolLM2-135M-Instruct; APHRO_SMOLLM2 points elsewhere."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

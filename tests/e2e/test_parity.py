@@ -165,12 +165,15 @@ def test_every_format(name: str, tmp_path: Path, request: pytest.FixtureRequest)
 
 @pytest.mark.parametrize("name", ["fp8", "int8", "int4"])
 @pytest.mark.parametrize("family", ["llama", "qwen2_moe"])
-def test_quantised_while_loading(name: str, family: str, tmp_path: Path) -> None:
+def test_quantised_while_loading(name: str, family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Tokens of the dequantised weights in transformers: every tp x pp has the same codes."""
     model = write_tiny_checkpoint(tmp_path, family)
     dequantise(model, load_spec(read_hf_config(tmp_path), name))
     reference = Reference(model, prompt_lengths=(1, 17, 40), new=NEW_TOKENS)
-    for tp, pp, expert_parallel in ((1, 1, False), (3, 1, False), (2, 2, family != "llama")):
+    shapes = [(3, 1, False), (2, 2, family != "llama")]
+    if request.config.getoption("full_matrix"):
+        shapes.append((1, 1, False))
+    for tp, pp, expert_parallel in shapes:
         with LLM(
             str(tmp_path),
             tensor_parallel_size=tp,
@@ -228,7 +231,7 @@ def smollm2_reference(smollm2_gguf: Path) -> Reference:
 def test_smollm2(
     tp: int, pp: int, smollm2_gguf: Path, smollm2_reference: Reference, request: pytest.FixtureRequest
 ) -> None:
-    if (tp, pp) not in [*COVERING_SHAPES, (2, 1), (4, 3)] and not request.config.getoption("full_matrix"):
+    if (tp, pp) not in COVERING_SHAPES and not request.config.getoption("full_matrix"):
         pytest.skip("--full-matrix runs every shape")
     with LLM(
         str(smollm2_gguf),
