@@ -66,20 +66,22 @@ class Channel(Generic[Out, In]):
     async def send(self, message: Out) -> None:
         """Raises :class:`ChannelClosedError` when the peer is gone.
 
-        What several tasks send in one turn of the loop goes out together, in order, and so is read together: a
-        message may go out although its own sender was cancelled meanwhile.
+        What several tasks send in one turn of the loop goes out together, in order, and so is read together. So a
+        message whose sender is cancelled while it waits goes out with the next one, whole and before it; whoever
+        cannot have that shields the call. Nothing follows a message that was cut off.
         """
         self._unsent += self._codec.encode(message)
         try:
             async with self._send_lock:
+                if self._is_broken:
+                    raise ChannelClosedError
                 if self._unsent:
                     frames, self._unsent = self._unsent, bytearray()
-                    with anyio.CancelScope(shield=True):  # half a frame would ruin the channel for everybody
+                    self._is_broken = True  # until all of it is out: asyncio's own cancellation knows no shield
+                    with anyio.CancelScope(shield=True):
                         await self._stream.send(bytes(frames))
-                elif self._is_broken:
-                    raise ChannelClosedError
+                    self._is_broken = False
         except (anyio.BrokenResourceError, anyio.ClosedResourceError) as error:
-            self._is_broken = True
             raise ChannelClosedError from error
 
     async def receive(self) -> In:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 from collections.abc import Iterator
@@ -141,3 +142,39 @@ async def test_everybody_who_sends_hears_that_the_peer_is_gone(pair: tuple[socke
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.mark.anyio
+async def test_a_sender_that_is_cancelled_while_it_waits_leaves_a_whole_message(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = pair
+    channel = await Channel.over(ours, codec.engine_side_of_worker())
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(channel.send, StepPlan(step_id=0))
+        tasks.cancel_scope.cancel()
+    await channel.send(StepPlan(step_id=1))
+    frames = Frames()
+    frames.feed(theirs.recv(100_000))
+    plans = [codec.worker_side().decode(frames.take() or b"") for _ in range(2)]
+    assert plans == [StepPlan(step_id=0), StepPlan(step_id=1)]
+    assert frames.take() is None
+    await channel.aclose()
+
+
+@pytest.mark.anyio
+async def test_nothing_follows_half_a_message(pair: tuple[socket.socket, socket.socket]) -> None:
+    """A task of asyncio can be cancelled whatever shields it."""
+    ours, theirs = pair
+    channel = await Channel.over(ours, codec.engine_side_of_worker())
+    sending = asyncio.create_task(channel.send(StepPlan(step_id=0, released=[2**40] * 2**20)))
+    await asyncio.sleep(0.05)
+    assert not sending.done(), "the buffer of the socket is full"
+    sending.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await sending
+    with anyio.fail_after(5), pytest.raises(ChannelClosedError):
+        await channel.send(StopWorker())
+    await channel.aclose()
+    while data := theirs.recv(2**20):
+        assert len(data) <= 2**20  # half a plan, and its end

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
+import logging
 import math
 import sys
 import threading
@@ -13,6 +14,7 @@ from queue import SimpleQueue
 from typing import Final, TypeVar
 
 import anyio
+import anyio.to_thread
 from anyio.abc import ObjectReceiveStream
 
 from aphro_core.config import EngineConfig
@@ -23,6 +25,7 @@ from aphro_core.worker.results import Results, freeze_heap
 from aphro_core.worker.worker import Worker
 
 T = TypeVar("T")
+_LOG: Final = logging.getLogger(__name__)
 _END_SECONDS: Final = 1.0
 _SWITCH_SECONDS: Final = 1e-4  # from one of Python's threads to another that waits
 
@@ -73,12 +76,17 @@ class InProcessExecutor:
         assert self._failure is not None
         raise self._failure
 
-    def close(self) -> None:
-        """End the thread, once the step that it computes is done, unless it hangs."""
+    async def aclose(self) -> None:
+        """End the thread, once the step that it computes is done. One that hangs keeps its worker till the process
+        ends."""
         self._calls.put(None)
         if self._thread.is_alive():
-            self._thread.join(timeout=_END_SECONDS)
-        self._worker.close()
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(self._thread.join, _END_SECONDS)
+        if self._thread.is_alive():
+            _LOG.warning("a step has not ended %g s after the engine; it ends with its process", _END_SECONDS)
+        else:
+            self._worker.close()
 
     def _fail(self, error: BaseException) -> None:
         self._failure = error
@@ -144,4 +152,4 @@ async def open_inprocess(
                 yield executor
             tasks.cancel_scope.cancel()
     finally:
-        executor.close()
+        await executor.aclose()

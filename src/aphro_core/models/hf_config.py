@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 from aphro_core.errors import ModelError
 
 MAX_SIZE: Final = 2**24  # of a dimension: far above every model, far below what could exhaust a host in arithmetic
+
+MAX_NUMBER: Final = 1e30  # of a factor or an angle's base: far above every model's, and a float32 with room
 
 Value = TypeVar("Value")
 
@@ -29,12 +30,18 @@ class HfConfig:
             raise self.refuse(key, f"an integer from {minimum} to {maximum}")
         return value
 
-    def number(self, key: str, default: float | None = None, *, minimum: float = 0.0) -> float:
+    def number(
+        self, key: str, default: float | None = None, *, minimum: float = 0.0, maximum: float = MAX_NUMBER
+    ) -> float:
         value = self._read(key, default)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or value < minimum:
-            raise self.refuse(key, f"a number from {minimum} up")
+        if not is_number or not minimum <= value <= maximum:  # which NaN is not
+            raise self.refuse(key, f"a number from {minimum:g} to {maximum:g}")
         return float(value)
+
+    def norm_eps(self, key: str, default: float) -> float:
+        """What a norm adds to the mean square: beside more than 1 there would be nothing left of the square."""
+        return self.number(key, default, maximum=1.0)
 
     def positive(self, key: str, default: float | None = None) -> float:
         value = self.number(key, default)
@@ -83,8 +90,8 @@ class HfConfig:
         """A list of positive numbers."""
         value = self._read(key, None)
         is_list = isinstance(value, Sequence) and not isinstance(value, str)
-        if not is_list or not all(type(x) in (int, float) and math.isfinite(x) and x > 0 for x in value):
-            raise self.refuse(key, "a list of numbers above 0")
+        if not is_list or not all(type(x) in (int, float) and 0 < x <= MAX_NUMBER for x in value):
+            raise self.refuse(key, f"a list of numbers above 0, up to {MAX_NUMBER:g}")
         return tuple(map(float, value))
 
     def integers(self, key: str) -> tuple[int, ...]:

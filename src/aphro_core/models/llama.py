@@ -67,7 +67,7 @@ def decoder_spec(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        norm_eps=config.number("rms_norm_eps", 1e-6),
+        norm_eps=config.norm_eps("rms_norm_eps", 1e-6),
         rope=rope_spec(
             config,
             head_dim=head_dim,

@@ -32,4 +32,4 @@ def spec(hf: Mapping[str, Any]) -> DecoderSpec:
         intermediate_size=base.intermediate_size,
         renormalize=True,
     )
-    return replace(base, norm_eps=config.number("rms_norm_eps", 1e-5), sliding_window=window, moe=moe)
+    return replace(base, norm_eps=config.norm_eps("rms_norm_eps", 1e-5), sliding_window=window, moe=moe)

@@ -37,7 +37,7 @@ def spec(hf: Mapping[str, Any]) -> DecoderSpec:
         norm="layer",
         norm_bias=True,
         norm_offset=1.0,
-        norm_eps=config.number("norm_eps", 1e-5),
+        norm_eps=config.norm_eps("norm_eps", 1e-5),
         qkv_bias=attention_bias,
         o_bias=attention_bias,
         mlp_bias=config.flag("mlp_bias", False),

@@ -32,4 +32,4 @@ def spec(hf: Mapping[str, Any]) -> DecoderSpec:
     config = HfConfig(hf)
     base = llama.decoder_spec(hf, max_position_embeddings=4096, is_partly_rotary=True)
     window = config.integer("sliding_window", maximum=2**31) if config.has("sliding_window") else None
-    return replace(base, norm_eps=config.number("rms_norm_eps", 1e-5), sliding_window=window)
+    return replace(base, norm_eps=config.norm_eps("rms_norm_eps", 1e-5), sliding_window=window)

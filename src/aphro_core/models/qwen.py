@@ -39,7 +39,7 @@ def spec(hf: Mapping[str, Any]) -> DecoderSpec:
         "max_position_embeddings": config.integer("seq_length", 2048, maximum=2**31),
         "head_dim": config.integer("kv_channels", 128),
         "num_key_value_heads": None,
-        "rms_norm_eps": config.number("layer_norm_epsilon", 1e-6),
+        "rms_norm_eps": config.norm_eps("layer_norm_epsilon", 1e-6),
         "rope_theta": config.positive("rotary_emb_base", 10_000.0),
         "partial_rotary_factor": config.positive("rotary_pct", 1.0),
         "rope_scaling": None,

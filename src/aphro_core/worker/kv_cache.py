@@ -16,6 +16,7 @@ from aphro_core.parallel.shard import RankShard
 # Of the cache, which is filled from its beginning. A page of 2 MiB takes 0.2 ms, and up to 5 in a virtual machine whose
 # host has to find it, too: for the first requests of a small model that was a twentieth of their time.
 _PREPARED_BYTES: Final = 512 * 2**20
+_PREPARED_AT_ONCE: Final = 4 * 2**20  # for so long no other thread runs: Python holds its lock meanwhile
 _MADV_POPULATE_WRITE: Final = 23  # Linux; Python has no name for it
 
 
@@ -43,5 +44,7 @@ def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, num_prepared: int) -
         with suppress(OSError):  # a kernel that was built without huge pages refuses the advice
             buffer.madvise(mmap.MADV_HUGEPAGE)
     with suppress(OSError):  # Linux before 5.14: they are zeroed when they are written
-        buffer.madvise(_MADV_POPULATE_WRITE, 0, min(num_prepared, len(buffer)))
+        end = min(num_prepared, len(buffer))
+        for start in range(0, end, _PREPARED_AT_ONCE):
+            buffer.madvise(_MADV_POPULATE_WRITE, start, min(_PREPARED_AT_ONCE, end - start))
     return torch.frombuffer(buffer, dtype=dtype).view(shape)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from typing import cast
 
 import pytest
 
+from aphro_core.executor import inprocess
 from aphro_core.executor.inprocess import InProcessExecutor
 from aphro_core.messages.steps import StepPlan
 from aphro_core.worker.worker import Worker
@@ -28,6 +31,9 @@ class DyingWorker:
     def load(self) -> None:
         pass
 
+    def enter_thread(self) -> None:
+        pass
+
     def launch(self, plan: StepPlan) -> None:
         self.launched.append(plan.step_id)
         raise SystemError("not to be survived")
@@ -44,5 +50,47 @@ async def test_nothing_is_computed_behind_what_the_worker_died_of() -> None:
         await executor.submit(StepPlan(step_id, [], [], []))
     with pytest.raises(SystemError, match="not to be survived"):
         await executor.raise_failure()
-    executor.close()
+    await executor.aclose()
     assert worker.launched == [1]
+
+
+class BusyWorker(DyingWorker):
+    """Computes until it is told to end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_end, self.is_closed = threading.Event(), False
+
+    def launch(self, plan: StepPlan) -> None:
+        self.may_end.wait(30)
+        assert not self.is_closed
+        raise SystemError("at its end")
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+async def test_a_step_that_computes_neither_holds_up_the_loop_nor_loses_its_worker(
+    hangs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inprocess, "_END_SECONDS", 0.4 if hangs else 20.0)
+    worker = BusyWorker()
+    executor = InProcessExecutor(cast("Worker", worker), asyncio.get_running_loop())
+    await executor.load()
+    await executor.submit(StepPlan(1, [], [], []))
+    turns: list[float] = []
+
+    async def look() -> None:
+        for turn in range(10):
+            await asyncio.sleep(0.02)
+            turns.append(time.monotonic())
+            if turn == 5 and not hangs:
+                worker.may_end.set()
+
+    looking = asyncio.create_task(look())
+    await executor.aclose()
+    assert len(turns) > 5, "others had their turns meanwhile"
+    assert worker.is_closed is not hangs
+    worker.may_end.set()
+    await looking
