@@ -353,7 +353,7 @@ def test_one_output(kind: str, num_groups: int, dtype: torch.dtype) -> None:
     product = KernelProduct(matrix, None, build_skinny_workspace(device))
     for num_rows in (1, 2, 20, 60, 300):
         x = torch.randn(num_rows, depth, device=device).to(dtype)
-        assert_close(product(x), packed_linear_reference(x, weight))
+        assert_close(product(x), packed_linear_reference(x, matrix.for_kernels()))
     compare_skinny_linear(1, 1, depth, tuned._for_one_row(1, depth, False), dtype, "cuda")
 
 

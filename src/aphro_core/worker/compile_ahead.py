@@ -109,7 +109,10 @@ def _build_launcher(kernel: Any) -> None:
     """What passes the arguments on is C, which Triton would compile when it first launches the kernel."""
     from triton.runtime.driver import driver
 
-    driver.active.launcher_cls(kernel.src, kernel.metadata)
+    try:
+        driver.active.launcher_cls(kernel.src, kernel.metadata)
+    except Exception:
+        _LOG.debug("a launcher could not be built ahead:\n%s", traceback.format_exc())
 
 
 def _serve_jobs(numbers: int, jobs: list[Callable[[], Any]], parent: int) -> None:
