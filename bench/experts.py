@@ -16,7 +16,7 @@ from collections.abc import Callable
 from itertools import pairwise, product
 
 import torch
-from aphro_kernels import grouped_gemm, row_tiles
+from aphro_kernels import grouped_gemm, grouped_packed, row_tiles
 from aphro_kernels.expert_rows import spread_rows, weigh_rows
 from aphro_kernels.float8 import FLOAT8
 from aphro_kernels.gated_gemm import ROWS
@@ -63,7 +63,7 @@ class Layer:
         rows_of = [row_tiles.tile_rows(tokens * self.top, self.num_experts)]
         found["plan"][""] = lambda: row_tiles.plan_tiles(chosen, 0, self.num_experts, rows_of[0])
         if every_config:
-            rows_of = sorted({*rows_of, *((1,) if tokens == 1 else (16, 32, 64)[: 3 if tokens >= 64 else 2])})
+            rows_of = sorted({*rows_of, *((1, 16) if tokens <= 4 else (16, 32, 64)[: 3 if tokens >= 64 else 2])})
         for rows in rows_of if tokens <= 512 else []:
             tiles = row_tiles.plan_tiles(chosen, 0, self.num_experts, rows)
             for name, given, weight, per in (("gate_up", x, self.gate_up, self.top), ("down", inner, self.down, 1)):
@@ -90,18 +90,25 @@ class Layer:
                 found[f"{name} fp8"] = {"wide": self._wide_float8(name, rows_in, wide, result)}
         for rows in rows_of if tokens <= 512 else []:
             tiles = row_tiles.plan_tiles(chosen, 0, self.num_experts, rows)
-            if rows >= 16:
-                for name, given, per in (("gate_up", x, self.top), ("down", inner, 1)):
-                    found.setdefault(f"{name} fp8", {})[f"few {rows}"] = self._few_float8(name, given, tiles, per)
+            for name, given, per in (("gate_up", x, self.top), ("down", inner, 1)):
+                packed = found.setdefault(f"{name} fp8", {})
+                for config in _configs(rows) if every_config and rows == 1 else [None]:
+                    how = f"few {rows}" + (f" {_text(config)}" if config else "")
+                    packed[how] = self._few_float8(name, given, tiles, per, config)
         return found
 
     def _wide_float8(self, name: str, x: Tensor, tiles: row_tiles.RowTiles, out: Tensor) -> Callable[[], object]:
         return lambda: grouped_float8_wide(x, self.packed[name], self.num_experts, tiles, out)
 
-    def _few_float8(self, name: str, x: Tensor, tiles: row_tiles.RowTiles, per: int) -> Callable[[], object]:
+    def _few_float8(
+        self, name: str, x: Tensor, tiles: row_tiles.RowTiles, per: int, config: GroupedConfig | None
+    ) -> Callable[[], object]:
         gated = name == "gate_up"
         out = x.new_empty(tiles.num_slots, self.width if gated else self.hidden)
-        return lambda: launch_grouped_float8(x, self.packed[name], self.num_experts, tiles, per, out, is_gated=gated)
+        place = x, self.packed[name], self.num_experts, tiles, per, out
+        if tiles.rows > 1:
+            return lambda: launch_grouped_float8(*place, is_gated=gated)
+        return lambda: grouped_packed._launch(*place, is_gated=gated, config=config)
 
     def floor(self, name: str, tokens: int, bandwidth: float, flops: float) -> float:
         if "gate_up" not in name and "down" not in name:
@@ -114,8 +121,8 @@ class Layer:
 
 def _configs(rows: int) -> list[GroupedConfig]:
     if rows == 1:
-        sizes = [(4, 1024), (8, 512), (8, 1024), (16, 512), (16, 256), (32, 128)]
-        return [GroupedConfig(*size, warps, 3) for size, warps in product(sizes, (4, 8))]
+        sizes = [(4, 1024), (8, 512), (8, 1024), (16, 512)]
+        return [GroupedConfig(*size, *shape) for size, shape in product(sizes, ((2, 4), (4, 3)))]
     sizes = [(32, 128), (64, 64), (64, 128), (128, 64)]
     found = [GroupedConfig(*size, 4, stages) for size, stages in product(sizes, (3, 5))]
     return [config for config in found if rows <= 32 or config.columns < 128]

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from aphro_kernels.float8 import float8_as_bytes
 from aphro_kernels.grouped_float8 import launch_grouped_float8, suits_float8
-from aphro_kernels.grouped_gemm import grouped_linear, grouped_linear_reference
+from aphro_kernels.grouped_gemm import GroupedConfig, grouped_linear, grouped_linear_reference
 from aphro_kernels.language import chain_options, jit, runs_kernels, start_in_chain, tl, triton
 from aphro_kernels.packed_linear import PackedWeight, can_convert, dequantise, dequantise_reference, widest_tile
 from aphro_kernels.packed_tiles import multiply_packed
 from aphro_kernels.row_tiles import RowTiles
 
+_SPLITS: Final = 4  # stretches of a tile's inputs, for as many warps
 _MAX_ROWS: Final = 32  # of a tile; more rows an expert share a dequantised copy
 
 
@@ -55,6 +56,13 @@ def grouped_packed_linear(
     return launch(x, weight, num_experts, tiles, slots_per_row, out, is_gated=is_gated)
 
 
+def _config(weight: PackedWeight, tiles: RowTiles) -> GroupedConfig:
+    depth = weight.shape[1]
+    if tiles.rows == 1:
+        return GroupedConfig(8, widest_tile(depth, 512), 2, 4)
+    return GroupedConfig(32, widest_tile(weight.tile_group or depth, 128) * _SPLITS, 4, 3)
+
+
 def _launch(
     x: Tensor,
     weight: PackedWeight,
@@ -64,15 +72,15 @@ def _launch(
     out: Tensor,
     *,
     is_gated: bool = False,
+    config: GroupedConfig | None = None,
 ) -> Tensor:
     depth, width = weight.shape[1], out.shape[1]
     assert x.stride(1) == 1
     assert weight.codes.is_contiguous()
     assert weight.scales.is_contiguous()
     if tiles.num_slots and num_experts:
-        columns, splits = 32, 4
-        inputs = widest_tile(weight.tile_group or depth, 128) * splits
-        launch: Any = _grouped_packed_kernel[(len(tiles.experts), triton.cdiv(width, columns))]
+        config = config or _config(weight, tiles)
+        launch: Any = _grouped_packed_kernel[(len(tiles.experts), triton.cdiv(width, config.columns))]
         launch(
             x,
             float8_as_bytes(weight.codes),
@@ -90,15 +98,15 @@ def _launch(
             KIND=weight.kind,
             GROUP=weight.tile_group,
             ROWS=tiles.rows,
-            BN=columns,
-            BK=inputs,
-            SPLIT=splits,
-            IS_EVEN=width % columns == 0 and depth % inputs == 0,
-            STAGES=3,
+            BN=config.columns,
+            BK=config.inputs,
+            SPLIT=1 if tiles.rows == 1 else _SPLITS,
+            IS_EVEN=width % config.columns == 0 and depth % config.inputs == 0,
+            STAGES=config.num_stages,
             IS_TILED=weight.is_tiled,
             IS_GATED=is_gated,
             HAS_ASM=x.is_cuda,
-            num_warps=4,
+            num_warps=config.num_warps,
             **chain_options(x),
         )
     return out
@@ -143,6 +151,8 @@ def _grouped_packed_kernel(
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
     is_column = columns < width
     x_rows = (slot // slots_per_row).to(tl.int64) * x_stride
+    if ROWS == 1:
+        x += tl.sum(x_rows, axis=0)
     matrix_rows = expert.to(tl.int64) * width * (2 if IS_GATED else 1) + columns
     total = multiply_packed(
         x, x_rows, is_row, codes, scales, offsets, matrix_rows, is_column, 0, tl.cdiv(depth, BK), depth, KIND, GROUP,

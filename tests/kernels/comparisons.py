@@ -602,7 +602,9 @@ def compare_grouped_packed_linear(
     """As compare_grouped_linear, of ``here`` among 8 experts."""
     width, depth = shape
     chosen = chosen_experts(num_tokens, 8, top, device, left_out=1)
-    tiles = row_tiles.plan_tiles(chosen, here.start, len(here), row_tiles.tile_rows(chosen.numel(), 8))
+    is_one = num_tokens == 1 and kind != "int4" and not is_split
+    rows_of_tile = 1 if is_one else row_tiles.tile_rows(chosen.numel(), 8)
+    tiles = row_tiles.plan_tiles(chosen, here.start, len(here), rows_of_tile)
     weight = packed_weight((len(here), width * (1 + is_gated), depth), kind, groups, dtype, device)
     whole = [None if x is None else x.flatten(0, 1) for x in (weight.codes, weight.scales, weight.offsets)]
     assert whole[0] is not None

@@ -67,7 +67,7 @@ class PackedStack:
         rows, width = self._weight.shape
         is_rounded = self._inputs is not None and self._kind != "int4"
         is_wide = not is_rounded and suits_wide((num_experts, rows // num_experts, width))
-        self.takes_one_row = False
+        self.takes_one_row = self._kind != "int4"
         self.wide_from: int | None = _WIDE_FROM.get(self._kind, _DEQUANTISED_FROM) if is_wide else None
 
     def times(self, x: Tensor, tiles: RowTiles, slots_per_row: int, *, is_gated: bool = False) -> Tensor:
