@@ -26,6 +26,7 @@ from aphro_kernels.grouped_hopper import grouped_wide
 from aphro_kernels.grouped_hopper_float8 import grouped_float8_wide
 from aphro_kernels.packed_linear import PackedWeight
 from aphro_kernels.route import route
+from aphro_kernels.split_places import split_places
 from torch import Tensor
 from torch.nn.functional import linear
 from workloads import CEILINGS
@@ -85,7 +86,8 @@ class Layer:
             found["down"]["wide"] = lambda: grouped_wide(outs[0], self.down, wide, is_gated=False, out=outs[1])
             found["rest"]["spread"] = lambda: spread_rows(x, wide)
             found["rest"]["weigh spread"] = lambda: weigh_rows(outs[1], shares, wide.places, is_spread=True)
-            for name, rows_in, weight in (("gate_up", spread, self.gate_up), ("down", outs[0], self.down)):
+            merged = self._random(len(spread), 2 * self.width)
+            for name, rows_in, weight in (("gate_up", x, self.gate_up), ("down", merged, self.down)):
                 result = x.new_empty(len(spread), weight.shape[1])
                 found[f"{name} fp8"] = {"wide": self._wide_float8(name, rows_in, wide, result)}
         for rows in rows_of if tokens <= 512 else []:
@@ -98,7 +100,11 @@ class Layer:
         return found
 
     def _wide_float8(self, name: str, x: Tensor, tiles: row_tiles.RowTiles, out: Tensor) -> Callable[[], object]:
-        return lambda: grouped_float8_wide(x, self.packed[name], self.num_experts, tiles, out)
+        def run() -> None:
+            codes, scales = split_places(x, tiles, is_gated=name == "down")
+            grouped_float8_wide(codes, scales, self.packed[name], self.num_experts, tiles, out)
+
+        return run
 
     def _few_float8(
         self, name: str, x: Tensor, tiles: row_tiles.RowTiles, per: int, config: GroupedConfig | None

@@ -1,4 +1,4 @@
-"""Many rows an expert on Hopper, float8 weights: rows split into float8 numbers (split_rows.py), weights as they are.
+"""Many rows an expert on Hopper, float8 weights: rows split into float8 numbers (split_places.py), weights as they are.
 
 As grouped_hopper.py, with the rows' two numbers where gate and up stand there. The tensor cores sum float8 products to
 some 14 bits: what comes of 128 inputs is added in float32.
@@ -17,7 +17,6 @@ from aphro_kernels.hopper import TensorDescriptor, barrier, gl, hopper, jit, num
 from aphro_kernels.language import chain_options, tl, triton
 from aphro_kernels.packed_linear import PackedWeight
 from aphro_kernels.row_tiles import RowTiles
-from aphro_kernels.split_rows import split_rows
 
 COLUMNS: Final = 128
 INPUTS: Final = 128
@@ -33,30 +32,35 @@ def suits_float8_wide(x: Tensor, weight: PackedWeight, num_experts: int) -> bool
 
 
 def grouped_float8_wide(
-    x: Tensor, weight: PackedWeight, num_experts: int, tiles: RowTiles, out: Tensor | None = None
+    codes: Tensor,
+    row_scales: Tensor,
+    weight: PackedWeight,
+    num_experts: int,
+    tiles: RowTiles,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """``x`` [capacity, in] bfloat16, a row a place of ``tiles`` (of ROWS rows), ``weight`` [experts * out, in] ->
-    [capacity, out]. Of tiles that are not used, and of padding beyond half a tile, nothing is written."""
-    k, n = weight.shape[1], weight.shape[0] // num_experts
+    """``codes`` [2, capacity, in] and ``row_scales`` [capacity] of split_places.py, whose ``tiles`` have ROWS rows,
+    ``weight`` [experts * out, in] -> [capacity, out] bfloat16. Of tiles that are not used, and of padding beyond half
+    a tile, nothing is written."""
+    k, n, capacity = weight.shape[1], weight.shape[0] // num_experts, len(row_scales)
     assert tiles.rows == ROWS
     assert weight.codes.is_contiguous()
     assert weight.scales.is_contiguous()
-    assert len(x) == len(tiles.slots)
-    out = x.new_empty(len(x), n) if out is None else out
-    split = split_rows(x)
+    assert codes.shape == (2, len(tiles.slots), k)
+    out = torch.empty(capacity, n, dtype=torch.bfloat16, device=codes.device) if out is None else out
     launch: Any = grouped_float8_wide_kernel[
-        (min(num_multiprocessors(x.device.index), len(tiles.experts) * triton.cdiv(n, COLUMNS)),)
+        (min(num_multiprocessors(codes.device.index), len(tiles.experts) * triton.cdiv(n, COLUMNS)),)
     ]
     launch(
-        _descriptor(split.codes.view(-1, k), ROWS // 2, INPUTS),
+        _descriptor(codes.view(-1, k), ROWS // 2, INPUTS),
         _descriptor(weight.codes, COLUMNS, INPUTS),
         _descriptor(out, ROWS // 2, 64),
-        split.scales,
+        row_scales,
         weight.scales,
         tiles.experts,
         tiles.slots,
         tiles.used,
-        len(x),
+        capacity,
         tiles.num_slots,
         n,
         k,
@@ -67,7 +71,7 @@ def grouped_float8_wide(
         GROUP=_GROUP,
         STAGES=_STAGES,
         num_warps=4,
-        **chain_options(x),
+        **chain_options(codes),
     )
     return out
 

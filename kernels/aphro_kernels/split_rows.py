@@ -90,6 +90,19 @@ def _split_rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     ks = tl.arange(0, BLOCK)
     value = tl.load(x + row * x_stride + ks, mask=ks < k, other=0.0).to(tl.float32)
+    high, low, value, scale = split(value)
+    at = codes + row * k + ks
+    tl.store(at, high.to(tl.float8e4nv).to(tl.uint8, bitcast=True), mask=ks < k)
+    tl.store(at + tl.cast(num_rows, tl.int64) * k, low.to(tl.float8e4nv).to(tl.uint8, bitcast=True), mask=ks < k)
+    tl.store(scales + row, scale)
+    groups = tl.arange(0, BLOCK // 128)
+    totals = tl.sum(tl.reshape(value, [BLOCK // 128, 128]), axis=1)
+    tl.store(sums + row * (k // 128) + groups, totals, mask=groups < k // 128)
+
+
+@jit()
+def split(value: tl.tensor) -> tl.tensor:
+    """Both numbers of a row, the row in units of its scale, and the scale; a row that is not finite has NaN there."""
     peak = tl.max(tl.abs(value), axis=0)
     # between 128 and 256 of its scale; both are normal numbers
     exponent = tl.minimum(tl.maximum(peak.to(tl.int32, bitcast=True) >> 23, 10), 254)
@@ -102,10 +115,4 @@ def _split_rows_kernel(
     subnormal = (value + 24576.0) - 24576.0  # to multiples of 2**-9
     high = tl.where(tl.abs(value) < 0.015625, subnormal, normal)
     low = (value - high) * 16.0
-    at = codes + row * k + ks
-    tl.store(at, high.to(tl.float8e4nv).to(tl.uint8, bitcast=True), mask=ks < k)
-    tl.store(at + tl.cast(num_rows, tl.int64) * k, low.to(tl.float8e4nv).to(tl.uint8, bitcast=True), mask=ks < k)
-    tl.store(scales + row, tl.where(peak < float("inf"), scale, float("nan")))
-    groups = tl.arange(0, BLOCK // 128)
-    totals = tl.sum(tl.reshape(value, [BLOCK // 128, 128]), axis=1)
-    tl.store(sums + row * (k // 128) + groups, totals, mask=groups < k // 128)
+    return high, low, value, tl.where(peak < float("inf"), scale, float("nan"))

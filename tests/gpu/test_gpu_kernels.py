@@ -40,6 +40,7 @@ from tests.kernels.comparisons import (
     compare_sample,
     compare_silu_and_mul,
     compare_skinny_linear,
+    compare_split_places,
     compare_split_rows,
     compare_step_rows,
     packed_weight,
@@ -320,6 +321,11 @@ def test_plan_tiles(num_tokens: int, top: int, num_experts: int, here: range, ro
 @pytest.mark.parametrize(("num_tokens", "top", "here", "width"), [(1, 2, range(8), 4096), (210, 3, range(2, 5), 1100)])
 def test_expert_rows(num_tokens: int, top: int, here: range, width: int, dtype: torch.dtype) -> None:
     compare_expert_rows(num_tokens, top, here, width, dtype, "cuda")
+
+
+@pytest.mark.parametrize(("num_tokens", "here", "width"), [(1, range(8), 4096), (300, range(2, 5), 14336)])
+def test_split_places(num_tokens: int, here: range, width: int) -> None:
+    compare_split_places(num_tokens, here, width, "cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

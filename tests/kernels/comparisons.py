@@ -33,6 +33,7 @@ from aphro_kernels import (
     sample,
     silu_and_mul,
     skinny_linear,
+    split_places,
     split_rows,
     step_rows,
 )
@@ -351,6 +352,18 @@ def compare_expert_rows(num_tokens: int, top: int, here: range, width: int, dtyp
         assert_close(expert_rows._launch_weigh(y, shares, tiles.places, is_spread=is_spread), expected)
 
 
+def compare_split_places(num_tokens: int, here: range, width: int, device: str) -> None:
+    tiles = row_tiles.plan_tiles(chosen_experts(num_tokens, 8, 2, device), here.start, len(here), 32)
+    is_slot = tiles.slots < tiles.num_slots
+    for is_gated, rows in ((False, num_tokens), (True, len(tiles.slots))):
+        x = random(rows, width * (1 + is_gated), dtype=torch.bfloat16, device=device)
+        codes, scales = split_places.split_places(x, tiles, is_gated=is_gated)
+        expected, expected_scales = split_places.split_places_reference(x, tiles, is_gated=is_gated)
+        assert_close(scales[is_slot], expected_scales[is_slot])
+        values, found = ((c[0].float() + c[1].float() / 16)[is_slot] for c in (expected, codes))
+        assert (values - found).abs().max() <= 2 * is_gated  # of 256: SiLU may be rounded to the next bfloat16
+
+
 def compare_grouped_linear(
     num_tokens: int,
     top: int,
@@ -641,7 +654,9 @@ def compare_grouped_float8_wide(num_tokens: int, here: range, shape: tuple[int, 
     results = []
     for _ in range(3):
         out = nans(len(x), width, dtype=torch.bfloat16, device="cuda")
-        results.append(grouped_hopper_float8.grouped_float8_wide(x, weight, len(here), tiles, out)[is_slot])
+        split = split_rows.split_rows(x)
+        given = split.codes, split.scales, weight, len(here), tiles, out
+        results.append(grouped_hopper_float8.grouped_float8_wide(*given)[is_slot])
     assert_close(results[0], expected[is_slot])
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])

@@ -27,6 +27,7 @@ from tests.kernels.comparisons import (
     compare_sample,
     compare_silu_and_mul,
     compare_skinny_linear,
+    compare_split_places,
     compare_step_rows,
 )
 
@@ -170,6 +171,11 @@ def test_plan_tiles(num_tokens: int, top: int, num_experts: int, here: range, ro
 @pytest.mark.parametrize(("num_tokens", "top", "here"), [(1, 2, range(8)), (21, 3, range(2, 5))])
 def test_expert_rows(num_tokens: int, top: int, here: range) -> None:
     compare_expert_rows(num_tokens, top, here, 70, F32, "cpu")
+
+
+@pytest.mark.parametrize(("num_tokens", "here", "width"), [(1, range(8), 128), (9, range(2, 5), 384)])
+def test_split_places(num_tokens: int, here: range, width: int) -> None:
+    compare_split_places(num_tokens, here, width, "cpu")
 
 
 @pytest.mark.parametrize("num_rows", [1, 3, 16])

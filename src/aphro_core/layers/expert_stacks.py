@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Final, Protocol
 
 import torch
+from aphro_kernels.expert_rows import spread_rows
 from aphro_kernels.grouped_gemm import grouped_linear
 from aphro_kernels.grouped_hopper import grouped_wide, suits_wide
 from aphro_kernels.grouped_hopper_float8 import grouped_float8_wide, suits_float8_wide
@@ -15,6 +16,7 @@ from aphro_kernels.packed_linear import dequantise
 from aphro_kernels.quantise_rows import round_rows
 from aphro_kernels.row_tiles import RowTiles
 from aphro_kernels.silu_and_mul import silu_and_mul
+from aphro_kernels.split_places import split_places
 from torch import Tensor
 
 from aphro_core.quantization.matrix import PackedMatrix, below_each_other, cut_rows
@@ -37,9 +39,15 @@ class Stack(Protocol):
         """As ``grouped_linear``."""
         ...
 
-    def wide(self, x: Tensor, tiles: RowTiles, *, is_gated: bool) -> Tensor:
-        """As ``grouped_wide``, of 16-bit rows on Hopper; only where ``wide_from`` is a number. A dequantised copy of
-        the matrices, where it takes one, is gone afterwards."""
+    def wide(self, x: Tensor, tiles: RowTiles, *, is_gated: bool) -> tuple[Tensor, bool]:
+        """Rows ``x`` [num_tokens, in] to [capacity, out], a row a place, on Hopper; only where ``wide_from`` is a
+        number. ``is_gated`` asks for SiLU(gate) * up; the second result says whether that is done. A dequantised copy
+        of the matrices, where it takes one, is gone afterwards."""
+        ...
+
+    def wide_on(self, x: Tensor, tiles: RowTiles, *, is_merged: bool) -> Tensor:
+        """Of rows [capacity, in] at their places; ``is_merged``: gate and up, of which SiLU(gate) * up is still to be
+        taken."""
         ...
 
 
@@ -53,8 +61,11 @@ class DenseStack:
     def times(self, x: Tensor, tiles: RowTiles, slots_per_row: int, *, is_gated: bool = False) -> Tensor:
         return grouped_linear(x, self._weight, tiles, slots_per_row, is_gated=is_gated)
 
-    def wide(self, x: Tensor, tiles: RowTiles, *, is_gated: bool) -> Tensor:
-        return grouped_wide(x, self._weight, tiles, is_gated=is_gated)
+    def wide(self, x: Tensor, tiles: RowTiles, *, is_gated: bool) -> tuple[Tensor, bool]:
+        return _wide(x, self._weight, tiles, is_gated=is_gated)
+
+    def wide_on(self, x: Tensor, tiles: RowTiles, *, is_merged: bool) -> Tensor:
+        return _wide_on(x, self._weight, tiles, is_merged=is_merged)
 
 
 class PackedStack:
@@ -78,13 +89,24 @@ class PackedStack:
         y = grouped_packed_linear(codes, *place).mul_(scales.repeat_interleave(slots_per_row)[:, None])
         return silu_and_mul(y) if is_gated else y
 
-    def wide(self, x: Tensor, tiles: RowTiles, *, is_gated: bool) -> Tensor:
+    def wide(self, x: Tensor, tiles: RowTiles, *, is_gated: bool) -> tuple[Tensor, bool]:
+        if not self._takes_float8(x, tiles):
+            return _wide(x, self._dequantised(x.dtype), tiles, is_gated=is_gated)
+        codes, scales = split_places(x, tiles, is_gated=False)
+        return grouped_float8_wide(codes, scales, self._weight, self.num_experts, tiles), False
+
+    def wide_on(self, x: Tensor, tiles: RowTiles, *, is_merged: bool) -> Tensor:
+        if not is_merged or not self._takes_float8(x, tiles):
+            return _wide_on(x, self._dequantised(x.dtype), tiles, is_merged=is_merged)
+        codes, scales = split_places(x, tiles, is_gated=True)
+        return grouped_float8_wide(codes, scales, self._weight, self.num_experts, tiles)
+
+    def _takes_float8(self, x: Tensor, tiles: RowTiles) -> bool:
         is_many = tiles.num_slots >= _MANY_ROWS * self.num_experts
-        if not is_many and suits_float8_wide(x, self._weight, self.num_experts):
-            y = grouped_float8_wide(x, self._weight, self.num_experts, tiles)
-            return silu_and_mul(y) if is_gated else y
-        weight = dequantise(self._weight, x.dtype).view(self.num_experts, -1, self._weight.shape[1])
-        return grouped_wide(x, weight, tiles, is_gated=is_gated)
+        return not is_many and suits_float8_wide(x, self._weight, self.num_experts)
+
+    def _dequantised(self, dtype: torch.dtype) -> Tensor:
+        return dequantise(self._weight, dtype).view(self.num_experts, -1, self._weight.shape[1])
 
 
 class OrderedStack:
@@ -110,7 +132,10 @@ class OrderedStack:
             torch.gather(x[slots // slots_per_row], 1, index, out=ordered[start : start + step])
         return self._stack.times(ordered, tiles, 1, is_gated=is_gated)
 
-    def wide(self, x: Tensor, tiles: RowTiles, *, is_gated: bool) -> Tensor:
+    def wide(self, x: Tensor, tiles: RowTiles, *, is_gated: bool) -> tuple[Tensor, bool]:
+        raise NotImplementedError
+
+    def wide_on(self, x: Tensor, tiles: RowTiles, *, is_merged: bool) -> Tensor:
         raise NotImplementedError
 
 
@@ -127,7 +152,10 @@ class SideBySide:
         y = torch.cat([stack.times(x, tiles, slots_per_row) for stack in self._stacks], dim=-1)
         return silu_and_mul(y) if is_gated else y
 
-    def wide(self, x: Tensor, tiles: RowTiles, *, is_gated: bool) -> Tensor:
+    def wide(self, x: Tensor, tiles: RowTiles, *, is_gated: bool) -> tuple[Tensor, bool]:
+        raise NotImplementedError
+
+    def wide_on(self, x: Tensor, tiles: RowTiles, *, is_merged: bool) -> Tensor:
         raise NotImplementedError
 
 
@@ -146,12 +174,23 @@ class DequantisedStack:
     def times(self, x: Tensor, tiles: RowTiles, slots_per_row: int, *, is_gated: bool = False) -> Tensor:
         return grouped_linear(x, self._dequantised(x.dtype), tiles, slots_per_row, is_gated=is_gated)
 
-    def wide(self, x: Tensor, tiles: RowTiles, *, is_gated: bool) -> Tensor:
-        return grouped_wide(x, self._dequantised(x.dtype), tiles, is_gated=is_gated)
+    def wide(self, x: Tensor, tiles: RowTiles, *, is_gated: bool) -> tuple[Tensor, bool]:
+        return _wide(x, self._dequantised(x.dtype), tiles, is_gated=is_gated)
+
+    def wide_on(self, x: Tensor, tiles: RowTiles, *, is_merged: bool) -> Tensor:
+        return _wide_on(x, self._dequantised(x.dtype), tiles, is_merged=is_merged)
 
     def _dequantised(self, dtype: torch.dtype) -> Tensor:
         dense = torch.cat([part.dequantise(dtype) for parts in self._experts for part in parts])
         return dense.view(self.num_experts, -1, dense.shape[1])
+
+
+def _wide(x: Tensor, weight: Tensor, tiles: RowTiles, *, is_gated: bool) -> tuple[Tensor, bool]:
+    return grouped_wide(spread_rows(x, tiles), weight, tiles, is_gated=is_gated), is_gated
+
+
+def _wide_on(x: Tensor, weight: Tensor, tiles: RowTiles, *, is_merged: bool) -> Tensor:
+    return grouped_wide(silu_and_mul(x) if is_merged else x, weight, tiles, is_gated=False)
 
 
 def packed_stack(weight: Sequence[PackedMatrix], num_experts: int) -> Stack:

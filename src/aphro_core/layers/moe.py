@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from aphro_kernels.expert_rows import spread_rows, weigh_rows
+from aphro_kernels.expert_rows import weigh_rows
 from aphro_kernels.gated_gemm import ROWS
 from aphro_kernels.hopper import suits_hopper
 from aphro_kernels.route import route
@@ -113,8 +113,9 @@ class GroupedExperts:
     def _wide(self, x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """A row a place: rows stand by expert."""
         tiles = plan_tiles(chosen, self._first, self._down.num_experts, ROWS)
-        y = self._gate_up.wide(spread_rows(x, tiles), tiles, is_gated=self._is_silu)
-        return self._down.wide(self._activated(y), tiles, is_gated=False), tiles.places
+        y, is_done = self._gate_up.wide(x, tiles, is_gated=self._is_silu)
+        y = self._activated(y)
+        return self._down.wide_on(y, tiles, is_merged=self._is_silu and not is_done), tiles.places
 
     def _activated(self, y: Tensor) -> Tensor:
         return y if self._is_silu else gated(y, self._activation)
