@@ -57,7 +57,7 @@ def test_experts_of_every_format(kind: Kind | None, group: int | None, here: ran
     gate_up, plain_gate_up = stacked((len(here), 2 * width, hidden), kind, None if kind == "fp8" else group, 1)
     down, plain_down = stacked((len(here), hidden, width), kind, group, 2)
     experts = GroupedExperts(gate_up, down, first=here.start, num_experts=NUM_EXPERTS, activation="silu")
-    for num_tokens, left_out in ((1, 0), (2, 2), (37, 1), (150, 2), (400, 1), (1500, 2)):
+    for num_tokens, left_out in ((1, 0), (3, 2), (6, 2), (37, 1), (150, 2), (400, 1), (1500, 2)):
         x = random(num_tokens, hidden, dtype=torch.bfloat16, device="cuda", seed=num_tokens)
         chosen = chosen_experts(num_tokens, NUM_EXPERTS, 2, "cuda", left_out=left_out)
         shares = torch.rand(num_tokens, 2, device="cuda")

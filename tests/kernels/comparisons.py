@@ -378,7 +378,7 @@ def compare_grouped_linear(
     """Rows to the experts ``here`` of ``num_experts``: k slots a row (the first product), then a row a slot."""
     width, depth = shape
     chosen = chosen_experts(num_tokens, num_experts, top, device, left_out=1)
-    rows_of_tile = 1 if num_tokens == 1 else row_tiles.tile_rows(chosen.numel(), num_experts)
+    rows_of_tile = 1 if num_tokens <= 4 else row_tiles.tile_rows(chosen.numel(), num_experts)
     tiles = row_tiles.plan_tiles(chosen, here.start, len(here), rows_of_tile)
     weight = random(len(here), width * (1 + is_gated), depth, dtype=dtype, device=device, seed=1) / depth**0.5
     for rows, slots_per_row in ((num_tokens, top), (num_tokens * top, 1)):
@@ -615,7 +615,7 @@ def compare_grouped_packed_linear(
     """As compare_grouped_linear, of ``here`` among 8 experts."""
     width, depth = shape
     chosen = chosen_experts(num_tokens, 8, top, device, left_out=1)
-    is_one = num_tokens == 1 and kind != "int4" and not is_split
+    is_one = num_tokens <= 4 and kind != "int4" and not is_split
     rows_of_tile = 1 if is_one else row_tiles.tile_rows(chosen.numel(), 8)
     tiles = row_tiles.plan_tiles(chosen, here.start, len(here), rows_of_tile)
     weight = packed_weight((len(here), width * (1 + is_gated), depth), kind, groups, dtype, device)

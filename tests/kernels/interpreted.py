@@ -143,6 +143,7 @@ def test_rows_in_pieces_of_their_own(seq_lens: list[int]) -> None:
         (1, 2, 5, range(5), (72, 40)),
         (33, 2, 3, range(3), (48, 128)),
         (20, 3, 7, range(3, 5), (65, 33)),
+        (3, 2, 4, range(1, 3), (16, 16)),
         (3, 1, 4, range(4, 4), (16, 16)),
         (0, 2, 4, range(4), (16, 16)),
     ],
@@ -264,9 +265,9 @@ def test_grouped_packed_linear_of_split_rows(kind: str, groups: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])
-@pytest.mark.parametrize(("num_tokens", "here", "groups"), [(1, range(8), 2), (19, range(2, 5), 1)])
+@pytest.mark.parametrize(("num_tokens", "here", "groups"), [(4, range(8), 2), (19, range(2, 5), 1)])
 def test_grouped_packed_linear(num_tokens: int, here: range, groups: int, kind: str) -> None:
-    is_gated = num_tokens == 1
+    is_gated = num_tokens == 4
     compare_grouped_packed_linear(num_tokens, 2, here, (40, 64), kind, groups, F16, "cpu", is_gated=is_gated)
 
 

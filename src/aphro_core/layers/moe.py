@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from aphro_kernels.expert_rows import weigh_rows
@@ -18,6 +18,8 @@ from aphro_core.layers.expert_stacks import Stack
 from aphro_core.layers.linear import AnyLinear
 from aphro_core.layers.mlp import GatedMLP, gated, gated_product
 from aphro_core.models.spec import Activation, MoeSpec
+
+_ALONE: Final = 4  # tokens up to which each slot is a tile of its own
 
 
 class Experts(Protocol):
@@ -104,8 +106,8 @@ class GroupedExperts:
 
     def _few(self, x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """A row a slot: few rows an expert, whose matrices are read as fast as memory gives them."""
-        is_one = len(chosen) == 1 and self._gate_up.takes_one_row and self._down.takes_one_row
-        rows = 1 if is_one else tile_rows(chosen.numel(), self._num_experts)
+        is_alone = len(chosen) <= _ALONE and self._gate_up.takes_one_row and self._down.takes_one_row
+        rows = 1 if is_alone else tile_rows(chosen.numel(), self._num_experts)
         tiles = plan_tiles(chosen, self._first, self._down.num_experts, rows)
         y = self._gate_up.times(x, tiles, chosen.shape[1], is_gated=self._is_silu)
         return self._down.times(self._activated(y), tiles, 1), tiles.places
