@@ -7,7 +7,6 @@ from typing import Final
 
 import numpy as np
 import torch
-from torch import Tensor
 
 _LINES: Final = 64  # far more than there are steps in flight
 
@@ -15,16 +14,12 @@ _LINES: Final = 64  # far more than there are steps in flight
 class Answer:
     """The tokens of one step. ``place`` is that of its first row among all lines."""
 
-    def __init__(self, place: int, line: Tensor, seen: np.ndarray, event: torch.cuda.Event | None) -> None:
+    def __init__(self, place: int, line: np.ndarray, event: torch.cuda.Event | None) -> None:
         self.place = place
-        self._line, self._seen, self._event = line, seen, event
+        self._line, self._event = line, event
         self._count = 0
         self._tokens: list[int] | None = None
         self._lock = threading.Lock()
-
-    def write(self, tokens: Tensor) -> None:
-        """Of a step whose last kernel does not write them there itself."""
-        self._line[: len(tokens)].copy_(tokens, non_blocking=True)
 
     def expect(self, count: int) -> None:
         """All has been launched that writes ``count`` tokens."""
@@ -38,7 +33,7 @@ class Answer:
             if self._tokens is None:
                 if self._event is not None:
                     self._event.synchronize()
-                self._tokens = self._seen[: self._count].tolist()
+                self._tokens = self._line[: self._count].tolist()
             return self._tokens
 
 
@@ -46,7 +41,7 @@ class Answers:
     def __init__(self, max_rows: int, device: torch.device) -> None:
         is_gpu = device.type == "cuda"
         self.memory = torch.zeros(_LINES, max_rows, dtype=torch.int64, pin_memory=is_gpu)
-        self._lines = [(line, line.numpy()) for line in self.memory]
+        self._lines = list(self.memory.numpy())
         self._events: list[torch.cuda.Event | None] = [
             torch.cuda.Event() if is_gpu else None  # type: ignore[no-untyped-call]
             for _ in range(_LINES)
@@ -60,5 +55,5 @@ class Answers:
         self._next = (at + 1) % _LINES
         if (last := self._taken[at]) is not None:
             last.read()
-        answer = self._taken[at] = Answer(at * self.memory.shape[1], *self._lines[at], self._events[at])
+        answer = self._taken[at] = Answer(at * self.memory.shape[1], self._lines[at], self._events[at])
         return answer

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from aphro_kernels.step_rows import ANSWER, DRAW_SLOT, ROW_FIELDS
 from torch import Tensor
 
 from aphro_core.messages.steps import ScheduledSequence, StepPlan
@@ -29,9 +30,9 @@ class ChunkNumbers:
     positions: Any  # [num_tokens]
     slot_mapping: Any  # [num_tokens]
     slots: Any  # [num_seqs] of the sequences; of the first, which has the rows before the chunks and no key, none
-    draw_rows: Any  # [num_rows + num_seqs] and the two below: only the first of them count, one a draw; then zeros
-    draw_slots: Any
+    draw_rows: Any  # [num_rows + num_seqs], as below: only the first of them count, one a draw; then zeros
     draw_positions: Any
+    draws: Any  # [(num_rows + num_seqs) * ROW_FIELDS], as step_rows.py has them: where each token goes
     query_start_loc: Any  # [num_seqs + 1] int32
     seq_lens: Any  # [num_seqs] int32
     num_seqs: Any  # [1] int32: how many there are
@@ -58,8 +59,10 @@ def fill_chunk_numbers(
     sequences: Mapping[int, SequenceState],
     slots: Mapping[int, int],
     block_size: int,
+    place: int,
 ) -> dict[int, int]:
-    """All that is not zero of a plan's numbers, arrays of the host. Returns each sequence's first row."""
+    """All that is not zero of a plan's numbers, arrays of the host; the first draw is answered at ``place``. Returns
+    each sequence's first row."""
     chunks = [entry for entry in plan.scheduled if entry.num_tokens > 1]
     rows = [entry.seq_id for entry in plan.scheduled if entry.num_tokens == 1]
     first_rows = {seq_id: row for row, seq_id in enumerate(rows)}
@@ -75,7 +78,9 @@ def fill_chunk_numbers(
     numbers.slots[1 : len(chunks) + 1] = [slots[entry.seq_id] for entry in chunks]
     draws = [entry for entry in plan.scheduled if entry.samples]
     numbers.draw_rows[: len(draws)] = [first_rows[entry.seq_id] + entry.num_tokens - 1 for entry in draws]
-    numbers.draw_slots[: len(draws)] = [slots[entry.seq_id] for entry in draws]
+    fields = numbers.draws.reshape(-1, ROW_FIELDS)[: len(draws)]
+    fields[:, DRAW_SLOT] = [slots[entry.seq_id] for entry in draws]
+    fields[:, ANSWER] = np.arange(place, place + len(draws))
     numbers.draw_positions[: len(draws)] = [entry.start + entry.num_tokens - 1 for entry in draws]
     return first_rows
 
@@ -95,7 +100,7 @@ def _fill_chunk(
 
 def _lengths(shape: StepShape) -> tuple[int, ...]:
     tokens, seqs, draws = shape.num_tokens, shape.num_seqs, shape.num_rows + shape.num_seqs
-    return tokens, tokens, tokens, seqs, draws, draws, draws, seqs + 1, seqs, 1
+    return tokens, tokens, tokens, seqs, draws, draws, draws * ROW_FIELDS, seqs + 1, seqs, 1
 
 
 def _padded(length: int) -> int:

@@ -114,7 +114,9 @@ class DeviceRunner:
             self._returning.expect(step.draws, self._memory.draw_slots(step))
         if not self._shard.has_head:
             return None
-        return self._end_mixed(plan, step, answer, found) if step.chunks else self._end_rows(plan, step, answer, found)
+        if step.chunks and step.draws and self._samples and not self._needs_host:
+            self._draw_mixed(step)
+        return self._end(plan, step, answer, found)
 
     def _find_rows(self, draws: list[int], *, is_again: bool) -> None:
         if draws is not self._draws:
@@ -173,27 +175,6 @@ class DeviceRunner:
             found.append(PromptLogprobs(entry.seq_id, of_row))
         return found
 
-    def _end_rows(
-        self, plan: StepPlan, step: PagedStep, answer: Answer, found: list[PromptLogprobs]
-    ) -> LaunchedStep | None:
-        """The step has drawn already, and told its tokens, where nobody else has to know them."""
-        result: LaunchedStep | None = None
-        is_alone = self._links.tensor.size == 1
-        if self._needs_host or not is_alone or self._links.tokens is not None:
-            tokens = self._padded.sampler.tokens[: step.num_rows]
-            if self._needs_host and self._samples:
-                result = self._draw_with_host(plan, step, tokens, found)
-            if not is_alone:
-                end_rows_(self._memory.end(len(tokens)), self._links.tensor.broadcast_(tokens))
-            elif self._needs_host:
-                self._memory.last_token_ids.index_copy_(0, self._memory.draw_slots(step), tokens)
-            if self._links.tokens is not None:
-                self._links.tokens.send(tokens.clone())
-        answer.expect(step.num_rows)
-        if result is not None or not self._samples:
-            return result
-        return RunningStep(plan.step_id, step.draws, answer, found, step.wanted)
-
     # --- steps with chunks ---
 
     def _run_mixed(self, step: PagedStep, asking: list[ScheduledSequence]) -> list[PromptLogprobs]:
@@ -226,27 +207,11 @@ class DeviceRunner:
         self._links.tensor.num_sums = 2**31  # in a graph: all of the step's
         return hidden
 
-    def _end_mixed(
-        self, plan: StepPlan, step: PagedStep, answer: Answer, found: list[PromptLogprobs]
-    ) -> LaunchedStep | None:
-        result: LaunchedStep | None = None
-        tokens = self._padded.sampler.tokens[: len(step.draws)]
-        if self._samples and self._needs_host:
-            result = self._draw_with_host(plan, step, tokens, found)
-        elif self._samples and step.draws:
-            assert step.numbers is not None
-            positions = step.numbers.draw_positions[: len(tokens)]
-            drawn, is_bad = self._padded.sampler.draw(self._logits[: len(tokens)], positions)
-            answer.write(drawn.masked_fill_(is_bad, -1))
-        if step.draws:
-            tokens = self._links.tensor.broadcast_(tokens)
-            self._memory.last_token_ids.index_copy_(0, self._memory.draw_slots(step), tokens)
-            if self._links.tokens is not None:
-                self._links.tokens.send(tokens.clone())
-        answer.expect(len(tokens))
-        if result is not None or not self._samples:
-            return result
-        return RunningStep(plan.step_id, step.draws, answer, found, step.wanted)
+    def _draw_mixed(self, step: PagedStep) -> None:
+        assert step.numbers is not None
+        count = len(step.draws)
+        end = self._memory.draws(step) if self._links.tensor.size == 1 else None
+        self._padded.sampler.draw(self._logits[:count], step.numbers.draw_positions[:count], end)
 
     def _pad(self, rows: Tensor, most: int) -> Tensor:
         """By row 0, to :meth:`_padded_draws` of them."""
@@ -268,6 +233,26 @@ class DeviceRunner:
             for e in asking
         ]
         return [one for one in found if one is not None]
+
+    # --- what follows from logits ---
+
+    def _end(self, plan: StepPlan, step: PagedStep, answer: Answer, found: list[PromptLogprobs]) -> LaunchedStep | None:
+        """Tokens to whom they are not told yet: what draws them tells them where no other rank has to know."""
+        result: LaunchedStep | None = None
+        is_alone = self._links.tensor.size == 1
+        tokens = self._padded.sampler.tokens[: len(step.draws)]
+        if self._needs_host and self._samples:
+            result = self._draw_with_host(plan, step, tokens, found)
+        if step.draws and not is_alone:
+            end_rows_(self._memory.draws(step), self._links.tensor.broadcast_(tokens))
+        elif step.draws and self._needs_host:  # rows of a decode step have moved on
+            self._memory.last_token_ids.index_copy_(0, self._memory.draw_slots(step), tokens)
+        if step.draws and self._links.tokens is not None:
+            self._links.tokens.send(tokens.clone())
+        answer.expect(len(step.draws))
+        if result is not None or not self._samples:
+            return result
+        return RunningStep(plan.step_id, step.draws, answer, found, step.wanted)
 
     def _draw_with_host(
         self, plan: StepPlan, step: PagedStep, tokens: Tensor, found: list[PromptLogprobs]

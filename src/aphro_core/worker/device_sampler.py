@@ -48,17 +48,19 @@ class DeviceSampler:
             self._send(rows)
         self._is_greedy = is_greedy
 
-    def draw(self, logits: Tensor, positions: Tensor, end: RowsEnd | None = None) -> tuple[Tensor, Tensor]:
-        """The first ``tokens``, ``[rows]`` int64, and ``[rows]`` bool: rows without a finite largest logit.
+    def draw(self, logits: Tensor, positions: Tensor, end: RowsEnd | None = None) -> None:
+        """Into the first ``tokens``, and to whom ``end`` says: -1 for a row without a finite largest logit (with
+        ``end`` it is 0 in ``tokens``).
 
         ``logits`` [rows, vocab]; ``positions`` [rows] int64 of the tokens that were read: one comes behind each. There
-        may be more rows than were prepared; of these nothing is asked. ``end``: whom to tell, besides. Fit for a CUDA
-        graph.
+        may be more rows than were prepared; of these nothing is asked. Fit for a CUDA graph.
         """
         n = len(logits)
         dials = first_rows(self._dials, n)
-        out = self.tokens[:n], self._is_bad[:n]
-        return sample(logits, positions, dials, workspace=self._workspace, position_offset=1, out=out, end=end)
+        out = tokens, is_bad = self.tokens[:n], self._is_bad[:n]
+        sample(logits, positions, dials, workspace=self._workspace, position_offset=1, out=out, end=end)
+        if end is None:
+            tokens.masked_fill_(is_bad, -1)
 
     def _send(self, rows: Sequence[SamplingRow]) -> None:
         """``rows``, and greedy ones behind them."""

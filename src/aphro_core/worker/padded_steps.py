@@ -63,14 +63,9 @@ class PaddedSteps:
             return
         logits = self.logits[: shape.num_tokens]
         self._decoder.logits(x, out=logits)
-        if not self.samples:
-            return
-        positions = self.memory.positions(len(logits))
-        if self._is_alone:
-            self.sampler.draw(logits, positions, self.memory.end(len(logits)))
-        else:
-            tokens, is_bad = self.sampler.draw(logits, positions)
-            tokens.masked_fill_(is_bad, -1)
+        if self.samples:
+            end = self.memory.end(len(logits)) if self._is_alone else None
+            self.sampler.draw(logits, self.memory.positions(len(logits)), end)
 
     def launch_every_kind(self) -> None:
         """Enough shapes to launch every kernel that others do."""

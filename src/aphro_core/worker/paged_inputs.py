@@ -56,7 +56,7 @@ class PagedInputs:
             shape = self._shapes.of_rows(len(decode))
         values = self._send_rows(plan, decode, chunks, sequences, shape, place)
         if chunks:
-            return self._send_chunks(plan, chunks, sequences, shape)
+            return self._send_chunks(plan, chunks, sequences, shape, place)
         wanted = [index for index, entry in enumerate(decode) if entry.samples]
         are_all = len(wanted) == len(decode)
         seq_ids = [entry.seq_id for entry in decode]
@@ -152,10 +152,11 @@ class PagedInputs:
         chunks: list[ScheduledSequence],
         sequences: dict[int, SequenceState],
         shape: StepShape,
+        place: int,
     ) -> PagedStep:
         block = np.zeros(chunk_block_size(shape), dtype=np.int64)
         numbers = chunk_numbers(shape, block)
-        first_rows = fill_chunk_numbers(numbers, plan, sequences, self._slots, self._memory.block_size)
+        first_rows = fill_chunk_numbers(numbers, plan, sequences, self._slots, self._memory.block_size, place)
         draws = [entry.seq_id for entry in plan.scheduled if entry.samples]
         return PagedStep(
             num_rows=len(plan.scheduled) - len(chunks),

@@ -180,11 +180,15 @@ class StepMemory:
 
     def draw_slots(self, step: PagedStep) -> Tensor:
         """``[draws]`` int64: where in ``last_token_ids`` the tokens go; of the rows that are sent next, later on."""
+        return self.draws(step).rows[:, DRAW_SLOT]
+
+    def draws(self, step: PagedStep) -> RowsEnd:
+        """Where the tokens of a step go. Those of a decode step are rows, and move on."""
         if step.numbers is None:
-            return self._sent[: step.num_rows, DRAW_SLOT]
-        slots: Tensor = step.numbers.draw_slots[: len(step.draws)]
-        return slots
+            return self.end(step.num_rows)
+        fields = step.numbers.draws[: len(step.draws) * ROW_FIELDS].view(-1, ROW_FIELDS)
+        return RowsEnd(fields, self.last_token_ids, self._answers)
 
     def end(self, num_rows: int) -> RowsEnd:
-        """Of a decode step's first rows: where their tokens go, and the rows, which move on. Fit for a CUDA graph."""
+        """Of the first rows of a decode step. Fit for a CUDA graph."""
         return RowsEnd(self._sent[:num_rows], self.last_token_ids, self._answers)
