@@ -14,7 +14,6 @@ from aphro_kernels import hopper_attention
 from aphro_kernels.decode_work import DecodeWork, build_decode_work
 from aphro_kernels.step_rows import end_rows_
 from torch import Tensor
-from torch.nn import functional
 
 from aphro_core.distributed import Links
 from aphro_core.layers.decoder import Decoder
@@ -23,9 +22,10 @@ from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel.shard import RankShard
 from aphro_core.worker.answers import Answer, Answers
 from aphro_core.worker.dues import Dues, pay, prompt_gathers
+from aphro_core.worker.mixed_steps import MixedSteps
 from aphro_core.worker.padded_steps import PaddedSteps
 from aphro_core.worker.paged_inputs import PagedInputs
-from aphro_core.worker.prompt_logprobs import asking_entries, next_logprobs, prompt_logprobs
+from aphro_core.worker.prompt_logprobs import asking_entries, next_logprobs
 from aphro_core.worker.returning_tokens import ReturningTokens
 from aphro_core.worker.sampler import Sampler, SamplingRow, sampled_result
 from aphro_core.worker.sequences import SequenceState, apply_plan
@@ -52,7 +52,7 @@ class DeviceRunner:
         graph_tokens: int = 0,
     ) -> None:
         """``graph_tokens``: up to so many tokens steps with chunks have shapes that a graph can be captured of."""
-        self._shard, self._decoder, self._caches, self._links = shard, decoder, caches, links
+        self._shard, self._links = shard, links
         self._dtype, self._device = dtype, device
         self._sequences: dict[int, SequenceState] = {}
         self._applied: StepPlan | None = None  # the last one
@@ -71,6 +71,7 @@ class DeviceRunner:
         self._inputs = PagedInputs(self._memory, self._shapes, keeps_tokens=shard.pp_size == 1)
         parts = (spec, shard, decoder, caches, self._memory, self._shapes)
         self._padded = PaddedSteps(*parts, dtype=dtype, device=device)
+        self._mixed = MixedSteps(self._padded, decoder, caches, links)
         self._hidden, self._logits = self._padded.hidden, self._padded.logits
         self._samples = self._padded.samples
         self._sampler = Sampler(spec.vocab_size, device)
@@ -109,13 +110,11 @@ class DeviceRunner:
         self._find_rows(step.draws, is_again=plan.again is not None)
         has_part = step.chunks or step.wanted is not None
         asking = asking_entries(plan, self._sequences) if has_part else []
-        found = self._run_mixed(step, asking) if step.chunks else self._run_rows(step, asking)
+        found = self._run_chunks(step, asking) if step.chunks else self._run_rows(step, asking)
         if self._returning is not None:
             self._returning.expect(step.draws, self._memory.draw_slots(step))
         if not self._shard.has_head:
             return None
-        if step.chunks and step.draws and self._samples and not self._needs_host:
-            self._draw_mixed(step)
         return self._end(plan, step, answer, found)
 
     def _find_rows(self, draws: list[int], *, is_again: bool) -> None:
@@ -147,18 +146,23 @@ class DeviceRunner:
             shape = self._shapes.with_chunks(plan.num_tokens, plan.num_rows - num_chunks, num_chunks)
         gathers = prompt_gathers(plan, self._sequences) if has_chunks else []
         if draws:
-            gathers.append(self._padded_draws(draws, shape.num_tokens))
+            gathers.append(self._mixed.padded(draws, shape.num_tokens))
         dues = Dues(shape.num_tokens, gathers, num_handed_out=draws)
         pay(dues, self._links, self._shard, self._hidden.shape[1], self._dtype, self._device)
         if self._returning is not None:
             self._returning.expect_void(draws)
 
-    # --- rows of one token each ---
+    def _run_chunks(self, step: PagedStep, asking: list[ScheduledSequence]) -> list[PromptLogprobs]:
+        found = self._mixed.run(step, [(entry, self._sequences[entry.seq_id].row) for entry in asking])
+        if step.draws and self._samples and not self._needs_host:
+            self._mixed.draw(step)
+        return found
 
     def _run_rows(self, step: PagedStep, asking: list[ScheduledSequence]) -> list[PromptLogprobs]:
         size = step.shape.num_tokens
         if not self._shard.has_embedding:
-            self._hidden[:size] = self._receive(size)
+            shape = size, self._hidden.shape[1]
+            self._hidden[:size] = self._links.stage.receive(shape, self._dtype, self._device)
         self._padded.run(step.shape)
         self._links.tensor.num_sums = self._links.tensor.num_gathers = 2**31  # in a graph: all of the step's
         if not self._shard.has_head:
@@ -174,67 +178,6 @@ class DeviceRunner:
             of_row = next_logprobs(self._logits[at : at + 1].float(), entry.start, self._sequences[entry.seq_id].row)
             found.append(PromptLogprobs(entry.seq_id, of_row))
         return found
-
-    # --- steps with chunks ---
-
-    def _run_mixed(self, step: PagedStep, asking: list[ScheduledSequence]) -> list[PromptLogprobs]:
-        keeps_draws = self._padded.keeps_draws and not asking
-        hidden = self._mixed_states(step, keeps_draws=keeps_draws)
-        if not self._shard.has_head:
-            self._links.stage.send(hidden.clone())
-            return []
-        found = self._prompt_logprobs(step, hidden, asking)
-        if step.draws and keeps_draws:
-            drawn = hidden[: self._shapes.of_rows(len(step.draws)).num_rows]
-            self._decoder.logits(drawn, out=self._logits[: len(drawn)])
-        elif step.draws:
-            assert step.numbers is not None
-            rows = self._pad(step.numbers.draw_rows[: len(step.draws)], len(hidden))
-            self._decoder.logits(hidden.index_select(0, rows), out=self._logits[: len(rows)])
-        return found
-
-    def _mixed_states(self, step: PagedStep, *, keeps_draws: bool) -> Tensor:
-        """Behind the layers, until the next step: of all rows, or of those that are drawn from."""
-        received = None if self._shard.has_embedding else self._receive(step.shape.num_tokens)
-        if not self._shapes.has(step.shape) or keeps_draws != self._padded.keeps_draws:
-            batch = self._memory.mixed_batch(step)
-            kept = self._pad(batch.sampled_rows, batch.num_tokens) if keeps_draws else None
-            return self._decoder(batch, received, self._caches, kept)
-        hidden = self._hidden[: step.shape.num_tokens]
-        if received is not None:
-            hidden.copy_(received)
-        self._padded.run(step.shape)
-        self._links.tensor.num_sums = 2**31  # in a graph: all of the step's
-        return hidden
-
-    def _draw_mixed(self, step: PagedStep) -> None:
-        assert step.numbers is not None
-        count = len(step.draws)
-        end = self._memory.draws(step) if self._links.tensor.size == 1 else None
-        self._padded.sampler.draw(self._logits[:count], step.numbers.draw_positions[:count], end)
-
-    def _pad(self, rows: Tensor, most: int) -> Tensor:
-        """By row 0, to :meth:`_padded_draws` of them."""
-        return functional.pad(rows, (0, self._padded_draws(len(rows), most) - len(rows)))
-
-    def _padded_draws(self, num_draws: int, most: int) -> int:
-        """As many rows as a decode step has, ``most`` at most: of a size that is new to it a library may choose a
-        kernel that is not loaded yet, and loading waits for the steps in flight."""
-        return min(self._shapes.of_rows(num_draws).num_rows, most)
-
-    def _receive(self, num_tokens: int) -> Tensor:
-        return self._links.stage.receive((num_tokens, self._hidden.shape[1]), self._dtype, self._device)
-
-    def _prompt_logprobs(
-        self, step: PagedStep, hidden: Tensor, asking: list[ScheduledSequence]
-    ) -> list[PromptLogprobs]:
-        found = [
-            prompt_logprobs(self._decoder, hidden[step.first_rows[e.seq_id] :], e, self._sequences[e.seq_id].row)
-            for e in asking
-        ]
-        return [one for one in found if one is not None]
-
-    # --- what follows from logits ---
 
     def _end(self, plan: StepPlan, step: PagedStep, answer: Answer, found: list[PromptLogprobs]) -> LaunchedStep | None:
         """Tokens to whom they are not told yet: what draws them tells them where no other rank has to know."""

@@ -277,7 +277,7 @@ def test_logits_that_are_not_finite_name_their_sequence(llama: Model, logprobs: 
     planner.add(0, [3, 4, 5], dials)
     planner.add(9, [3, 4, 5, 6], dials)
     execute(runner, planner.plan({0: 3, 9: 4}))
-    for cache in runner._caches:
+    for cache in runner._padded._caches:
         cache[planner.tables[9]] = float("nan")
     failure = execute(runner, ahead(planner, (0, 9))).failure
     assert failure is not None
