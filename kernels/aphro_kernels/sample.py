@@ -22,7 +22,8 @@ from aphro_kernels.language import chain_options, next_power_of_2, runs_kernels
 from aphro_kernels.sample_kernels import BLOCK, choose_kernel, draw_kernel, peaks_kernel
 from aphro_kernels.step_rows import RowsEnd, end_rows_reference
 
-_TILE: Final = 4096  # tokens of one program of a draw
+_TILE: Final = 4096  # tokens that a program of a draw looks at at once
+_MOST_PROGRAMS: Final = 1024  # of a draw: as many as run at once
 _MASK32: Final = 2**32 - 1
 
 
@@ -171,7 +172,9 @@ def _launch(
         logits, workspace.peaks, logits.stride(0), VOCAB=vocab_size, BLOCKS=num_blocks, num_warps=4, **chain
     )
     if not all_greedy:
-        draw_kernel[(num_rows, num_tiles)](
+        # of greedy rows programs do nothing, but there are as many: few of them where there are many rows
+        tiles_each = min(-(-num_rows * num_tiles // _MOST_PROGRAMS), num_tiles)
+        draw_kernel[(num_rows, -(-num_tiles // tiles_each))](
             logits,
             *row_dials,
             positions,
@@ -181,6 +184,7 @@ def _launch(
             workspace.mass,
             logits.stride(0),
             position_offset,
+            tiles_each,
             **common,
             TILES=num_tiles,
             TILE=_TILE,

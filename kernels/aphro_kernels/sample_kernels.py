@@ -33,7 +33,7 @@ def peaks_kernel(
     tl.store(peaks + row * BLOCKS + blocks, tl.max(tile, axis=1), mask=blocks < BLOCKS)
 
 
-@jit(do_not_specialize=["position_offset"])
+@jit(do_not_specialize=["position_offset", "tiles_each"])
 def draw_kernel(
     logits: tl.tensor,
     temperature: tl.tensor,
@@ -48,6 +48,7 @@ def draw_kernel(
     mass: tl.tensor,
     row_stride: tl.tensor,
     position_offset: tl.tensor,
+    tiles_each: tl.tensor,
     VOCAB: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCKS_PADDED: tl.constexpr,
@@ -55,23 +56,26 @@ def draw_kernel(
     TILE: tl.constexpr,
     CHAINED: tl.constexpr,
 ) -> None:
-    """The largest score + noise of a tile among those that min_p leaves, and the tile's mass. Not for top_k."""
+    """Of ``tiles_each`` tiles the largest score + noise among those that min_p leaves, and the mass. Not for top_k."""
     start_in_chain(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     heat = tl.load(temperature + row)
     if (heat > 0.0) & (tl.load(top_k + row) >= VOCAB):
         blocks = tl.arange(0, BLOCKS_PADDED)
         peak = tl.max(tl.load(peaks + row * BLOCKS + blocks, mask=blocks < BLOCKS, other=float("-inf")), axis=0)
-        ids = tl.program_id(1) * TILE + tl.arange(0, TILE)
-        logit = tl.load(logits + row * row_stride + ids, mask=ids < VOCAB, other=float("-inf")).to(tl.float32)
-        score = tl.div_rn(logit - peak, tl.zeros_like(logit) + heat)
+        floor = tl.load(log_min_p + row)
         key0, key1 = _draw_key(tl.load(seed_hashes + row), tl.load(positions + row) + position_offset)
-        noisy = tl.where(score >= tl.load(log_min_p + row), score - _log_exponential(ids, key0, key1), float("-inf"))
-        value, index = tl.max(noisy, axis=0, return_indices=True)
-        at = row * TILES + tl.program_id(1)
-        tl.store(best + at, value)
-        tl.store(best_ids + at, tl.program_id(1) * TILE + index)
-        tl.store(mass + at, tl.sum(tl.exp(score), axis=0))
+        first = tl.program_id(1) * tiles_each
+        for tile in range(first, tl.minimum(first + tiles_each, TILES)):
+            ids = tile * TILE + tl.arange(0, TILE)
+            logit = tl.load(logits + row * row_stride + ids, mask=ids < VOCAB, other=float("-inf")).to(tl.float32)
+            score = tl.div_rn(logit - peak, tl.zeros_like(logit) + heat)
+            noisy = tl.where(score >= floor, score - _log_exponential(ids, key0, key1), float("-inf"))
+            value, index = tl.max(noisy, axis=0, return_indices=True)
+            at = row * TILES + tile
+            tl.store(best + at, value)
+            tl.store(best_ids + at, tile * TILE + index)
+            tl.store(mass + at, tl.sum(tl.exp(score), axis=0))
 
 
 @jit(do_not_specialize=["position_offset", "line", "num_places"])

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from aphro_kernels import (
@@ -486,11 +487,12 @@ def compare_sample(num_rows: int, vocab_size: int, dtype: torch.dtype, device: s
     workspace = sample.build_sample_workspace(num_rows + 1, vocab_size, torch.device(device))
     out = (torch.full((num_rows,), -7, device=device), torch.zeros(num_rows, dtype=torch.bool, device=device))
     ends = [rows_that_end(num_rows, device) for _ in range(2)]
-    for end in (None, ends[0]):
+    for end, most_programs in ((None, 1024), (ends[0], 5)):
         for scratch in (workspace.peaks, workspace.best, workspace.mass):
             scratch.fill_(math.nan)
         workspace.listed.fill_(2**30)
-        sample._launch(logits, positions - 3, dials, workspace, 3, False, out, end)
+        with mock.patch.object(sample, "_MOST_PROGRAMS", most_programs):
+            sample._launch(logits, positions - 3, dials, workspace, 3, False, out, end)
         expected = sample.sample_reference(logits, positions, dials)
         assert torch.equal(out[1], expected[1])
         assert torch.equal(out[0], expected[0])

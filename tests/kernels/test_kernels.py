@@ -122,7 +122,7 @@ DIALS = {
     **dict.fromkeys(["rows", "last_token_ids", "answers"], "*i64"),
     **{"is_bad": "*i1", "row_stride": "i32", "position_offset": "i32", "line": "i32", "num_places": "i32"},
     **{"VOCAB": 50257, "BLOCKS": 393, "BLOCKS_PADDED": 512, "TILES": 13, "TILES_PADDED": 16, "TILE": 4096},
-    **{"ALL_GREEDY": False},
+    **{"ALL_GREEDY": False, "tiles_each": "i32"},
 }
 SKINNY = {
     **dict.fromkeys(["x", "weight", "bias", "out"], "*bf16"),
