@@ -74,6 +74,7 @@ class StepMemory:
         self._rows = build_step_rows(max_rows, self.max_blocks, device)
         sizes = [chunk_block_size(shape) for shape in shapes.padded if shape.num_seqs]
         self._chunk_block = torch.zeros(max(sizes, default=0), dtype=torch.int64, device=device)  # of padded steps
+        self._numbers: dict[StepShape, ChunkNumbers] = {}  # in that block, by shape
         self._row_starts = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
         self._answers = torch.zeros(1, max_rows, dtype=torch.int64, device=device) if answers is None else answers
         self._shapes, self._max_model_len, self._device = shapes, max_model_len, device
@@ -97,14 +98,24 @@ class StepMemory:
         """A padded step's to the place that graphs read, any other's to one of its own."""
         pinned = self._pin(block)
         if self._shapes.has(shape):
-            return chunk_numbers(shape, self._chunk_block[: len(block)].copy_(pinned, non_blocking=True))
+            self._chunk_block[: len(block)].copy_(pinned, non_blocking=True)
+            return self._padded_numbers(shape)
         return chunk_numbers(shape, pinned.to(self._device, non_blocking=True))
+
+    def _padded_numbers(self, shape: StepShape) -> ChunkNumbers:
+        """Always the same views: making them takes longer than sending what they show."""
+        if shape not in self._numbers:
+            self._numbers[shape] = chunk_numbers(shape, self._chunk_block)
+        return self._numbers[shape]
 
     def write_tables(self, at: list[int], blocks: list[int]) -> None:
         """``blocks`` into block tables, at slot * ``max_blocks`` + index."""
-        sent = self._pin(np.array([at, blocks], dtype=np.int64).reshape(-1)).to(self._device, non_blocking=True)
-        where, what = sent[: len(at)], sent[len(at) :]
-        self._block_tables.view(-1).index_copy_(0, where, what.to(torch.int32))
+        count = len(at)
+        both = np.zeros(count + -(-count // 2), dtype=np.int64)
+        both[:count] = at
+        both.view(np.int32)[2 * count : 3 * count] = blocks
+        sent = self._pin(both).to(self._device, non_blocking=True)
+        self._block_tables.view(-1).index_copy_(0, sent[:count], sent.view(torch.int32)[2 * count : 3 * count])
 
     def _pin(self, values: np.ndarray) -> Tensor:
         made = torch.from_numpy(values)
@@ -132,7 +143,7 @@ class StepMemory:
         """Of a padded step, as sent last, its rows to draw from padded too. Fit for a CUDA graph."""
         if not shape.num_seqs:
             return self.decode_batch(shape.num_rows)
-        return self._batch_of(shape, chunk_numbers(shape, self._chunk_block), shape.num_rows)
+        return self._batch_of(shape, self._padded_numbers(shape), shape.num_rows)
 
     def _batch_of(self, shape: StepShape, numbers: ChunkNumbers, num_draws: int) -> Batch:
         parts = [
