@@ -4,9 +4,9 @@
                                  [--prompts 512 512 512] [-q fp8] [--layers 8]
 
 Dummy weights of a shape. For each number of rows: the time of every kernel in a step (profiler), their sum, the wall
-time of the captured graph, and the period of whole steps launched one after the other, as the engine does; the
-differences are gaps between kernels, and what is outside the graph (inputs, sampling, tokens). "launch" is the time
-that the host's thread needs for a step, which must stay below the period. ``--prompts``: steps that compute new prompts
+time of the captured graph, which holds all of a decode step, and the period of whole steps launched one after the
+other, as the engine does; the differences are gaps between kernels, and between graphs. "launch" is the time that the
+host's thread needs for a step, which must stay below the period. ``--prompts``: steps that compute new prompts
 of these lengths beside the rows; "graph" is then theirs, if they have one.
 """
 
