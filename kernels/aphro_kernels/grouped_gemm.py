@@ -134,7 +134,7 @@ def _grouped_linear_kernel(
     x_at = x + (slot // slots_per_row).to(tl.int64)[None, :] * x_stride + ks[:, None]
     matrix_rows = expert.to(tl.int64) * width * (2 if IS_GATED else 1) + columns
     weight_at = weight + matrix_rows[:, None] * depth + ks[None, :]
-    up_at = weight_at + width.to(tl.int64) * depth
+    up_at = weight_at + tl.cast(width, tl.int64) * depth
     row_at = x + tl.sum(slot, axis=0).to(tl.int64) // slots_per_row * x_stride + ks
     WIDTH: tl.constexpr = BLOCK_K if ROWS == 1 else ROWS
     total = tl.zeros([BLOCK_N, WIDTH], tl.float32)

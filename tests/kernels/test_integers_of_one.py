@@ -19,11 +19,12 @@ _GLUON: Final = (3, 6)
 _NO_INTEGERS: Final = {"chain_kernel.chain_kernel"}  # but the number of rows, which is never made a constant
 
 
-def _descriptor(rows: int) -> str:
+def _descriptor(dtype: str, rows: int, columns: int) -> str:
     from aphro_kernels.hopper import gl
 
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    return f"tensordesc<bf16[{rows}, 64],{layout!r}>"
+    bits = 8 if dtype == "fp8e4nv" else 16
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=2)
+    return f"tensordesc<{dtype}[{rows}, {columns}],{layout!r}>"
 
 
 _ROWS = {
@@ -34,6 +35,12 @@ _ROWS = {
     **dict.fromkeys(["num_experts", "num_slots", "width", "depth", "slots_per_row", "row_bytes"], "i32"),
     **{"ROWS": 16, "BN": 64, "BK": 128, "STAGES": 3, "HAS_BIAS": True, "HAS_ASM": True, "IS_EARLY": True},
     **{"KIND": "int4", "GROUP": 32, "SPLIT": 4, "IS_EVEN": False, "IS_TILED": False, "IS_GATED": False},
+}
+_PLAN = {
+    **{"chosen": "*i64", "shares": "*fp32", "x": "*bf16", "out": "*bf16"},
+    **dict.fromkeys(["counts", "slots", "experts", "places", "used"], "*i32"),
+    **dict.fromkeys(["first", "num_tokens", "num_experts", "capacity", "width", "x_stride"], "i32"),
+    **{"TOP": 2, "TOKENS": 64, "EXPERTS": 8, "ROWS": 16, "IS_ALONE": False, "BLOCK": 1024},
 }
 _ATTENTION = {
     **dict.fromkeys(["q", "k_cache", "v_cache", "out"], "*bf16"),
@@ -55,32 +62,46 @@ _PACKED: Final[dict[str, dict[str, Any]]] = {
     "float8_kernel.float8_kernel": _ROWS | _SPLIT | {"IS_GATED": True},
     "float8_kernel.float8_kernel tiles": _ROWS | _TILES | {"ROWS": 32, "BN": 128},
     "grouped_gemm._grouped_linear_kernel": _ROWS
-    | {"BLOCK_N": 64, "BLOCK_K": 128, "IS_WHOLE": False, "PRECISION": "ieee"},
+    | {"BLOCK_N": 64, "BLOCK_K": 128, "IS_GATED": True, "PRECISION": "ieee"},
     "grouped_packed._grouped_packed_kernel": _ROWS,
     "grouped_packed._grouped_packed_kernel fp8": _ROWS | {"KIND": "fp8", "GROUP": 0, "SPLIT": 1},
     "grouped_float8._grouped_float8_kernel": _ROWS | _SPLIT,
     "packed_linear._dequantise_kernel": _ROWS | {"NUM_GROUPS": 4, "BLOCK": 1024},
     "split_rows._split_rows_kernel": _ROWS | {"codes": "*u8", "scales": "*fp32", "BLOCK": 1024},
 }
-_HOPPER: Final[dict[str, dict[str, Any]]] = {
-    "gated_gemm.gated_kernel": _ROWS
-    | {"x": 64, "weight": 128, "out": 64, "ROWS": 128, "COLUMNS": 128, "INPUTS": 64, "GROUP": 16, "STAGES": 4},
-    "hopper_attention.hopper_attention_kernel": _ATTENTION | {"keys": 16, "values": 16, "KEYS": 128, "STAGES": 2},
-    "hopper_decode.hopper_decode_kernel": _ATTENTION | {"keys": 16, "values": 16, "KEYS": 64, "STAGES": 4},
+_EXPERTS: Final[dict[str, dict[str, Any]]] = {
+    "row_tiles._count_kernel": _PLAN,
+    "row_tiles._place_kernel": _PLAN,
+    "route._route_kernel": _PLAN | {"logits": "*bf16", "stride": "i32", "RENORMALIZE": True, "BLOCK": 8},
+    "expert_rows._spread_kernel": _PLAN,
+    "expert_rows._weigh_kernel": _PLAN | {"y": "*bf16", "IS_SPREAD": True},
 }
-_DESCRIPTORS: Final = {name: {"x", "weight", "out"} if "gated" in name else {"keys", "values"} for name in _HOPPER}
+_WIDE = {
+    **{"x": ("bf16", 64, 64), "weight": ("bf16", 128, 64), "out": ("bf16", 64, 64)},
+    **{"experts": "*i32", "slots": "*i32", "used": "*i32", "row_scales": "*fp32", "scales": "*fp32"},
+    **dict.fromkeys(["num_rows", "n", "k", "capacity", "num_slots"], "i32"),
+    **{"ROWS": 128, "COLUMNS": 128, "INPUTS": 64, "GROUP": 16, "STAGES": 4, "IS_GATED": True, "SCALED": 128},
+}
+_FLOAT8 = {"x": ("fp8e4nv", 64, 128), "weight": ("fp8e4nv", 128, 128), "INPUTS": 128}
+_CACHE = {"keys": ("bf16", 16, 64), "values": ("bf16", 16, 64)}
+_HOPPER: Final[dict[str, dict[str, Any]]] = {  # of a descriptor its dtype and its box
+    "gated_gemm.gated_kernel": _WIDE,
+    "grouped_hopper.grouped_wide_kernel": _WIDE,
+    "grouped_hopper_float8.grouped_float8_wide_kernel": _WIDE | _FLOAT8,
+    "hopper_attention.hopper_attention_kernel": _ATTENTION | _CACHE | {"KEYS": 128, "STAGES": 2},
+    "hopper_decode.hopper_decode_kernel": _ATTENTION | _CACHE | {"KEYS": 64, "STAGES": 4},
+}
 
 
-@pytest.mark.parametrize("name", [*KERNELS, *_PACKED])
+@pytest.mark.parametrize("name", [*KERNELS, *_PACKED, *_EXPERTS])
 def test_a_kernel_takes_ones(name: str) -> None:
-    _check(name, {**KERNELS, **_PACKED}[name])
+    _check(name, {**KERNELS, **_PACKED, **_EXPERTS}[name])
 
 
 @pytest.mark.skipif(triton_version() != _GLUON, reason="Gluon changes from version to version")
 @pytest.mark.parametrize("name", _HOPPER)
 def test_a_kernel_in_gluon_takes_ones(name: str) -> None:
-    given = _HOPPER[name]
-    _check(name, given | {argument: _descriptor(given[argument]) for argument in _DESCRIPTORS[name]})
+    _check(name, {key: _descriptor(*one) if isinstance(one, tuple) else one for key, one in _HOPPER[name].items()})
 
 
 def test_all_kernels_are_looked_at() -> None:
@@ -93,7 +114,7 @@ def test_all_kernels_are_looked_at() -> None:
             for name, one in members.items()
             if name.endswith("kernel") and hasattr(one, "arg_names") and one.fn.__module__.endswith(module.name)
         }
-    assert found == {name.split()[0] for name in (*KERNELS, *_PACKED, *_HOPPER)} | _NO_INTEGERS
+    assert found == {name.split()[0] for name in (*KERNELS, *_PACKED, *_EXPERTS, *_HOPPER)} | _NO_INTEGERS
 
 
 def _check(name: str, given: dict[str, Any]) -> None:
