@@ -115,6 +115,12 @@ class Program:
             0 if size is None else size,
         )
 
+    @property
+    def num_bytes(self) -> int:
+        """What it keeps: the calls, and the memory that they write."""
+        held = sum(memory.nbytes for memory in self._memory)
+        return held + self._fresh.nbytes + self._numbers.nbytes + self._functions.nbytes
+
     def __call__(self) -> None:
         np.copyto(self._numbers, self._fresh)
         self._call(openmp.num_threads(), *self._arguments)

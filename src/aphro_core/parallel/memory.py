@@ -32,6 +32,7 @@ _ALLOCATOR_SHARE: Final = 1.4  # of the bound below, which is 1.07 times the pea
 _GRAPH_BYTES: Final = 2 * 2**20  # of the driver, a graph of 16 rows
 _MOST_MIXED_GRAPHS: Final = 45
 GRAPH_TOKENS: Final = (256, 16384)  # of a step with prompts that is a CUDA graph, at least and at most
+REPLAYED_BYTES: Final = 64 * 2**20  # of a CPU rank's recorded decode steps, all together
 _LAYER_TOKENS: Final = 450_000_000_000  # tokens times a layer's parameters that a Hopper GPU computes in 1.3 ms
 
 
@@ -123,6 +124,10 @@ def working_bytes(
 
     A step's activations; on GPUs with what the allocator holds unused, a dequantised matrix, modules, and what captured
     graphs keep.
+
+    Not counted of a CPU rank, which leaves half of the free memory alone (``cpu_memory_utilization``): its recorded
+    decode steps, at most ``REPLAYED_BYTES``; and the last huge page of each mapping that weights are copied to, less
+    than 2 MiB in 32 MiB or in a matrix that is larger.
     """
     step = activation_bytes(spec, shard, max_num_batched_tokens, max_num_seqs, dtype_bytes)
     if not is_gpu:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from aphro_core.layers.batch import Batch, DirectRows, GatheredRows, PagedRows
 from aphro_core.layers.decoder import Decoder
+from aphro_core.parallel.memory import REPLAYED_BYTES
 
 _MAX_ROWS: Final = 128  # above them the work takes so long that what is between the calls does not count
 _MAX_KEPT: Final = 32  # steps, the last ones used
@@ -31,6 +32,7 @@ class ReplayedSteps:
         self._decoder, self._caches = decoder, caches
         self._kept: OrderedDict[Size, _Step] = OrderedDict()
         self._last: Size | None = None
+        self._max_rows = _MAX_ROWS
         self.can_replay = can_replay
 
     def __call__(self, batch: Batch, hidden_states: Tensor | None, kept: Tensor | None = None) -> Tensor:
@@ -50,11 +52,16 @@ class ReplayedSteps:
         """Sizes that are made again."""
         return len(self._kept)
 
+    @property
+    def num_bytes(self) -> int:
+        """What they keep: at most ``REPLAYED_BYTES``, of a large model a few steps, or none of many rows."""
+        return sum(step.num_bytes for step in self._kept.values())
+
     def _size(self, batch: Batch) -> Size | None:
         """None: a step that is not noted."""
         rows = batch.cache_rows
         assert isinstance(rows, GatheredRows)
-        if rows.direct is None or any(rows.chunks.values()) or batch.num_tokens > _MAX_ROWS:
+        if rows.direct is None or any(rows.chunks.values()) or batch.num_tokens > self._max_rows:
             return None
         num_blocks = rows.direct.block_tables.shape[1]
         return batch.num_tokens, 1 << (max(num_blocks, 8) - 1).bit_length()
@@ -66,8 +73,11 @@ class ReplayedSteps:
             self.can_replay = False
             _LOG.debug("decode steps are not replayed: they call torch's %s", ", ".join(sorted(step.foreign)))
             return answer
+        if step.num_bytes > REPLAYED_BYTES:
+            self._max_rows = size[0] - 1  # neither it nor a larger one is tried again
+            return answer
         self._kept[size] = step
-        if len(self._kept) > _MAX_KEPT:
+        while len(self._kept) > _MAX_KEPT or self.num_bytes > REPLAYED_BYTES:
             self._kept.popitem(last=False)
         return answer
 
@@ -92,6 +102,13 @@ class _Step:
         if not self.foreign:
             self._program = recording.program()
         return self._answer()
+
+    @property
+    def num_bytes(self) -> int:
+        tensors = [self._x, self._rows.slot_rows, *(part for each in self._rotations for part in (each.cos, each.sin))]
+        if (direct := self._rows.direct) is not None:
+            tensors += [direct.block_tables, direct.seq_lens]
+        return self._program.num_bytes + sum(tensor.nbytes for tensor in tensors)
 
     def __call__(self, batch: Batch, hidden_states: Tensor | None) -> Tensor:
         self._x.copy_(self._decoder.begin(batch, hidden_states))

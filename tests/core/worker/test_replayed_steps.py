@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from aphro_core import host
+from aphro_core.parallel.memory import REPLAYED_BYTES
+from aphro_core.worker import replayed_steps
 from aphro_core.worker.model_runner import ModelRunner
 from aphro_core.worker.replayed_steps import ReplayedSteps
 from tests.core.worker.one_rank import GREEDY, Planner, build_runner, sharding_plan
@@ -63,6 +65,22 @@ def test_the_same_bits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ReplayedSteps, "_size", lambda self, batch: None)
     assert tokens(plain) == found
     assert plain.steps.num_kept == 0
+
+
+@pytest.mark.skipif(not host.has_product_kernels(), reason="this CPU has no products of ours")
+def test_what_is_kept_has_a_bound(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = build_runner(folder, sharding_plan(folder, 1, 1), dtype=torch.bfloat16)
+    found = tokens(runner)
+    kept, num_bytes = runner.steps.num_kept, runner.steps.num_bytes
+    hidden_states = SIZES["hidden_size"] * torch.bfloat16.itemsize
+    assert kept * hidden_states < num_bytes < REPLAYED_BYTES / 10
+    for allowed in (num_bytes // 2, 100):  # some of them; not even one
+        monkeypatch.setattr(replayed_steps, "REPLAYED_BYTES", allowed)
+        fewer = build_runner(folder, sharding_plan(folder, 1, 1), dtype=torch.bfloat16)
+        assert tokens(fewer) == found
+        assert fewer.steps.num_bytes <= allowed
+        assert fewer.steps.num_kept < kept
+    assert fewer.steps.num_kept == 0
 
 
 def test_steps_that_call_torch_are_computed_as_ever(folder: Path) -> None:
