@@ -76,5 +76,5 @@ def _split_places_kernel(
         inside = ks < tl.where(place >= 0, k, 0)
         at = codes + place * k + ks
         tl.store(at, high.to(tl.float8e4nv).to(tl.uint8, bitcast=True), mask=inside)
-        tl.store(at + capacity.to(tl.int64) * k, low.to(tl.float8e4nv).to(tl.uint8, bitcast=True), mask=inside)
+        tl.store(at + tl.cast(capacity, tl.int64) * k, low.to(tl.float8e4nv).to(tl.uint8, bitcast=True), mask=inside)
         tl.store(scales + place, scale, mask=place >= 0)

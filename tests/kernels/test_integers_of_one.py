@@ -75,6 +75,7 @@ _EXPERTS: Final[dict[str, dict[str, Any]]] = {
     "route._route_kernel": _PLAN | {"logits": "*bf16", "stride": "i32", "RENORMALIZE": True, "BLOCK": 8},
     "expert_rows._spread_kernel": _PLAN,
     "expert_rows._weigh_kernel": _PLAN | {"y": "*bf16", "IS_SPREAD": True},
+    "split_places._split_places_kernel": _PLAN | {"codes": "*u8", "scales": "*fp32", "k": "i32", "IS_GATED": True},
 }
 _WIDE = {
     **{"x": ("bf16", 64, 64), "weight": ("bf16", 128, 64), "out": ("bf16", 64, 64)},
@@ -105,7 +106,7 @@ def test_a_kernel_in_gluon_takes_ones(name: str) -> None:
 
 
 def test_all_kernels_are_looked_at() -> None:
-    """By their names: what a launch names ends in "kernel"."""
+    """By their names: what a launch names ends in "kernel". A new one is added to a table above."""
     found = set()
     for module in pkgutil.iter_modules(aphro_kernels.__path__):
         members = vars(importlib.import_module(f"aphro_kernels.{module.name}"))
