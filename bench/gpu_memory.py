@@ -100,7 +100,7 @@ def run_shape(shape: str, arguments: argparse.Namespace) -> list[dict[str, str]]
             raise SystemExit("nvidia-smi does not answer")
         (folder / "engine.json").write_bytes(msgspec.json.encode(prepared.config))
         limiting = min(prepared.expected, key=lambda balance: balance.num_blocks)
-        foreign = limiting.overhead_bytes - memory.outside_bytes(tp, pp)
+        foreign = limiting.overhead_bytes - _outside(prepared.config)
         known = ["--folder", name, "--expected", str(limiting.num_blocks), "--foreign", str(foreign)]
         command = [sys.executable, __file__, *known, "--patience", str(arguments.patience)]
         ranks = [
@@ -176,12 +176,24 @@ def measure(folder: Path, rank: int, expected: int, foreign: int) -> dict[str, s
         "context": _gib(context),
         "+groups": _gib(groups),
         "+warm-up": _gib(outside() - context - groups),
-        "model": _gib(memory.outside_bytes(tp, pp)),
+        "model": _gib(_outside(config)),
         "bound": _gib(loaded.activation_bytes),
         "peak": _gib(torch.cuda.max_memory_allocated(device) - held),
         "reserved": _gib(torch.cuda.memory_reserved(device) - held),
         "spare": _gib(spare),
     }
+
+
+def _outside(config: EngineConfig) -> int:
+    """What a rank holds outside torch, as it is estimated."""
+    from aphro_core.checkpoint.open import read_hf_config
+    from aphro_core.models.registry import load_spec
+
+    tp, scheduler = config.parallel.tensor_parallel_size, config.scheduler
+    hidden_size = load_spec(read_hf_config(Path(config.model.path))).hidden_size
+    rows = max(scheduler.most_tokens, scheduler.max_num_seqs)
+    element = 4 if config.model.dtype == "float32" else 2
+    return memory.outside_bytes(tp, config.parallel.pipeline_parallel_size) + memory.peer_bytes(hidden_size, tp, rows, element)
 
 
 def _least(number: int, device: Any) -> int:

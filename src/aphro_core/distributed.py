@@ -14,14 +14,26 @@ from typing import Final
 import torch
 import torch.distributed as dist
 from aphro_kernels.peer_all_reduce import PeerMemory, build_peer_memory, peer_all_reduce
+from aphro_kernels.peer_two_shot import PeerRows, build_peer_rows, peer_two_shot, scatter, shares
 from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from aphro_core.parallel.shard import RankShard, ShardingPlan
 
 _LOG: Final = logging.getLogger(__name__)
-_PEER_BYTES: Final = 4 * 2**20  # that a rank sends in one sum by peer memory; above it NCCL moves less
+_PEER_BYTES: Final = 4 * 2**20  # that a rank sends in one sum of few rows by peer memory
+_MANY_ROWS: Final = 512  # from here on each rank adds up some of the rows (bench/all_reduce.py)
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+
+
+@dataclass(frozen=True, slots=True)
+class Scattered:
+    """A summand of so many rows that stands where :meth:`TensorParallelGroup.places` has a place for them."""
+
+    num_rows: int
+
+
+Summand = Tensor | Scattered
 
 
 class TensorParallelGroup:
@@ -36,14 +48,16 @@ class TensorParallelGroup:
         self.size = size
         self._group = process_group
         self._peers: PeerMemory | None = None
+        self._many: PeerRows | None = None
         self.adds_in_order = False  # of the ranks, whatever the number of rows: a library may take another one for each
         self.begin_step()
 
     def begin_step(self) -> None:
         self.num_sums = self.num_gathers = self.num_broadcasts = 0
 
-    def connect(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Let small sums of ``[rows, width]`` go by peer memory, if all are GPUs of one host that reach each other.
+    def connect(self, width: int, dtype: torch.dtype, device: torch.device, most_rows: int) -> None:
+        """Let sums of ``[rows, width]``, up to ``most_rows``, go by peer memory, if all are GPUs of one host that reach
+        each other: of few rows all by everybody, of many each by one rank.
 
         All ranks call it together; whatever forbids it on one of them leaves all with NCCL.
         """
@@ -51,26 +65,55 @@ class TensorParallelGroup:
             return
         max_rows = _PEER_BYTES // (self.size - 1) // (width * dtype.itemsize)
         peers: PeerMemory | None = None
+        many: PeerRows | None = None
         if self._all_agree(max_rows > 0 and _reaches_all(device), device):
             try:
                 peers = build_peer_memory(self._group, max_rows, width, dtype, device)
+                many = build_peer_rows(self._group, most_rows, width, dtype, device)
             except RuntimeError as error:
                 _LOG.warning("tensor-parallel sums all go by NCCL: no peer memory on rank %d: %s", self.rank, error)
-        self._peers = peers if self._all_agree(peers is not None, device) else None
+        is_connected = self._all_agree(many is not None, device)
+        self._peers, self._many = (peers, many) if is_connected else (None, None)
 
-    def all_reduce_(self, x: Tensor) -> Tensor:
-        """Sum ``x`` over the group, in place. Every rank gets the same bits: NCCL sums each element once and copies it,
-        by peer memory all ranks add in the same order."""
+    def places(self, num_rows: int) -> list[tuple[range, Tensor]]:
+        """Where a summand of so many rows is added up, rank by rank, this one last: the rows, and their place there.
+        None where it goes another way."""
+        if (many := self._many_for(num_rows)) is None:
+            return []
+        owned = shares(num_rows, self.size)
+        order = [(self.rank + 1 + step) % self.size for step in range(self.size)]
+        return [(owned[rank], many.places[rank][: len(owned[rank])]) for rank in order]
+
+    def can_share_out(self, num_rows: int) -> bool:
+        """Whether :meth:`add_rms_norm_` of so many rows can leave each rank with its part of the residual."""
+        return self._many_for(num_rows) is not None
+
+    def all_reduce_(self, x: Summand) -> Tensor:
+        """Sum ``x`` over the group, a tensor in place. Every rank gets the same bits: NCCL sums each element once and
+        copies it, by peer memory all ranks add in the same order."""
+        if isinstance(x, Scattered):
+            return self._sum_many(x)
         if self.size == 1:
             return x
         if self.adds_in_order and self.size > 2:
             return self._add_in_order_(x)
+        if self._takes_many(x):
+            return self._sum_many(x)
         if (peers := self._peers_for(x)) is not None:
             peer_all_reduce(x, peers, is_fatal=True, out=x)
         else:
             dist.all_reduce(x, group=self._group)
         self.num_sums += 1
         return x
+
+    def _sum_many(self, x: Summand) -> Tensor:
+        assert self._many is not None
+        num_rows = x.num_rows if isinstance(x, Scattered) else len(x)
+        if isinstance(x, Tensor):
+            scatter(x, self._many)
+        total = peer_two_shot(num_rows, self._many, is_fatal=True, out=x if isinstance(x, Tensor) else None)
+        self.num_sums += 1
+        return total
 
     def _add_in_order_(self, x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(self.size)]
@@ -81,14 +124,47 @@ class TensorParallelGroup:
             x += part
         return x
 
-    def add_rms_norm_(self, residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+    def add_rms_norm_(
+        self, residual: Tensor, x: Summand, weight: Tensor, eps: float, *, shares_out: bool = False
+    ) -> Tensor | None:
         """``residual +=`` the sum of ``x`` over the group, and the RMSNorm of that, in one launch; None, and nothing
-        done, where the sum does not go by peer memory."""
-        if self.size == 1 or not residual.is_contiguous() or (peers := self._peers_for(x)) is None:
+        done, where the sum does not go by peer memory.
+
+        With ``shares_out`` a rank keeps up its own rows of ``residual`` alone (:meth:`can_share_out`), and the norm
+        lasts until the next sum: the call that makes it whole again has it False.
+        """
+        if self.size == 1 or not residual.is_contiguous():
+            assert isinstance(x, Tensor)
+            assert not shares_out
             return None
-        normed = peer_all_reduce(x, peers, residual=residual, gain=weight, eps=eps, is_fatal=True)
+        if isinstance(x, Scattered) or self._takes_many(x):
+            assert self._many is not None
+            if isinstance(x, Tensor):
+                scatter(x, self._many)
+            normed = peer_two_shot(
+                len(residual),
+                self._many,
+                residual=residual,
+                gain=weight,
+                eps=eps,
+                is_shared_out=shares_out,
+                is_fatal=True,
+            )
+        elif (peers := self._peers_for(x)) is not None:
+            assert not shares_out
+            normed = peer_all_reduce(x, peers, residual=residual, gain=weight, eps=eps, is_fatal=True)
+        else:
+            return None
         self.num_sums += 1
         return normed
+
+    def _takes_many(self, x: Tensor) -> bool:
+        many = self._many_for(len(x)) if x.dim() == 2 and x.is_contiguous() else None
+        return many is not None and (x.shape[1], x.dtype) == (many.width, many.dtype)
+
+    def _many_for(self, num_rows: int) -> PeerRows | None:
+        many = self._many
+        return many if many is not None and _MANY_ROWS <= num_rows <= many.max_rows else None
 
     def _peers_for(self, x: Tensor) -> PeerMemory | None:
         """The memory by which ``x`` can be summed."""

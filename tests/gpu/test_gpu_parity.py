@@ -74,6 +74,39 @@ def test_float32_tokens_equal_transformers(tmp_path: Path, family: str, tp: int,
                 assert entry.logprob == pytest.approx(float(row[token_id]), abs=1e-4)
 
 
+@pytest.mark.parametrize("enforce_eager", [False, True])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gemma3"])
+def test_tokens_of_long_prompts_on_two_gpus_equal_transformers(
+    tmp_path: Path, family: str, enforce_eager: bool
+) -> None:
+    """Sums of so many rows that each rank adds up some of them; logits of all rows of a prompt are asked for, too."""
+    if NUM_GPUS < 2:
+        pytest.skip("needs two GPUs")
+    model = write_tiny_checkpoint(tmp_path, family, max_position_embeddings=2048)
+    reference = Reference(model, prompt_lengths=(1100, 17, 530, 513), new=4)
+    greedy = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, logprobs=5)
+    asking = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, prompt_logprobs=1)
+    with LLM(
+        str(tmp_path),
+        tensor_parallel_size=2,
+        device="cuda",
+        dtype="float32",
+        max_num_batched_tokens=1300,
+        num_blocks=400,
+        max_model_len=1200,
+        enforce_eager=enforce_eager,
+        skip_tokenizer_init=True,
+    ) as llm:
+        outputs = llm.generate(reference.prompts, greedy)
+        asked = llm.generate(reference.prompts, asking)
+    assert [list(output.outputs[0].token_ids) for output in outputs] == reference.tokens
+    assert [list(output.outputs[0].token_ids) for output in asked] == reference.tokens
+    for output, rows in zip(outputs, reference.logprobs, strict=True):
+        for position, row in zip(output.outputs[0].logprobs or [], rows, strict=True):
+            for token_id, entry in position.items():
+                assert entry.logprob == pytest.approx(float(row[token_id]), abs=2e-4)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_quantised_tokens_equal_transformers(tmp_path: Path, name: str) -> None:
     """On the dequantised weights; decode takes the kernel, the prompts of more than 64 rows a dequantised copy."""

@@ -25,6 +25,7 @@ from aphro_kernels import (
     packed_linear,
     paged_attention,
     peer_all_reduce,
+    peer_two_shot,
     quantise_rows,
     rms_norm,
     rotary,
@@ -532,6 +533,43 @@ def compare_peer_all_reduce(num_rows: int, width: int, dtype: torch.dtype, *, is
         assert_close(found, peer_all_reduce.peer_all_reduce_reference(summands, residual, gain, 1e-5))
         if residual is not None:
             assert_close(copies[other], residual)
+
+
+def compare_peer_two_shot(num_rows: int, width: int, size: int, dtype: torch.dtype, mode: str) -> None:
+    """Ranks in one process, one after the other: all but the last give up waiting, but have written to it."""
+    num_bytes = peer_two_shot.peer_rows_bytes(size, 70, width, dtype, 5)
+    memories = [torch.zeros(num_bytes, dtype=torch.uint8) for _ in range(size)]
+    ends = [peer_two_shot.join_peer_rows(rank, memories, 70, width, dtype, None, 5) for rank in range(size)]
+    gain = random(width, dtype=dtype, device="cpu", seed=5) if "normed" in mode else None
+    is_shared_out = "shared" in mode
+    for call in range(3):
+        order = [(call + rank) % size for rank in range(size)]
+        summands = [random(num_rows, width, dtype=dtype, device="cpu", seed=10 * call + rank) for rank in range(size)]
+        residual = random(num_rows, width, dtype=dtype, device="cpu", seed=call) if "added" in mode else None
+        copies = [None if residual is None else residual.clone() for _ in range(size)]
+        before = copies[order[-1]]
+        before = None if before is None else before.clone()
+        for rank in order:
+            peer_two_shot.scatter(summands[rank], ends[rank])
+        for rank in order:
+            found = peer_two_shot.peer_two_shot(
+                num_rows,
+                ends[rank],
+                residual=copies[rank],
+                gain=gain,
+                eps=1e-5,
+                is_shared_out=is_shared_out,
+                max_polls=2,
+                out=None if is_shared_out or gain is None else nans(num_rows, width, dtype=dtype, device="cpu"),
+            )
+            assert int(ends[rank].status) == int(rank != order[-1])  # it says so
+            ends[rank].status.zero_()
+        assert_close(found, peer_all_reduce.peer_all_reduce_reference(summands, residual, gain, 1e-5))
+        if residual is not None:
+            ours = peer_two_shot.shares(num_rows, size)[order[-1]] if is_shared_out else range(num_rows)
+            assert_close(copies[order[-1]][ours.start : ours.stop], residual[ours.start : ours.stop])
+            for row in set(range(num_rows)) - set(ours):
+                assert torch.equal(copies[order[-1]][row], before[row])
 
 
 def packed_weight(

@@ -18,6 +18,7 @@ from tests.kernels.comparisons import (
     compare_list_tiles,
     compare_packed_linear,
     compare_peer_all_reduce,
+    compare_peer_two_shot,
     compare_plan_tiles,
     compare_quantise_rows,
     compare_rms_norm,
@@ -198,6 +199,12 @@ def test_sample(num_rows: int, vocab_size: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("is_added", "is_normed"), [(False, False), (True, False), (True, True)])
 def test_peer_all_reduce(num_rows: int, width: int, is_added: bool, is_normed: bool) -> None:
     compare_peer_all_reduce(num_rows, width, F32, is_added=is_added, is_normed=is_normed)
+
+
+@pytest.mark.parametrize(("num_rows", "width", "size"), [(1, 64, 2), (17, 40, 2), (66, 40, 3)])
+@pytest.mark.parametrize("mode", ["plain", "added", "added, normed", "added, normed, shared out"])
+def test_peer_two_shot(num_rows: int, width: int, size: int, mode: str) -> None:
+    compare_peer_two_shot(num_rows, width, size, F32, mode)
 
 
 @pytest.mark.parametrize("kind", ["int4", "int8", "fp8"])

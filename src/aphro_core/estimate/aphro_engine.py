@@ -66,11 +66,13 @@ class AphroEngine:
         ranks = ranks if self.per_host is None else min(ranks, self.per_host)
         return int(self.device_bytes * sizes.utilization / ranks)
 
-    def overhead_bytes(self, sizes: Sizes) -> int:
-        """Inside the budget, on GPUs: the CUDA context, with several ranks communicators too."""
+    def overhead_bytes(self, sizes: Sizes, hidden_size: int) -> int:
+        """Inside the budget, on GPUs: the CUDA context, with several ranks communicators and peers' buffers too."""
         if not self.is_gpu:
             return 0
-        return self.foreign_bytes + memory.outside_bytes(sizes.tp, sizes.pp)
+        rows = max(sizes.max_num_batched_tokens, sizes.max_num_seqs)
+        peers = memory.peer_bytes(hidden_size, sizes.tp, rows, DTYPE_BYTES[sizes.dtype])
+        return self.foreign_bytes + memory.outside_bytes(sizes.tp, sizes.pp) + peers
 
     def _balance(self, shard: RankShard, sizes: Sizes) -> RankBalance:
         spec, element = self.spec, DTYPE_BYTES[sizes.dtype]
@@ -97,7 +99,7 @@ class AphroEngine:
             budget_bytes=self.budget_bytes(sizes),
             weights_bytes=weights,
             activation_bytes=activations,
-            overhead_bytes=self.overhead_bytes(sizes),
+            overhead_bytes=self.overhead_bytes(sizes, spec.hidden_size),
             layout=KvLayout(block_bytes, sizes.block_size, (Group("full", None, 1),)),
         )
 
@@ -117,7 +119,7 @@ class AphroEngine:
             budget_bytes=self.budget_bytes(sizes),
             weights_bytes=weight_bytes(facts, part, sizes.dtype, quantization) + rotary_bytes(facts, sizes.dtype),
             activation_bytes=activation_peak(facts, run, _LAW, samples=part.has_head).total,
-            overhead_bytes=self.overhead_bytes(sizes),
+            overhead_bytes=self.overhead_bytes(sizes, facts.hidden_size),
             layout=build_layout(
                 facts,
                 part.layers,

@@ -9,12 +9,14 @@ from aphro_kernels.paged_attention import paged_attention
 from aphro_kernels.rotary import rotary_and_cache
 from torch import Tensor
 
+from aphro_core.distributed import Summand
 from aphro_core.layers.batch import GatheredRows, PagedPart, PagedRows
 from aphro_core.layers.cache_format import PLAIN_SCALES
 from aphro_core.layers.gathered_attention import GatheredAttention
 from aphro_core.layers.linear import AnyLinear
 from aphro_core.layers.norm import RMSNorm
 from aphro_core.layers.rotary import Rotation
+from aphro_core.layers.row_parallel import RowParallel
 
 
 class Attention:
@@ -26,7 +28,7 @@ class Attention:
     def __init__(
         self,
         qkv: AnyLinear,
-        out: AnyLinear,
+        out: AnyLinear | RowParallel,
         *,
         num_heads: int,
         num_kv_heads: int,
@@ -70,7 +72,7 @@ class Attention:
         rows: GatheredRows | PagedRows,
         cache: Tensor,
         kept: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Summand:
         """``x`` [num_tokens, hidden_size] to this rank's summand of the same shape, or of its rows ``kept`` [any]
         int64. ``cache`` as worker/kv_cache.py allocates it."""
         attended = self.attend(self.project(x), rotation, rows, cache)
@@ -89,6 +91,7 @@ class Attention:
 
     @property
     def projections(self) -> tuple[AnyLinear, AnyLinear]:
+        assert not isinstance(self._out, RowParallel), "there is no other rank"
         return self._qkv, self._out
 
 

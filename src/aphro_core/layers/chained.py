@@ -9,6 +9,7 @@ from aphro_kernels.chain_layer import ChainLayer, NextLayer, build_chain_workspa
 from aphro_kernels.chain_plan import ChainShape
 from torch import Tensor
 
+from aphro_core.distributed import Summand
 from aphro_core.layers.attention import Attention
 from aphro_core.layers.batch import PagedRows
 from aphro_core.layers.linear import AnyLinear, Linear
@@ -24,7 +25,7 @@ class LayerParts:
     input_norm: Norm
     attention: Attention
     post_norm: Norm
-    mlp: Callable[[Tensor], Tensor]
+    mlp: Callable[[Tensor], Summand]
 
 
 class ChainedLayers:

@@ -10,7 +10,7 @@ import torch
 from aphro_kernels.skinny_linear import build_skinny_workspace
 from torch import Tensor
 
-from aphro_core.distributed import TensorParallelGroup
+from aphro_core.distributed import Summand, TensorParallelGroup
 from aphro_core.layers.attention import Attention
 from aphro_core.layers.batch import Batch, GatheredRows, PagedRows
 from aphro_core.layers.cache_format import CacheFormat
@@ -23,6 +23,7 @@ from aphro_core.layers.moe import Experts, GroupedExperts, LoopedExperts, Sparse
 from aphro_core.layers.norm import LayerNorm, Norm, RMSNorm
 from aphro_core.layers.rotary import RotaryEmbedding, Rotation
 from aphro_core.layers.row_invariant import RowSizes
+from aphro_core.layers.row_parallel import RowParallel
 from aphro_core.models.spec import DecoderSpec, RopeSpec
 from aphro_core.parallel.shard import RankShard
 from aphro_core.quantization.linear import QuantizedLinear
@@ -34,7 +35,7 @@ class Delta:
     """What is to be added to the residual stream: this rank's summand, and what the sum passes through (a norm, a
     factor) where the model has something there."""
 
-    summand: Tensor
+    summand: Summand
     group: TensorParallelGroup
     out: Callable[[Tensor], Tensor] | None
 
@@ -42,9 +43,12 @@ class Delta:
         total = self.group.all_reduce_(self.summand)
         return total if self.out is None else self.out(total)
 
-    def add_to_(self, x: Tensor, norm: Norm) -> Tensor:
-        """To ``x`` in place; the norm of that. On GPUs sum, addition and norm are one kernel where they can be."""
-        return norm.add_sum_(x, self.summand, self.group) if self.out is None else norm.add_(x, self.whole())
+    def add_to_(self, x: Tensor, norm: Norm, *, shares_out: bool = False) -> Tensor:
+        """To ``x`` in place; the norm of that. On GPUs sum, addition and norm are one kernel where they can be. With
+        ``shares_out`` only this rank's share of the rows of ``x`` is kept up."""
+        if self.out is None:
+            return norm.add_sum_(x, self.summand, self.group, shares_out=shares_out)
+        return norm.add_(x, self.whole())
 
 
 class Block:
@@ -59,7 +63,7 @@ class Block:
         input_norm: Norm,
         attention: Attention,
         post_norm: Norm,
-        mlp: Callable[[Tensor], Tensor],
+        mlp: Callable[[Tensor], Summand],
         group: TensorParallelGroup,
         attention_out: Callable[[Tensor], Tensor] | None = None,
         mlp_out: Callable[[Tensor], Tensor] | None = None,
@@ -74,6 +78,12 @@ class Block:
             return None
         return LayerParts(self._input_norm, self._attention, self._post_norm, self._mlp)
 
+    @property
+    def can_share_out(self) -> bool:
+        """Whether both its sums can leave each rank with some rows of the residual stream."""
+        has_outs = self._attention_out is not None or self._mlp_out is not None
+        return not has_outs and all(isinstance(norm, RMSNorm) for norm in (self._input_norm, self._post_norm))
+
     def __call__(
         self,
         x: Tensor,
@@ -82,17 +92,19 @@ class Block:
         rows: GatheredRows | PagedRows,
         cache: Tensor,
         kept: Tensor | None = None,
+        *,
+        shares_out: bool = False,
     ) -> Delta:
         """``x`` [num_tokens, hidden_size] in place, ``delta`` what is still to be added; returns the next delta.
 
         With ``kept`` [any] int64, both are those rows' alone, in ``x`` the first ones: of the others K and V are
-        written, and nothing else.
+        written, and nothing else. ``shares_out``: of ``x`` only this rank's share is right behind it.
         """
-        normed = self._input_norm(x) if delta is None else delta.add_to_(x, self._input_norm)
+        normed = self._input_norm(x) if delta is None else delta.add_to_(x, self._input_norm, shares_out=shares_out)
         attended = self._attention(normed, rotation, rows, cache, kept)
         if kept is not None:
             x = x[: len(kept)].copy_(x.index_select(0, kept))
-        normed = Delta(attended, self._group, self._attention_out).add_to_(x, self._post_norm)
+        normed = Delta(attended, self._group, self._attention_out).add_to_(x, self._post_norm, shares_out=shares_out)
         return Delta(self._mlp(normed), self._group, self._mlp_out)
 
 
@@ -122,6 +134,8 @@ class Decoder:
         if shard.has_head:
             self._norm, self._head = parts.norm("norm"), parts.head()
         self._blocks = [parts.block(layer) for layer in shard.layers]
+        self._group = group
+        self._can_share_out = all(block.can_share_out for block in self._blocks)
         # stages of a pipeline have other kernels beside them, and all programs of a chain must run at once
         is_alone = sample.is_cuda and shard.pp_size == 1
         self._chained = chain_layers([block.parts for block in self._blocks]) if is_alone else None
@@ -170,8 +184,11 @@ class Decoder:
             return None
         delta = None
         last = self._blocks[-1]
+        shares_out = self._can_share_out and self._group.can_share_out(len(x))
         for block, rotary, cache in zip(self._blocks, self._rotary_of, caches, strict=True):
-            delta = block(x, delta, rotations[rotary], rows, cache, kept if block is last else None)
+            is_last = block is last  # which has the whole stream again, for those that it goes to
+            among = shares_out and not is_last
+            delta = block(x, delta, rotations[rotary], rows, cache, kept if is_last else None, shares_out=among)
         return delta
 
     def logits(self, rows: Tensor, out: Tensor | None = None) -> Tensor | None:
@@ -248,7 +265,7 @@ class _Parts:
         spec, shard = self._spec, self._shard
         return Attention(
             self.linear(f"{name}.qkv_proj"),
-            self.linear(f"{name}.o_proj"),
+            self._row_parallel(f"{name}.o_proj"),
             num_heads=len(shard.heads),
             num_kv_heads=len(shard.kv_heads),
             head_dim=spec.head_dim,
@@ -266,12 +283,16 @@ class _Parts:
     def _mlp(self, name: str) -> GatedMLP | PlainMLP:
         activation = self._spec.activation
         if self._spec.gated_mlp:
-            return self._gated_mlp(name)
-        return PlainMLP(self.linear(f"{name}.up_proj"), self.linear(f"{name}.down_proj"), activation)
+            return GatedMLP(self.linear(f"{name}.gate_up_proj"), self._row_parallel(f"{name}.down_proj"), activation)
+        return PlainMLP(self.linear(f"{name}.up_proj"), self._row_parallel(f"{name}.down_proj"), activation)
 
-    def _gated_mlp(self, name: str) -> GatedMLP:
+    def _shared_mlp(self, name: str) -> GatedMLP:
         activation = self._spec.activation
         return GatedMLP(self.linear(f"{name}.gate_up_proj"), self.linear(f"{name}.down_proj"), activation)
+
+    def _row_parallel(self, name: str) -> AnyLinear | RowParallel:
+        linear = self.linear(name)
+        return RowParallel(linear, self._group) if self._group.size > 1 else linear
 
     def _moe(self, name: str) -> SparseMoe:
         moe = self._spec.moe
@@ -281,7 +302,7 @@ class _Parts:
             moe,
             self.linear(f"{name}.router"),
             self._experts(name),
-            self._gated_mlp(f"{name}.shared") if has_shared else None,
+            self._shared_mlp(f"{name}.shared") if has_shared else None,
             self.linear(f"{name}.shared_gate") if has_shared else None,
         )
 

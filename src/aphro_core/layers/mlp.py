@@ -10,7 +10,9 @@ from aphro_kernels.silu_and_mul import silu_and_mul
 from torch import Tensor
 from torch.nn import functional
 
+from aphro_core.distributed import Summand
 from aphro_core.layers.linear import AnyLinear
+from aphro_core.layers.row_parallel import RowParallel
 from aphro_core.models.spec import Activation
 
 
@@ -45,16 +47,17 @@ class GatedMLP:
 
     __slots__ = ("_activation", "_down", "_gate_up")
 
-    def __init__(self, gate_up: AnyLinear, down: AnyLinear, activation: Activation = "silu") -> None:
+    def __init__(self, gate_up: AnyLinear, down: AnyLinear | RowParallel, activation: Activation = "silu") -> None:
         self._gate_up = gate_up
         self._down = down
         self._activation = activation
 
     @property
     def parts(self) -> tuple[AnyLinear, AnyLinear, Activation]:
+        assert not isinstance(self._down, RowParallel), "there is no other rank"
         return self._gate_up, self._down, self._activation
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Summand:
         return self._down(gated_product(self._gate_up, x, self._activation))
 
 
@@ -63,10 +66,10 @@ class PlainMLP:
 
     __slots__ = ("_act", "_down", "_up")
 
-    def __init__(self, up: AnyLinear, down: AnyLinear, activation: Activation) -> None:
+    def __init__(self, up: AnyLinear, down: AnyLinear | RowParallel, activation: Activation) -> None:
         self._up = up
         self._down = down
         self._act = ACTIVATIONS[activation]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Summand:
         return self._down(self._act(self._up(x)))

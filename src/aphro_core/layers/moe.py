@@ -52,6 +52,7 @@ class SparseMoe:
         y = self._experts(x, chosen, shares)
         if self._shared is not None:
             shared = self._shared(x)
+            assert isinstance(shared, Tensor)  # a summand of what is summed below
             y += shared if self._shared_gate is None else shared.mul_(torch.sigmoid(self._shared_gate(x)))
         return y
 

@@ -10,7 +10,7 @@ from aphro_kernels.rms_norm import add_rms_norm_, rms_norm
 from torch import Tensor
 from torch.nn import functional
 
-from aphro_core.distributed import TensorParallelGroup
+from aphro_core.distributed import Summand, TensorParallelGroup
 
 _FEW_ROWS: Final = 4  # up to here a norm on a CPU costs its calls, above it its memory
 
@@ -53,9 +53,12 @@ class RMSNorm:
             return self._cpu.add_(residual, delta)
         return self(residual.add_(delta))
 
-    def add_sum_(self, residual: Tensor, summand: Tensor, group: TensorParallelGroup) -> Tensor:
-        """``residual +=`` the sum of the ranks' ``summand``s; the norm of that: one launch where ``group`` can."""
-        normed = group.add_rms_norm_(residual, summand, self.weight, self.eps)
+    def add_sum_(
+        self, residual: Tensor, summand: Summand, group: TensorParallelGroup, *, shares_out: bool = False
+    ) -> Tensor:
+        """``residual +=`` the sum of the ranks' ``summand``s; the norm of that: one launch where ``group`` can.
+        ``shares_out`` as ``group.add_rms_norm_`` has it."""
+        normed = group.add_rms_norm_(residual, summand, self.weight, self.eps, shares_out=shares_out)
         return self.add_(residual, group.all_reduce_(summand)) if normed is None else normed
 
 
@@ -76,8 +79,11 @@ class LayerNorm:
         """``residual += delta`` in place; the norm of that sum."""
         return self(residual.add_(delta))
 
-    def add_sum_(self, residual: Tensor, summand: Tensor, group: TensorParallelGroup) -> Tensor:
+    def add_sum_(
+        self, residual: Tensor, summand: Summand, group: TensorParallelGroup, *, shares_out: bool = False
+    ) -> Tensor:
         """``residual +=`` the sum of the ranks' ``summand``s; the norm of that."""
+        assert not shares_out
         return self.add_(residual, group.all_reduce_(summand))
 
 

@@ -146,6 +146,12 @@ def outside_bytes(tp_size: int, pp_size: int) -> int:
     return CONTEXT_BYTES + COMMUNICATOR_BYTES + (between_stages if pp_size > 1 else 0)
 
 
+def peer_bytes(hidden_size: int, tp_size: int, most_tokens: int, dtype_bytes: int) -> int:
+    """Outside torch too, of GPUs that sum many rows in each other's memory: everybody's summands of a rank's
+    own rows, and the rows that others own (aphro_kernels/peer_two_shot.py)."""
+    return 2 * most_tokens * hidden_size * dtype_bytes if tp_size > 1 else 0
+
+
 def activation_bytes(
     spec: DecoderSpec, shard: RankShard, max_num_batched_tokens: int, max_num_seqs: int, dtype_bytes: int
 ) -> int:

@@ -147,7 +147,9 @@ class DeviceRunner:
         gathers = prompt_gathers(plan, self._sequences) if has_chunks else []
         if draws:
             gathers.append(self._mixed.padded(draws, shape.num_tokens))
-        dues = Dues(shape.num_tokens, gathers, num_handed_out=draws)
+        keeps_all = not has_chunks or bool(asking_entries(plan, self._sequences))
+        num_kept = None if keeps_all else self._mixed.num_kept(shape, draws)
+        dues = Dues(shape.num_tokens, gathers, num_handed_out=draws, num_kept=num_kept)
         pay(dues, self._links, self._shard, self._hidden.shape[1], self._dtype, self._device)
         if self._returning is not None:
             self._returning.expect_void(draws)

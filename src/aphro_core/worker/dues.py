@@ -27,6 +27,7 @@ class Dues:
     num_tokens: int  # rows of hidden states, padding included
     gathers: Sequence[int]  # rows of logits of each
     num_handed_out: int = 0  # tokens that tp rank 0 tells the others, and the last stage the first
+    num_kept: int | None = None  # rows that the last layer goes on with; None: all
 
 
 def prompt_gathers(plan: StepPlan, sequences: dict[int, SequenceState]) -> list[int]:
@@ -47,7 +48,7 @@ def pay(dues: Dues, links: Links, shard: RankShard, hidden_size: int, dtype: tor
         stage.receive((dues.num_tokens, hidden_size), dtype, device)
     num_sums = 2 * len(shard.layers) + shard.has_embedding  # of attention and MLP of each layer, and the embedding's
     while tensor.size > 1 and tensor.num_sums < num_sums:
-        tensor.all_reduce_(ruin)
+        tensor.all_reduce_(ruin if tensor.num_sums < num_sums - 2 else ruin[: dues.num_kept])
     if not shard.has_head:
         if not stage.has_sent:
             stage.send(ruin)

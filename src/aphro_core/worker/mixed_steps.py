@@ -14,6 +14,7 @@ from aphro_core.worker.padded_steps import PaddedSteps
 from aphro_core.worker.prompt_logprobs import prompt_logprobs
 from aphro_core.worker.sampler import SamplingRow
 from aphro_core.worker.step_memory import PagedStep
+from aphro_core.worker.step_shapes import StepShape
 
 Asking = Sequence[tuple[ScheduledSequence, SamplingRow]]  # who wants to know log-probabilities of its prompt
 
@@ -46,6 +47,12 @@ class MixedSteps:
         count = len(step.draws)
         end = self._memory.draws(step) if self._links.tensor.size == 1 else None
         self._padded.sampler.draw(self._padded.logits[:count], step.numbers.draw_positions[:count], end)
+
+    def num_kept(self, shape: StepShape, num_draws: int) -> int | None:
+        """Rows that the last layer goes on with where nobody asks, which all ranks sum; None: all."""
+        if not self._padded.keeps_draws:
+            return None
+        return shape.num_rows if self._shapes.has(shape) else self.padded(max(num_draws, 1), shape.num_tokens)
 
     def padded(self, num_draws: int, most: int) -> int:
         """As many rows as a decode step has, ``most`` at most: of a size that is new to it a library may choose a

@@ -38,8 +38,7 @@ class PaddedSteps:
         self.shapes, self.memory = shapes, memory
         self.has_head, self.samples = shard.has_head, shard.has_head and shard.tp_rank == 0
         self.has_embedding = shard.has_embedding
-        # the last layer goes on with the rows that are drawn from; not where other ranks' sums have as many rows
-        self.keeps_draws = shard.has_head and shard.tp_size == 1
+        self.keeps_draws = shard.has_head  # the last layer goes on with the rows that are drawn from
         self._is_alone = shard.tp_size == 1  # nobody else has to know the tokens
         self._decoder, self._caches, self._device = decoder, caches, device
         # the way in and out of the layers

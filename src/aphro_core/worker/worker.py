@@ -90,7 +90,9 @@ class Worker:
                 if self._cache_dtype == FLOAT8:
                     cache_scales = read_cache_scales(checkpoint, self._shard.layers)
                 bytes_read = checkpoint.bytes_read
-        self._links.tensor.connect(self._spec.hidden_size, self._dtype, self._device)
+        scheduler = self._config.scheduler
+        most_rows = max(scheduler.most_tokens, scheduler.max_num_seqs)
+        self._links.tensor.connect(self._spec.hidden_size, self._dtype, self._device, most_rows)
         self._links.tensor.adds_in_order = is_deterministic = self._config.deterministic
         cache_format = CacheFormat(self._cache_dtype, cache_scales)
         parts = (self._spec, self._shard, weights, self._links.tensor)

@@ -7,7 +7,7 @@ import torch
 from aphro_kernels.rms_norm import add_rms_norm_reference_
 from torch import Tensor
 
-from aphro_core.distributed import TensorParallelGroup
+from aphro_core.distributed import Summand, TensorParallelGroup
 from aphro_core.layers.decoder import Delta
 from aphro_core.layers.norm import LayerNorm, Norm, RMSNorm
 
@@ -20,11 +20,15 @@ class TwoAlike(TensorParallelGroup):
         self._is_fused = is_fused
         self.calls: list[str] = []
 
-    def all_reduce_(self, x: Tensor) -> Tensor:
+    def all_reduce_(self, x: Summand) -> Tensor:
+        assert isinstance(x, Tensor)
         self.calls.append("sum")
         return x.mul_(2.0)
 
-    def add_rms_norm_(self, residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+    def add_rms_norm_(
+        self, residual: Tensor, x: Summand, weight: Tensor, eps: float, *, shares_out: bool = False
+    ) -> Tensor | None:
+        assert isinstance(x, Tensor)
         if not self._is_fused:
             return None
         self.calls.append("sum and norm")

@@ -1,0 +1,114 @@
+"""The two-shot sum by peer memory over the GPUs of this host: sums, equal bits, replays of a graph, a missing rank."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from aphro_kernels.peer_all_reduce import peer_all_reduce_reference
+from aphro_kernels.peer_two_shot import PeerRows, build_peer_rows, peer_two_shot, scatter, shares
+from torch import Tensor, multiprocessing
+
+NUM_GPUS = torch.cuda.device_count()
+pytestmark = pytest.mark.skipif(NUM_GPUS < 2, reason="needs two GPUs")
+WIDTH = 4096
+
+
+def _join(rank: int, store: str) -> torch.device:
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl", store=dist.FileStore(store, NUM_GPUS), rank=rank, world_size=NUM_GPUS, device_id=device
+    )
+    return device
+
+
+def _everybodys(x: Tensor) -> list[Tensor]:
+    parts = [torch.empty_like(x) for _ in range(NUM_GPUS)]
+    dist.all_gather(parts, x)
+    return parts
+
+
+def _compare(rank: int, store: str) -> None:
+    device = _join(rank, store)
+    for dtype in (torch.bfloat16, torch.float32):
+        peers = build_peer_rows(dist.group.WORLD, 1500, WIDTH, dtype, device)
+        gain = torch.randn(WIDTH, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+        tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+        for num_rows in (1, 65, 512, 1500, 1, 1024, 1111):
+            torch.manual_seed(num_rows + rank)
+            x = torch.randn(num_rows, WIDTH, device=device).to(dtype)
+            torch.manual_seed(num_rows)
+            residual = torch.randn(num_rows, WIDTH, device=device).to(dtype)
+            expected = peer_all_reduce_reference(_everybodys(x))
+            scatter(x, peers)
+            y = peer_two_shot(num_rows, peers, out=torch.full_like(x, math.nan))
+            torch.testing.assert_close(y, expected, atol=tolerance, rtol=tolerance)
+            theirs = residual.clone()
+            expected = peer_all_reduce_reference(_everybodys(x), theirs, gain, 1e-5)
+            own = shares(num_rows, NUM_GPUS)[rank]
+            for is_shared_out in (False, True):
+                mine = residual.clone()
+                scatter(x, peers)
+                options = {"residual": mine, "gain": gain, "eps": 1e-5}
+                y = peer_two_shot(num_rows, peers, **options, is_shared_out=is_shared_out).clone()  # type: ignore[arg-type]
+                torch.testing.assert_close(y, expected, atol=tolerance, rtol=tolerance)
+                told = slice(own.start, own.stop) if is_shared_out else slice(None)
+                torch.testing.assert_close(mine[told], theirs[told], atol=tolerance, rtol=tolerance)
+                for other in _everybodys(y):
+                    assert torch.equal(other, y)
+        _replay(rank, peers, dtype, device)
+        assert int(peers.status) == 0
+    dist.destroy_process_group()
+
+
+def _replay(rank: int, peers: PeerRows, dtype: torch.dtype, device: torch.device) -> None:
+    """A graph of products whose rows go to their owners, and their sums, many times, each rank delayed in its turn."""
+    sizes = (600, 512, 1500, 1024)
+    xs = [torch.empty(rows, 64, device=device, dtype=dtype) for rows in sizes]
+    weight = torch.full((64, WIDTH), 1 / 64, device=device, dtype=dtype)
+    outs = [torch.empty(rows, WIDTH, device=device, dtype=dtype) for rows in sizes]
+
+    def run() -> None:
+        for x, out in zip(xs, outs, strict=True):
+            for owner, rows in enumerate(shares(len(x), NUM_GPUS)):
+                torch.mm(x[rows.start : rows.stop], weight, out=peers.places[owner][: len(rows)])
+            peer_two_shot(len(x), peers, out=out)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for replay in range(30):
+        for x in xs:
+            x.fill_(float(rank + replay))
+        if replay % NUM_GPUS == rank:
+            torch.cuda._sleep(2_000_000)
+        graph.replay()
+        total = float(sum(range(NUM_GPUS)) + NUM_GPUS * replay)
+        for out in outs:
+            assert bool((out == total).all())
+
+
+def _alone(rank: int, store: str) -> None:
+    device = _join(rank, store)
+    peers = build_peer_rows(dist.group.WORLD, 4, WIDTH, torch.bfloat16, device)
+    if rank == 0:
+        started = time.monotonic()
+        peer_two_shot(2, peers, max_polls=100_000)
+        torch.cuda.synchronize()
+        assert int(peers.status) == 1
+        assert time.monotonic() - started < 20
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("work", [_compare, _alone])
+def test_over_all_gpus(work: object) -> None:
+    with tempfile.NamedTemporaryFile() as store:
+        multiprocessing.spawn(work, args=(store.name,), nprocs=NUM_GPUS)
