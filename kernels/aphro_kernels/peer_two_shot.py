@@ -1,10 +1,10 @@
 """Sum of many rows over the GPUs of one host, residual add and RMSNorm with it: each rank adds up some of the rows.
 
 Two-shot, over NVLink without multicast: of ``rows`` rows rank r owns ``shares(rows)[r]``. Whoever makes a summand
-writes each owner's rows straight into that owner's memory (``PeerRows.places``: a product can have them as its output,
-so that they travel while it multiplies). The kernel waits until all have, adds up the rows that it owns in the order of
-the ranks, rounds, adds the residual, norms, and writes what others need of that into their memory. All get the same
-bits, those of peer_all_reduce.py.
+copies the others' rows into their memory (:func:`send`: the copy engine takes no multiprocessor from a product beside
+it). The kernel waits until all have, adds up the rows that it owns in the order of the ranks, rounds, adds the
+residual, norms, and writes what others need of that into their memory. All get the same bits, those of
+peer_all_reduce.py.
 
 Either everybody has the whole residual behind it, or (``is_shared_out``) each rank its own rows of it alone, and the
 norm of all: then no row is normed twice. As there, calls are counted on the device, all ranks make the same ones, and
@@ -21,7 +21,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from aphro_kernels.language import chain_options, jit, let_next_start, next_power_of_2, tl, wait_for_last
+from aphro_kernels.language import jit, next_power_of_2, tl
 
 PROGRAMS: Final = 256  # always as many: each counts the calls
 _MAX_POLLS: Final = 60_000_000  # of a flag: about a minute and a half
@@ -38,8 +38,8 @@ class PeerRows:
     width: int
     dtype: torch.dtype
     programs: int
-    memory: Tensor  # [bytes] uint8, which the others write: flags, summands of own rows, then rows that others own
-    places: tuple[Tensor, ...]  # by owner: [most rows, width], where this rank's summand of its rows belongs
+    memory: Tensor  # [bytes] uint8, which the others write: flags, their summands of own rows, then rows that they own
+    places: tuple[Tensor | None, ...]  # by owner: [most rows, width], for this rank's summand of its rows; no own one
     rows: Tensor  # [>= max_rows, width] in ``memory``: where the others put what they own
     peers: Tensor  # [size] int64: addresses of every rank's ``memory`` as this rank sees them
     calls: Tensor  # [programs] int32
@@ -55,7 +55,7 @@ def shares(num_rows: int, size: int) -> list[range]:
 
 def peer_rows_bytes(size: int, max_rows: int, width: int, dtype: torch.dtype, programs: int = PROGRAMS) -> int:
     """What :func:`build_peer_rows` takes of each rank's memory."""
-    return _flag_bytes(programs) + 2 * size * -(-max_rows // size) * width * dtype.itemsize
+    return _flag_bytes(programs) + (2 * size - 1) * -(-max_rows // size) * width * dtype.itemsize
 
 
 def _flag_bytes(programs: int) -> int:
@@ -93,7 +93,10 @@ def join_peer_rows(
     memory, size = memories[rank], len(memories)
     most = -(-max_rows // size)
     slab, start = most * width * dtype.itemsize, _flag_bytes(programs)
-    places = [one[start + rank * slab : start + (rank + 1) * slab].view(dtype).view(most, width) for one in memories]
+    places: list[Tensor | None] = []
+    for owner, one in enumerate(memories):
+        at = start + (rank - (rank > owner)) * slab
+        places.append(None if owner == rank else one[at : at + slab].view(dtype).view(most, width))
     addresses = torch.tensor([one.data_ptr() for one in memories], dtype=torch.int64, device=memory.device)
     return PeerRows(
         rank=rank,
@@ -104,7 +107,7 @@ def join_peer_rows(
         programs=programs,
         memory=memory,
         places=tuple(places),
-        rows=memory[start + size * slab :].view(dtype).view(size * most, width),
+        rows=memory[start + (size - 1) * slab :].view(dtype).view(size * most, width),
         peers=addresses,
         calls=torch.zeros(programs, dtype=torch.int32, device=memory.device),
         status=torch.zeros(1, dtype=torch.int32, device=memory.device),
@@ -112,14 +115,20 @@ def join_peer_rows(
     )
 
 
-def scatter(x: Tensor, peers: PeerRows) -> None:
-    """Put the summand ``x`` [rows, width] into its owners' memory."""
-    for owner, rows in enumerate(shares(len(x), peers.size)):
-        peers.places[owner][: len(rows)].copy_(x[rows.start : rows.stop])
+def send(x: Tensor, owner: int, peers: PeerRows) -> None:
+    """Put that part of the summand ``x`` [rows, width] which another rank adds up into its memory."""
+    place, rows = peers.places[owner], shares(len(x), peers.size)[owner]
+    assert place is not None
+    place[: len(rows)].copy_(x[rows.start : rows.stop])
+
+
+def send_all(x: Tensor, peers: PeerRows) -> None:
+    for step in range(1, peers.size):
+        send(x, (peers.rank + step) % peers.size, peers)
 
 
 def peer_two_shot(
-    num_rows: int,
+    x: Tensor,
     peers: PeerRows,
     *,
     residual: Tensor | None = None,
@@ -130,13 +139,17 @@ def peer_two_shot(
     is_fatal: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The sum of every rank's summand of ``num_rows`` rows, which stand in ``places``, rounded to their dtype.
+    """The sum of every rank's ``x`` [rows, width], of which the others have got their rows (:func:`send`), rounded to
+    its dtype.
 
     ``residual`` [rows, width]: the sum is added to it in place, with ``is_shared_out`` only to the rows that this rank
     owns; then ``gain`` [width] gives the RMSNorm of that, as rms_norm.py has it. Returns the last of these, with
-    ``is_shared_out`` in ``peers.rows``, which the next call writes.
+    ``is_shared_out`` in ``peers.rows``, which the next call writes. ``out`` may be ``x``.
     """
+    num_rows = len(x)
     assert 0 < num_rows <= peers.max_rows
+    assert x.is_contiguous()
+    assert (x.shape[1], x.dtype) == (peers.width, peers.dtype)
     assert residual is None or (residual.is_contiguous() and residual.shape == (num_rows, peers.width))
     assert residual is not None or gain is None
     assert not is_shared_out or gain is not None
@@ -144,11 +157,12 @@ def peer_two_shot(
         out = peers.rows[:num_rows]
     elif out is None:
         is_last = residual is not None and gain is None
-        out = residual if is_last else torch.empty(num_rows, peers.width, dtype=peers.dtype, device=peers.memory.device)
+        out = residual if is_last else torch.empty_like(x)
     assert out is not None
     assert out.is_contiguous()
     block = next_power_of_2(peers.width)
     _two_shot_kernel[(peers.programs,)](
+        x,
         out if residual is None else residual,
         out if gain is None else gain,
         out,
@@ -172,7 +186,6 @@ def peer_two_shot(
         IS_FATAL=is_fatal,
         BLOCK=block,
         num_warps=min(max(block // 512, 1), 16),
-        **chain_options(peers.memory),
     )
     return out
 
@@ -193,6 +206,7 @@ def _wait(flag: tl.tensor, call: tl.tensor, status: tl.tensor, max_polls: tl.ten
 
 @jit(do_not_specialize=["num_rows", "max_polls", "eps", "share", "slab_rows"])
 def _two_shot_kernel(
+    x: tl.tensor,
     residual: tl.tensor,
     gain: tl.tensor,
     out: tl.tensor,
@@ -215,16 +229,13 @@ def _two_shot_kernel(
     IS_SHARED_OUT: tl.constexpr,
     IS_FATAL: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHAINED: tl.constexpr,
 ) -> None:
     """Of a rank's rows program p takes p, p + P, ... of P programs: of its own, then of what each other rank owns."""
-    let_next_start(CHAINED)
     program = tl.program_id(0)
     dims = tl.arange(0, BLOCK)
     is_inside = dims < width
     if HAS_NORM:
         weight = tl.load(gain + dims, mask=is_inside, other=0.0).to(tl.float32)
-    wait_for_last(CHAINED)
     call = tl.load(calls + program) + 1
     flags = memory.to(tl.pointer_type(tl.int32))
     if program == 0:  # what ran before this kernel has written this rank's summand everywhere
@@ -238,15 +249,20 @@ def _two_shot_kernel(
     tl.debug_barrier()
 
     summands = (memory + 4 * LINE * (PROGRAMS + 1)).to(tl.pointer_type(out.dtype.element_ty))
-    behind = tl.cast(slab_rows, tl.int64) * SIZE * width  # the rows, behind the summands
+    behind = tl.cast(slab_rows, tl.int64) * (SIZE - 1) * width  # the rows, behind the summands
     first = RANK * share
     for row in range(first + program, min(first + share, num_rows), PROGRAMS):
+        at = tl.cast(row, tl.int64) * width + dims
         total = tl.zeros([BLOCK], tl.float32)
         for rank in tl.static_range(SIZE):
-            at = (tl.cast(slab_rows, tl.int64) * rank + row - first) * width + dims
-            total += tl.load(summands + at, mask=is_inside, other=0.0, cache_modifier=".cg").to(tl.float32)
+            if rank == RANK:
+                part = tl.load(x + at, mask=is_inside, other=0.0)
+            else:
+                slab = tl.cast(slab_rows, tl.int64) * (rank - 1 if rank > RANK else rank)
+                part_at = (slab + row - first) * width + dims
+                part = tl.load(summands + part_at, mask=is_inside, other=0.0, cache_modifier=".cg")
+            total += part.to(tl.float32)
         y = total.to(out.dtype.element_ty)
-        at = tl.cast(row, tl.int64) * width + dims
         if HAS_RESIDUAL:
             y = (tl.load(residual + at, mask=is_inside, other=0.0).to(tl.float32) + y.to(tl.float32)).to(y.dtype)
             tl.store(residual + at, y, mask=is_inside)

@@ -14,7 +14,7 @@ from typing import Final
 import torch
 import torch.distributed as dist
 from aphro_kernels.peer_all_reduce import PeerMemory, build_peer_memory, peer_all_reduce
-from aphro_kernels.peer_two_shot import PeerRows, build_peer_rows, peer_two_shot, scatter, shares
+from aphro_kernels.peer_two_shot import PeerRows, build_peer_rows, peer_two_shot, send, send_all, shares
 from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]
 
@@ -22,15 +22,16 @@ from aphro_core.parallel.shard import RankShard, ShardingPlan
 
 _LOG: Final = logging.getLogger(__name__)
 _PEER_BYTES: Final = 4 * 2**20  # that a rank sends in one sum of few rows by peer memory
-_MANY_ROWS: Final = 512  # from here on each rank adds up some of the rows (bench/all_reduce.py)
+_MANY_ROWS: Final = 512  # from here on each rank adds up some of the rows (bench/all_reduce.py),
+_PART_ROWS: Final = 512  # and a product that makes them is cut between the ranks' rows if each has so many
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True, slots=True)
 class Scattered:
-    """A summand of so many rows that stands where :meth:`TensorParallelGroup.places` has a place for them."""
+    """A summand [rows, width] of which the other ranks have got, or are just getting, the rows that they add up."""
 
-    num_rows: int
+    rows: Tensor
 
 
 Summand = Tensor | Scattered
@@ -49,6 +50,8 @@ class TensorParallelGroup:
         self._group = process_group
         self._peers: PeerMemory | None = None
         self._many: PeerRows | None = None
+        self._copies: torch.cuda.Stream | None = None  # beside which the layers' own stream goes on
+        self._is_copying = False
         self.adds_in_order = False  # of the ranks, whatever the number of rows: a library may take another one for each
         self.begin_step()
 
@@ -74,15 +77,27 @@ class TensorParallelGroup:
                 _LOG.warning("tensor-parallel sums all go by NCCL: no peer memory on rank %d: %s", self.rank, error)
         is_connected = self._all_agree(many is not None, device)
         self._peers, self._many = (peers, many) if is_connected else (None, None)
+        self._copies = torch.cuda.Stream(device) if is_connected else None  # type: ignore[no-untyped-call]
 
-    def places(self, num_rows: int) -> list[tuple[range, Tensor]]:
-        """Where a summand of so many rows is added up, rank by rank, this one last: the rows, and their place there.
-        None where it goes another way."""
-        if (many := self._many_for(num_rows)) is None:
+    def parts(self, num_rows: int) -> list[tuple[int, range]]:
+        """In which order a summand of so many rows is best made: whose rows, and which, this rank's last. Empty: in one
+        piece."""
+        if self._many_for(num_rows) is None or num_rows < _PART_ROWS * self.size:
             return []
         owned = shares(num_rows, self.size)
-        order = [(self.rank + 1 + step) % self.size for step in range(self.size)]
-        return [(owned[rank], many.places[rank][: len(owned[rank])]) for rank in order]
+        order = (*range(self.rank + 1, self.size), *range(self.rank + 1))
+        return [(owner, owned[owner]) for owner in order]
+
+    def send(self, x: Tensor, owner: int) -> None:
+        """Of the summand ``x`` [rows, width] the part of one of :meth:`parts`, beside whatever is launched next."""
+        if owner == self.rank:
+            return
+        assert self._many is not None
+        assert self._copies is not None
+        self._copies.wait_stream(torch.cuda.current_stream())
+        self._is_copying = True
+        with torch.cuda.stream(self._copies):
+            send(x, owner, self._many)
 
     def can_share_out(self, num_rows: int) -> bool:
         """Whether :meth:`add_rms_norm_` of so many rows can leave each rank with its part of the residual."""
@@ -92,13 +107,13 @@ class TensorParallelGroup:
         """Sum ``x`` over the group, a tensor in place. Every rank gets the same bits: NCCL sums each element once and
         copies it, by peer memory all ranks add in the same order."""
         if isinstance(x, Scattered):
-            return self._sum_many(x)
+            return self._sum_many(x, None, None, 0.0)
         if self.size == 1:
             return x
         if self.adds_in_order and self.size > 2:
             return self._add_in_order_(x)
         if self._takes_many(x):
-            return self._sum_many(x)
+            return self._sum_many(x, None, None, 0.0)
         if (peers := self._peers_for(x)) is not None:
             peer_all_reduce(x, peers, is_fatal=True, out=x)
         else:
@@ -106,12 +121,28 @@ class TensorParallelGroup:
         self.num_sums += 1
         return x
 
-    def _sum_many(self, x: Summand) -> Tensor:
+    def _sum_many(
+        self, x: Summand, residual: Tensor | None, gain: Tensor | None, eps: float, *, shares_out: bool = False
+    ) -> Tensor:
         assert self._many is not None
-        num_rows = x.num_rows if isinstance(x, Scattered) else len(x)
-        if isinstance(x, Tensor):
-            scatter(x, self._many)
-        total = peer_two_shot(num_rows, self._many, is_fatal=True, out=x if isinstance(x, Tensor) else None)
+        if self._is_copying:  # also what a failed step has begun: it must not arrive behind what is sent now
+            assert self._copies is not None
+            torch.cuda.current_stream().wait_stream(self._copies)
+            self._is_copying = False
+        if isinstance(x, Scattered):
+            x = x.rows
+        else:
+            send_all(x, self._many)
+        total = peer_two_shot(
+            x,
+            self._many,
+            residual=residual,
+            gain=gain,
+            eps=eps,
+            is_shared_out=shares_out,
+            is_fatal=True,
+            out=x if residual is None else None,
+        )
         self.num_sums += 1
         return total
 
@@ -138,23 +169,11 @@ class TensorParallelGroup:
             assert not shares_out
             return None
         if isinstance(x, Scattered) or self._takes_many(x):
-            assert self._many is not None
-            if isinstance(x, Tensor):
-                scatter(x, self._many)
-            normed = peer_two_shot(
-                len(residual),
-                self._many,
-                residual=residual,
-                gain=weight,
-                eps=eps,
-                is_shared_out=shares_out,
-                is_fatal=True,
-            )
-        elif (peers := self._peers_for(x)) is not None:
-            assert not shares_out
-            normed = peer_all_reduce(x, peers, residual=residual, gain=weight, eps=eps, is_fatal=True)
-        else:
+            return self._sum_many(x, residual, weight, eps, shares_out=shares_out)
+        assert not shares_out
+        if (peers := self._peers_for(x)) is None:
             return None
+        normed = peer_all_reduce(x, peers, residual=residual, gain=weight, eps=eps, is_fatal=True)
         self.num_sums += 1
         return normed
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from aphro_kernels.peer_all_reduce import peer_all_reduce_reference
-from aphro_kernels.peer_two_shot import PeerRows, build_peer_rows, peer_two_shot, scatter, shares
+from aphro_kernels.peer_two_shot import PeerRows, build_peer_rows, peer_two_shot, send, send_all, shares
 from torch import Tensor, multiprocessing
 
 NUM_GPUS = torch.cuda.device_count()
@@ -45,17 +45,17 @@ def _compare(rank: int, store: str) -> None:
             torch.manual_seed(num_rows)
             residual = torch.randn(num_rows, WIDTH, device=device).to(dtype)
             expected = peer_all_reduce_reference(_everybodys(x))
-            scatter(x, peers)
-            y = peer_two_shot(num_rows, peers, out=torch.full_like(x, math.nan))
+            send_all(x, peers)
+            y = peer_two_shot(x, peers, out=torch.full_like(x, math.nan))
             torch.testing.assert_close(y, expected, atol=tolerance, rtol=tolerance)
             theirs = residual.clone()
             expected = peer_all_reduce_reference(_everybodys(x), theirs, gain, 1e-5)
             own = shares(num_rows, NUM_GPUS)[rank]
             for is_shared_out in (False, True):
                 mine = residual.clone()
-                scatter(x, peers)
+                send_all(x, peers)
                 options = {"residual": mine, "gain": gain, "eps": 1e-5}
-                y = peer_two_shot(num_rows, peers, **options, is_shared_out=is_shared_out).clone()  # type: ignore[arg-type]
+                y = peer_two_shot(x, peers, **options, is_shared_out=is_shared_out).clone()  # type: ignore[arg-type]
                 torch.testing.assert_close(y, expected, atol=tolerance, rtol=tolerance)
                 told = slice(own.start, own.stop) if is_shared_out else slice(None)
                 torch.testing.assert_close(mine[told], theirs[told], atol=tolerance, rtol=tolerance)
@@ -67,17 +67,26 @@ def _compare(rank: int, store: str) -> None:
 
 
 def _replay(rank: int, peers: PeerRows, dtype: torch.dtype, device: torch.device) -> None:
-    """A graph of products whose rows go to their owners, and their sums, many times, each rank delayed in its turn."""
+    """A graph of products, whose rows travel beside them, and sums, many times, each rank delayed in its turn."""
     sizes = (600, 512, 1500, 1024)
     xs = [torch.empty(rows, 64, device=device, dtype=dtype) for rows in sizes]
     weight = torch.full((64, WIDTH), 1 / 64, device=device, dtype=dtype)
     outs = [torch.empty(rows, WIDTH, device=device, dtype=dtype) for rows in sizes]
 
+    copies = torch.cuda.Stream(device)
+
     def run() -> None:
         for x, out in zip(xs, outs, strict=True):
-            for owner, rows in enumerate(shares(len(x), NUM_GPUS)):
-                torch.mm(x[rows.start : rows.stop], weight, out=peers.places[owner][: len(rows)])
-            peer_two_shot(len(x), peers, out=out)
+            owned = shares(len(x), NUM_GPUS)
+            for owner in (*range(rank + 1, NUM_GPUS), *range(rank + 1)):
+                rows = slice(owned[owner].start, owned[owner].stop)
+                torch.mm(x[rows], weight, out=out[rows])
+                if owner != rank:
+                    copies.wait_stream(torch.cuda.current_stream())
+                    with torch.cuda.stream(copies):
+                        send(out, owner, peers)
+            torch.cuda.current_stream().wait_stream(copies)
+            peer_two_shot(out, peers, out=out)
 
     run()
     torch.cuda.synchronize()
@@ -100,7 +109,7 @@ def _alone(rank: int, store: str) -> None:
     peers = build_peer_rows(dist.group.WORLD, 4, WIDTH, torch.bfloat16, device)
     if rank == 0:
         started = time.monotonic()
-        peer_two_shot(2, peers, max_polls=100_000)
+        peer_two_shot(torch.ones(2, WIDTH, device=device, dtype=torch.bfloat16), peers, max_polls=100_000)
         torch.cuda.synchronize()
         assert int(peers.status) == 1
         assert time.monotonic() - started < 20

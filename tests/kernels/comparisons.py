@@ -550,10 +550,10 @@ def compare_peer_two_shot(num_rows: int, width: int, size: int, dtype: torch.dty
         before = copies[order[-1]]
         before = None if before is None else before.clone()
         for rank in order:
-            peer_two_shot.scatter(summands[rank], ends[rank])
+            peer_two_shot.send_all(summands[rank], ends[rank])
         for rank in order:
             found = peer_two_shot.peer_two_shot(
-                num_rows,
+                summands[rank],
                 ends[rank],
                 residual=copies[rank],
                 gain=gain,

@@ -162,7 +162,7 @@ KERNELS["peer_all_reduce._one_shot_kernel"] = {
 }
 
 KERNELS["peer_two_shot._two_shot_kernel"] = {
-    **dict.fromkeys(["residual", "gain", "out"], "*bf16"),
+    **dict.fromkeys(["x", "residual", "gain", "out"], "*bf16"),
     **{"memory": "*u8", "peers": "*i64", "calls": "*i32", "status": "*i32", "eps": "fp32"},
     **dict.fromkeys(["num_rows", "width", "share", "slab_rows", "max_polls"], "i32"),
     **{"RANK": 1, "SIZE": 3, "PROGRAMS": 256, "LINE": 32, "BLOCK": 1024},

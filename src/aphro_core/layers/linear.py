@@ -83,6 +83,11 @@ class Linear:
                 return gated_linear(x, self._weight)
         return silu_and_mul(self(x))
 
+    @property
+    def num_outputs(self) -> int:
+        """Of a layer on a GPU."""
+        return self._weight.shape[0]
+
     def makes(self, out: Tensor) -> bool:
         """Whether a call may have this ``out``."""
         is_alike = out.is_cuda and out.dtype == self._weight.dtype and out.shape[1] == self._weight.shape[0]

@@ -1,4 +1,4 @@
-"""The product behind which the ranks of a layer sum: of many rows it goes straight to the ranks that add them up."""
+"""The product behind which the ranks of a layer sum: of many rows some travel while the others are multiplied."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ class RowParallel:
 
     def __call__(self, x: Tensor) -> Summand:
         """``[rows, in_features]`` to this rank's summand. A product for each rank that adds up some of the rows,
-        the own ones last: what was written into the others' memory has arrived by then."""
-        places = self._group.places(len(x))
-        linear = self._linear
-        if not places or not isinstance(linear, Linear) or not all(linear.makes(place) for _, place in places):
+        the own ones last: what the others get has arrived by then."""
+        parts, linear = self._group.parts(len(x)), self._linear
+        if not parts or not isinstance(linear, Linear):
             return linear(x)
-        for rows, place in places:
-            linear(x[rows.start : rows.stop], out=place)
-        return Scattered(len(x))
+        y = x.new_empty(len(x), linear.num_outputs)
+        if not linear.makes(y):
+            return linear(x)
+        for owner, rows in parts:
+            linear(x[rows.start : rows.stop], out=y[rows.start : rows.stop])
+            self._group.send(y, owner)
+        return Scattered(y)

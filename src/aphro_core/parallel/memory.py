@@ -147,9 +147,10 @@ def outside_bytes(tp_size: int, pp_size: int) -> int:
 
 
 def peer_bytes(hidden_size: int, tp_size: int, most_tokens: int, dtype_bytes: int) -> int:
-    """Outside torch too, of GPUs that sum many rows in each other's memory: everybody's summands of a rank's
+    """Outside torch too, of GPUs that sum many rows in each other's memory: the others' summands of a rank's
     own rows, and the rows that others own (aphro_kernels/peer_two_shot.py)."""
-    return 2 * most_tokens * hidden_size * dtype_bytes if tp_size > 1 else 0
+    share = -(-most_tokens // tp_size)
+    return (2 * tp_size - 1) * share * hidden_size * dtype_bytes if tp_size > 1 else 0
 
 
 def activation_bytes(

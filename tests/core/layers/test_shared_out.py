@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from aphro_kernels.peer_two_shot import join_peer_rows, peer_rows_bytes, scatter, shares
+from aphro_kernels.peer_two_shot import join_peer_rows, peer_rows_bytes, send_all, shares
 from aphro_kernels.rms_norm import rms_norm_reference
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,25 +32,33 @@ def test_shares_are_all_rows_once_and_none_is_larger_than_its_place(num_rows: in
 
 
 @given(st.integers(512, 700), st.integers(2, 5))
-def test_a_summand_stands_with_the_owners_of_its_rows(num_rows: int, size: int) -> None:
+def test_a_summand_stands_with_those_who_add_it_up(num_rows: int, size: int) -> None:
     width = 3
     memories = [torch.zeros(peer_rows_bytes(size, 700, width, torch.float32), dtype=torch.uint8) for _ in range(size)]
     ends = [join_peer_rows(rank, memories, 700, width, torch.float32, None) for rank in range(size)]
     x = torch.randn(num_rows, width)
     for rank in range(size):
+        send_all(x * (rank + 1), ends[rank])
+    for rank in range(size):
+        for owner, rows in enumerate(shares(num_rows, size)):  # none has written over another's
+            place = ends[rank].places[owner]
+            assert (place is None) == (owner == rank)
+            assert place is None or torch.equal(place[: len(rows)], x[rows.start : rows.stop] * (rank + 1))
+    assert 0 < memories[0].nbytes - memory.peer_bytes(width, size, 700, 4) < 2**16  # the flags
+
+
+@given(st.integers(1, 5000), st.integers(2, 5))
+def test_parts_are_all_rows_and_a_rank_makes_its_own_last(num_rows: int, size: int) -> None:
+    memories = [torch.zeros(peer_rows_bytes(size, 4096, 1, torch.float32), dtype=torch.uint8) for _ in range(size)]
+    for rank in range(size):
         group = TensorParallelGroup(rank, size)
-        assert group.places(num_rows) == []
-        group._many = ends[rank]
-        scatter(x * (rank + 1), ends[rank])
-        places = group.places(num_rows)
-        assert sorted(row for rows, _ in places for row in rows) == list(range(num_rows))
-        assert places[-1][1].data_ptr() == ends[rank].places[rank].data_ptr()
-        for rows, place in places:
-            assert torch.equal(place, x[rows.start : rows.stop] * (rank + 1))
-    for owner, rows in enumerate(shares(num_rows, size)):  # none has written over another's
-        for rank in range(size):
-            assert torch.equal(ends[rank].places[owner][: len(rows)], x[rows.start : rows.stop] * (rank + 1))
-    assert memories[0].nbytes - memory.peer_bytes(width, size, 700, 4) < 2**17
+        assert group.parts(num_rows) == []
+        group._many = join_peer_rows(rank, memories, 4096, 1, torch.float32, None)
+        parts = group.parts(num_rows)
+        assert bool(parts) == (512 * size <= num_rows <= 4096)
+        if parts:
+            assert dict(parts) == dict(enumerate(shares(num_rows, size)))
+            assert parts[-1][0] == rank
 
 
 class Sharing(TensorParallelGroup):
