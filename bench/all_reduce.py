@@ -15,7 +15,8 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from aphro_kernels.peer_all_reduce import build_peer_memory, peer_all_reduce
-from aphro_kernels.peer_two_shot import PeerRows, build_peer_rows, peer_two_shot, send, send_all, shares
+from aphro_kernels.peer_rows import PeerRows, build_peer_rows, send, send_all, shares
+from aphro_kernels.peer_two_shot import peer_two_shot
 from aphro_kernels.rms_norm import add_rms_norm_
 from torch import Tensor, multiprocessing
 

@@ -126,11 +126,7 @@ def measure(folder: Path, rank: int, expected: int, foreign: int) -> dict[str, s
     from aphro_core.worker.worker import Worker
 
     config = msgspec.json.decode((folder / "engine.json").read_bytes(), type=EngineConfig)
-    tp, pp, size = (
-        config.parallel.tensor_parallel_size,
-        config.parallel.pipeline_parallel_size,
-        config.parallel.world_size,
-    )
+    size = config.parallel.world_size
     began = time.monotonic()
 
     def tell(text: str) -> None:
@@ -189,11 +185,12 @@ def _outside(config: EngineConfig) -> int:
     from aphro_core.checkpoint.open import read_hf_config
     from aphro_core.models.registry import load_spec
 
-    tp, scheduler = config.parallel.tensor_parallel_size, config.scheduler
+    parallel, scheduler = config.parallel, config.scheduler
+    tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
     hidden_size = load_spec(read_hf_config(Path(config.model.path))).hidden_size
     rows = max(scheduler.most_tokens, scheduler.max_num_seqs)
     element = 4 if config.model.dtype == "float32" else 2
-    return memory.outside_bytes(tp, config.parallel.pipeline_parallel_size) + memory.peer_bytes(hidden_size, tp, rows, element)
+    return memory.outside_bytes(tp, pp) + memory.peer_bytes(hidden_size, tp, rows, element)
 
 
 def _least(number: int, device: Any) -> int:

@@ -13,28 +13,14 @@ from typing import Final
 
 import torch
 import torch.distributed as dist
-from aphro_kernels.peer_all_reduce import PeerMemory, build_peer_memory, peer_all_reduce
-from aphro_kernels.peer_two_shot import PeerRows, build_peer_rows, peer_two_shot, send, send_all, shares
 from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from aphro_core.parallel.shard import RankShard, ShardingPlan
+from aphro_core.peer_sums import PeerSums, Scattered, Summand, build_peer_sums
 
 _LOG: Final = logging.getLogger(__name__)
-_PEER_BYTES: Final = 4 * 2**20  # that a rank sends in one sum of few rows by peer memory
-_MANY_ROWS: Final = 512  # from here on each rank adds up some of the rows (bench/all_reduce.py),
-_PART_ROWS: Final = 512  # and a product that makes them is cut between the ranks' rows if each has so many
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
-
-
-@dataclass(frozen=True, slots=True)
-class Scattered:
-    """A summand [rows, width] of which the other ranks have got, or are just getting, the rows that they add up."""
-
-    rows: Tensor
-
-
-Summand = Tensor | Scattered
 
 
 class TensorParallelGroup:
@@ -48,10 +34,7 @@ class TensorParallelGroup:
         self.rank = rank
         self.size = size
         self._group = process_group
-        self._peers: PeerMemory | None = None
-        self._many: PeerRows | None = None
-        self._copies: torch.cuda.Stream | None = None  # beside which the layers' own stream goes on
-        self._is_copying = False
+        self._peers: PeerSums | None = None
         self.adds_in_order = False  # of the ranks, whatever the number of rows: a library may take another one for each
         self.begin_step()
 
@@ -66,85 +49,41 @@ class TensorParallelGroup:
         """
         if self.size == 1 or device.type != "cuda" or not self._is_on_one_host(device):
             return
-        max_rows = _PEER_BYTES // (self.size - 1) // (width * dtype.itemsize)
-        peers: PeerMemory | None = None
-        many: PeerRows | None = None
-        if self._all_agree(max_rows > 0 and _reaches_all(device), device):
+        peers: PeerSums | None = None
+        if self._all_agree(_reaches_all(device), device):
             try:
-                peers = build_peer_memory(self._group, max_rows, width, dtype, device)
-                many = build_peer_rows(self._group, most_rows, width, dtype, device)
+                peers = build_peer_sums(self._group, width, dtype, device, most_rows)
             except RuntimeError as error:
                 _LOG.warning("tensor-parallel sums all go by NCCL: no peer memory on rank %d: %s", self.rank, error)
-        is_connected = self._all_agree(many is not None, device)
-        self._peers, self._many = (peers, many) if is_connected else (None, None)
-        self._copies = torch.cuda.Stream(device) if is_connected else None  # type: ignore[no-untyped-call]
+        self._peers = peers if self._all_agree(peers is not None, device) else None
 
     def parts(self, num_rows: int) -> list[tuple[int, range]]:
         """In which order a summand of so many rows is best made: whose rows, and which, this rank's last. Empty: in one
         piece."""
-        if self._many_for(num_rows) is None or num_rows < _PART_ROWS * self.size:
-            return []
-        owned = shares(num_rows, self.size)
-        order = (*range(self.rank + 1, self.size), *range(self.rank + 1))
-        return [(owner, owned[owner]) for owner in order]
+        return [] if self._peers is None else self._peers.parts(num_rows)
 
     def send(self, x: Tensor, owner: int) -> None:
         """Of the summand ``x`` [rows, width] the part of one of :meth:`parts`, beside whatever is launched next."""
-        if owner == self.rank:
-            return
-        assert self._many is not None
-        assert self._copies is not None
-        self._copies.wait_stream(torch.cuda.current_stream())
-        self._is_copying = True
-        with torch.cuda.stream(self._copies):
-            send(x, owner, self._many)
+        assert self._peers is not None
+        self._peers.send(x, owner)
 
     def can_share_out(self, num_rows: int) -> bool:
         """Whether :meth:`add_rms_norm_` of so many rows can leave each rank with its part of the residual."""
-        return self._many_for(num_rows) is not None
+        return self._peers is not None and self._peers.can_share_out(num_rows)
 
     def all_reduce_(self, x: Summand) -> Tensor:
-        """Sum ``x`` over the group, a tensor in place. Every rank gets the same bits: NCCL sums each element once and
-        copies it, by peer memory all ranks add in the same order."""
-        if isinstance(x, Scattered):
-            return self._sum_many(x, None, None, 0.0)
-        if self.size == 1:
-            return x
-        if self.adds_in_order and self.size > 2:
-            return self._add_in_order_(x)
-        if self._takes_many(x):
-            return self._sum_many(x, None, None, 0.0)
+        """Sum ``x`` over the group, in place. Every rank gets the same bits: NCCL sums each element once and copies it,
+        by peer memory all ranks add in the same order."""
         if (peers := self._peers_for(x)) is not None:
-            peer_all_reduce(x, peers, is_fatal=True, out=x)
-        else:
+            x = peers.add(x)
+        elif self.size > 1:
+            assert isinstance(x, Tensor)
+            if self.adds_in_order and self.size > 2:
+                return self._add_in_order_(x)
             dist.all_reduce(x, group=self._group)
-        self.num_sums += 1
+        assert isinstance(x, Tensor)
+        self.num_sums += self.size > 1
         return x
-
-    def _sum_many(
-        self, x: Summand, residual: Tensor | None, gain: Tensor | None, eps: float, *, shares_out: bool = False
-    ) -> Tensor:
-        assert self._many is not None
-        if self._is_copying:  # also what a failed step has begun: it must not arrive behind what is sent now
-            assert self._copies is not None
-            torch.cuda.current_stream().wait_stream(self._copies)
-            self._is_copying = False
-        if isinstance(x, Scattered):
-            x = x.rows
-        else:
-            send_all(x, self._many)
-        total = peer_two_shot(
-            x,
-            self._many,
-            residual=residual,
-            gain=gain,
-            eps=eps,
-            is_shared_out=shares_out,
-            is_fatal=True,
-            out=x if residual is None else None,
-        )
-        self.num_sums += 1
-        return total
 
     def _add_in_order_(self, x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(self.size)]
@@ -164,34 +103,17 @@ class TensorParallelGroup:
         With ``shares_out`` a rank keeps up its own rows of ``residual`` alone (:meth:`can_share_out`), and the norm
         lasts until the next sum: the call that makes it whole again has it False.
         """
-        if self.size == 1 or not residual.is_contiguous():
-            assert isinstance(x, Tensor)
+        if not residual.is_contiguous() or (peers := self._peers_for(x)) is None:
             assert not shares_out
             return None
-        if isinstance(x, Scattered) or self._takes_many(x):
-            return self._sum_many(x, residual, weight, eps, shares_out=shares_out)
-        assert not shares_out
-        if (peers := self._peers_for(x)) is None:
-            return None
-        normed = peer_all_reduce(x, peers, residual=residual, gain=weight, eps=eps, is_fatal=True)
+        normed = peers.add(x, residual, weight, eps, shares_out=shares_out)
         self.num_sums += 1
         return normed
 
-    def _takes_many(self, x: Tensor) -> bool:
-        many = self._many_for(len(x)) if x.dim() == 2 and x.is_contiguous() else None
-        return many is not None and (x.shape[1], x.dtype) == (many.width, many.dtype)
-
-    def _many_for(self, num_rows: int) -> PeerRows | None:
-        many = self._many
-        return many if many is not None and _MANY_ROWS <= num_rows <= many.max_rows else None
-
-    def _peers_for(self, x: Tensor) -> PeerMemory | None:
-        """The memory by which ``x`` can be summed."""
-        peers = self._peers
-        if peers is None or x.dim() != 2 or not x.is_contiguous() or x.dtype != peers.dtype:
-            return None
-        num_rows, width = x.shape
-        return peers if width == peers.width and 0 < num_rows <= peers.max_rows else None
+    def _peers_for(self, x: Summand) -> PeerSums | None:
+        """Those by which ``x`` can be summed."""
+        is_theirs = self._peers is not None and (isinstance(x, Scattered) or self._peers.takes(x))
+        return self._peers if is_theirs else None
 
     def _is_on_one_host(self, device: torch.device) -> bool:
         boot = zlib.crc32(_BOOT_ID.read_bytes()) if _BOOT_ID.exists() else self.rank  # no file: no two are equal

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from aphro_kernels.peer_all_reduce import join_peer_memory, peer_bytes
+from aphro_kernels.peer_rows import join_peer_rows, peer_rows_bytes
 
-from aphro_core import distributed
+from aphro_core import distributed, peer_sums
 from aphro_core.distributed import Links, TensorParallelGroup
 from aphro_core.parallel.shard import build_plan
 from tests.core.ranks import run_ranks
@@ -110,29 +111,41 @@ def test_a_silent_peer_ends_in_an_error(tmp_path: Path) -> None:
     assert run_ranks(tmp_path, build_plan(SPEC, 1, 2), silence, timeout_seconds=2.0)[1] == ["raised"]
 
 
-def test_small_sums_go_by_peer_memory_if_there_is_any(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_go_by_peer_memory_if_there_is_any(monkeypatch: pytest.MonkeyPatch) -> None:
     sums: list[str] = []
 
-    def by_peers(x: torch.Tensor, peers: object, *, is_fatal: bool, out: torch.Tensor) -> torch.Tensor:
-        assert is_fatal, "a rank that is gone must not go unnoticed"
-        sums.append("peers")
-        return out
+    def by_peers(name: str) -> Any:
+        def add(x: torch.Tensor, peers: object, *, is_fatal: bool, out: torch.Tensor, **others: object) -> torch.Tensor:
+            assert is_fatal, "a rank that is gone must not go unnoticed"
+            sums.append(name)
+            return out
 
-    monkeypatch.setattr(distributed, "peer_all_reduce", by_peers)
+        return add
+
+    monkeypatch.setattr(peer_sums, "peer_all_reduce", by_peers("few"))
+    monkeypatch.setattr(peer_sums, "peer_two_shot", by_peers("many"))
     monkeypatch.setattr(distributed.dist, "all_reduce", lambda x, group: sums.append("library"))
     group = TensorParallelGroup(0, 2)
     x = torch.zeros(4, 16)
     assert group.all_reduce_(x) is x
     memory = torch.zeros(peer_bytes(2, 4, 16, torch.float32), dtype=torch.uint8)
-    group._peers = join_peer_memory(0, memory, [0, 0], 4, 16, torch.float32, None)
+    few = join_peer_memory(0, memory, [0, 0], 4, 16, torch.float32, None)
+    memories = [torch.zeros(peer_rows_bytes(2, 600, 16, torch.float32), dtype=torch.uint8) for _ in range(2)]
+    many = join_peer_rows(0, memories, 600, 16, torch.float32, None)
+    group._peers = peer_sums.PeerSums(few, many, None)
     assert group.all_reduce_(x) is x
+    for num_rows in (512, 600, 601):
+        group.all_reduce_(torch.ones(num_rows, 16))
+    assert many.places[1] is not None
+    assert many.places[1].sum() == 300 * 16  # what the other rank adds up is there
     for other in (torch.zeros(5, 16), torch.zeros(4, 15), torch.zeros(0, 16), x.half(), torch.zeros(16, 4).T, x[0]):
         group.all_reduce_(other)
-    assert sums == ["library", "peers"] + ["library"] * 6
+    assert sums == ["library", "few", "many", "many"] + ["library"] * 7
+    assert group.num_sums == len(sums)
 
 
 def connect(links: Links, rank: int) -> bool:
-    links.tensor.connect(33, torch.float32, torch.device("cpu"))
+    links.tensor.connect(33, torch.float32, torch.device("cpu"), 2048)
     return links.tensor._peers is None
 
 

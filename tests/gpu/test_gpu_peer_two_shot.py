@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from aphro_kernels.peer_all_reduce import peer_all_reduce_reference
-from aphro_kernels.peer_two_shot import PeerRows, build_peer_rows, peer_two_shot, send, send_all, shares
+from aphro_kernels.peer_rows import PeerRows, build_peer_rows, send, send_all, shares
+from aphro_kernels.peer_two_shot import peer_two_shot
 from torch import Tensor, multiprocessing
 
 NUM_GPUS = torch.cuda.device_count()

@@ -25,6 +25,7 @@ from aphro_kernels import (
     packed_linear,
     paged_attention,
     peer_all_reduce,
+    peer_rows,
     peer_two_shot,
     quantise_rows,
     rms_norm,
@@ -537,9 +538,9 @@ def compare_peer_all_reduce(num_rows: int, width: int, dtype: torch.dtype, *, is
 
 def compare_peer_two_shot(num_rows: int, width: int, size: int, dtype: torch.dtype, mode: str) -> None:
     """Ranks in one process, one after the other: all but the last give up waiting, but have written to it."""
-    num_bytes = peer_two_shot.peer_rows_bytes(size, 70, width, dtype, 5)
+    num_bytes = peer_rows.peer_rows_bytes(size, 70, width, dtype, 5)
     memories = [torch.zeros(num_bytes, dtype=torch.uint8) for _ in range(size)]
-    ends = [peer_two_shot.join_peer_rows(rank, memories, 70, width, dtype, None, 5) for rank in range(size)]
+    ends = [peer_rows.join_peer_rows(rank, memories, 70, width, dtype, None, 5) for rank in range(size)]
     gain = random(width, dtype=dtype, device="cpu", seed=5) if "normed" in mode else None
     is_shared_out = "shared" in mode
     for call in range(3):
@@ -550,7 +551,7 @@ def compare_peer_two_shot(num_rows: int, width: int, size: int, dtype: torch.dty
         before = copies[order[-1]]
         before = None if before is None else before.clone()
         for rank in order:
-            peer_two_shot.send_all(summands[rank], ends[rank])
+            peer_rows.send_all(summands[rank], ends[rank])
         for rank in order:
             found = peer_two_shot.peer_two_shot(
                 summands[rank],
@@ -566,7 +567,7 @@ def compare_peer_two_shot(num_rows: int, width: int, size: int, dtype: torch.dty
             ends[rank].status.zero_()
         assert_close(found, peer_all_reduce.peer_all_reduce_reference(summands, residual, gain, 1e-5))
         if residual is not None:
-            ours = peer_two_shot.shares(num_rows, size)[order[-1]] if is_shared_out else range(num_rows)
+            ours = peer_rows.shares(num_rows, size)[order[-1]] if is_shared_out else range(num_rows)
             assert_close(copies[order[-1]][ours.start : ours.stop], residual[ours.start : ours.stop])
             for row in set(range(num_rows)) - set(ours):
                 assert torch.equal(copies[order[-1]][row], before[row])

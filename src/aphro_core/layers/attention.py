@@ -9,7 +9,6 @@ from aphro_kernels.paged_attention import paged_attention
 from aphro_kernels.rotary import rotary_and_cache
 from torch import Tensor
 
-from aphro_core.distributed import Summand
 from aphro_core.layers.batch import GatheredRows, PagedPart, PagedRows
 from aphro_core.layers.cache_format import PLAIN_SCALES
 from aphro_core.layers.gathered_attention import GatheredAttention
@@ -17,6 +16,7 @@ from aphro_core.layers.linear import AnyLinear
 from aphro_core.layers.norm import RMSNorm
 from aphro_core.layers.rotary import Rotation
 from aphro_core.layers.row_parallel import RowParallel
+from aphro_core.peer_sums import Summand
 
 
 class Attention:

@@ -9,13 +9,13 @@ from aphro_kernels.chain_layer import ChainLayer, NextLayer, build_chain_workspa
 from aphro_kernels.chain_plan import ChainShape
 from torch import Tensor
 
-from aphro_core.distributed import Summand
 from aphro_core.layers.attention import Attention
 from aphro_core.layers.batch import PagedRows
 from aphro_core.layers.linear import AnyLinear, Linear
 from aphro_core.layers.mlp import GatedMLP
 from aphro_core.layers.norm import Norm, RMSNorm
 from aphro_core.layers.rotary import Rotation
+from aphro_core.peer_sums import Summand
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import torch
 from aphro_kernels.skinny_linear import build_skinny_workspace
 from torch import Tensor
 
-from aphro_core.distributed import Summand, TensorParallelGroup
+from aphro_core.distributed import TensorParallelGroup
 from aphro_core.layers.attention import Attention
 from aphro_core.layers.batch import Batch, GatheredRows, PagedRows
 from aphro_core.layers.cache_format import CacheFormat
@@ -26,6 +26,7 @@ from aphro_core.layers.row_invariant import RowSizes
 from aphro_core.layers.row_parallel import RowParallel
 from aphro_core.models.spec import DecoderSpec, RopeSpec
 from aphro_core.parallel.shard import RankShard
+from aphro_core.peer_sums import Summand
 from aphro_core.quantization.linear import QuantizedLinear
 from aphro_core.quantization.matrix import PackedMatrix, Weights, cut_rows
 

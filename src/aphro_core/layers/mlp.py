@@ -10,10 +10,10 @@ from aphro_kernels.silu_and_mul import silu_and_mul
 from torch import Tensor
 from torch.nn import functional
 
-from aphro_core.distributed import Summand
 from aphro_core.layers.linear import AnyLinear
 from aphro_core.layers.row_parallel import RowParallel
 from aphro_core.models.spec import Activation
+from aphro_core.peer_sums import Summand
 
 
 def _relu_squared(x: Tensor) -> Tensor:

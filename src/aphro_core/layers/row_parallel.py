@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from aphro_core.distributed import Scattered, Summand, TensorParallelGroup
+from aphro_core.distributed import TensorParallelGroup
 from aphro_core.layers.linear import AnyLinear, Linear
+from aphro_core.peer_sums import Scattered, Summand
 
 
 class RowParallel:

@@ -148,7 +148,7 @@ def outside_bytes(tp_size: int, pp_size: int) -> int:
 
 def peer_bytes(hidden_size: int, tp_size: int, most_tokens: int, dtype_bytes: int) -> int:
     """Outside torch too, of GPUs that sum many rows in each other's memory: the others' summands of a rank's
-    own rows, and the rows that others own (aphro_kernels/peer_two_shot.py)."""
+    own rows, and the rows that others own (aphro_kernels/peer_rows.py)."""
     share = -(-most_tokens // tp_size)
     return (2 * tp_size - 1) * share * hidden_size * dtype_bytes if tp_size > 1 else 0
 

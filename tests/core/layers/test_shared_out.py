@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from aphro_kernels.peer_two_shot import join_peer_rows, peer_rows_bytes, send_all, shares
+from aphro_kernels.peer_rows import join_peer_rows, peer_rows_bytes, send_all, shares
 from aphro_kernels.rms_norm import rms_norm_reference
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from aphro_core.distributed import Links, Summand, TensorParallelGroup
+from aphro_core.distributed import Links, TensorParallelGroup
 from aphro_core.parallel import memory
+from aphro_core.peer_sums import PeerSums, Summand
 from aphro_core.request import SamplingParams
 from tests.core.ranks import run_ranks
 from tests.core.worker.one_rank import Planner, sharding_plan
@@ -51,10 +52,7 @@ def test_a_summand_stands_with_those_who_add_it_up(num_rows: int, size: int) -> 
 def test_parts_are_all_rows_and_a_rank_makes_its_own_last(num_rows: int, size: int) -> None:
     memories = [torch.zeros(peer_rows_bytes(size, 4096, 1, torch.float32), dtype=torch.uint8) for _ in range(size)]
     for rank in range(size):
-        group = TensorParallelGroup(rank, size)
-        assert group.parts(num_rows) == []
-        group._many = join_peer_rows(rank, memories, 4096, 1, torch.float32, None)
-        parts = group.parts(num_rows)
+        parts = PeerSums(None, join_peer_rows(rank, memories, 4096, 1, torch.float32, None), None).parts(num_rows)
         assert bool(parts) == (512 * size <= num_rows <= 4096)
         if parts:
             assert dict(parts) == dict(enumerate(shares(num_rows, size)))
