@@ -92,6 +92,8 @@ def test_tokens_of_long_prompts_on_two_gpus_equal_transformers(
         device="cuda",
         dtype="float32",
         max_num_batched_tokens=1300,
+        max_num_prefill_tokens=1300,
+        max_num_seqs=8,
         num_blocks=400,
         max_model_len=1200,
         enforce_eager=enforce_eager,
