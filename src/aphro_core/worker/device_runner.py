@@ -32,7 +32,7 @@ from aphro_core.worker.sequences import SequenceState, apply_plan
 from aphro_core.worker.step import FinishedStep, LaunchedStep, RunningStep, SamplingError, empty_result
 from aphro_core.worker.step_failure import failed_step
 from aphro_core.worker.step_memory import PagedStep, StepMemory
-from aphro_core.worker.step_shapes import StepShape, StepShapes
+from aphro_core.worker.step_shapes import StepShapes
 
 
 class DeviceRunner:
