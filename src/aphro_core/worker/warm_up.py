@@ -35,11 +35,11 @@ def warm_up(
     cores = len(os.sched_getaffinity(0)) // config.parallel.world_size
     if can_compile_ahead():
         with compiling_ahead(cores):
-            _run_steps(runner, steps, most, num_short, config.cache.block_size)
+            _run_steps(runner, steps, most, num_short, config)
             if not config.enforce_eager:
                 runner.run_every_kind()
         torch.cuda.synchronize()  # of what was computed there nothing is used
-    _run_steps(runner, steps, most, num_short, config.cache.block_size)
+    _run_steps(runner, steps, most, num_short, config)
     if not config.enforce_eager:
         runner.capture_graphs(on_progress)
     replayed = 0 if config.enforce_eager else runner.graph_tokens
@@ -49,14 +49,14 @@ def warm_up(
     torch.cuda.synchronize()
 
 
-def _run_steps(runner: DeviceRunner, steps: count[int], most: int, num_short: int, block_size: int) -> None:
+def _run_steps(runner: DeviceRunner, steps: count[int], most: int, num_short: int, config: EngineConfig) -> None:
     """Prompts of a few tokens and of as many as a step may have, alone and beside rows that decode, for each way of
     sampling; and ``num_short`` short ones, as many as a step may have: kernels may take them otherwise than a long
     one. Tokens are all 0: what they are costs nothing."""
-    few = min(20, most)
+    few, block_size = min(20, most), config.cache.block_size
     for length, dials in [*((few, dials) for dials in _DIALS), (most, _DIALS[0])]:
         if length > 1:
-            _run_pair(runner, steps, length, dials, block_size)
+            _run_pair(runner, steps, length, dials, block_size, is_alone=config.scheduler.max_num_seqs == 1)
     if num_short > 1:
         _run_short(runner, steps, num_short, min(_SHORT, most), block_size)
 
@@ -77,8 +77,11 @@ def _run_lengths(runner: DeviceRunner, steps: count[int], lengths: range, block_
             _run_short(runner, steps, 1, length, block_size)
 
 
-def _run_pair(runner: DeviceRunner, steps: count[int], length: int, dials: SamplingParams, block_size: int) -> None:
-    """A prompt alone, then its next token beside another prompt, then both decode, then both leave."""
+def _run_pair(
+    runner: DeviceRunner, steps: count[int], length: int, dials: SamplingParams, block_size: int, *, is_alone: bool
+) -> None:
+    """A prompt alone, then its next token beside another prompt, then both decode, then both leave. ``is_alone``: a
+    step has one sequence, and there is no other."""
     blocks = list(range(-(-(length + 2) // block_size)))
     first = NewSequence(0, [0] * length, length, dials, 0)
     second = NewSequence(1, [0] * 2, 2, dials, 0)
@@ -88,11 +91,13 @@ def _run_pair(runner: DeviceRunner, steps: count[int], length: int, dials: Sampl
         ([ScheduledSequence(0, length, 1, [], [], True), ScheduledSequence(1, 0, 2, [], spare, True)], [second]),
         ([ScheduledSequence(0, length + 1, 1, [], [], True), ScheduledSequence(1, 2, 1, [], [], True)], []),
     ]
+    if is_alone:
+        plans = [plans[0], ([ScheduledSequence(0, length, 1, [], [], True)], [])]
     for scheduled, new in plans:
         step = runner.launch(StepPlan(next(steps), scheduled, new))
         if step is not None:
             step.result()
-    runner.launch(StepPlan(next(steps), [], [], [0, 1]))
+    runner.launch(StepPlan(next(steps), [], [], [0] if is_alone else [0, 1]))
 
 
 def _run_short(runner: DeviceRunner, steps: count[int], num_prompts: int, length: int, block_size: int) -> None:
