@@ -18,7 +18,7 @@ from torch import Tensor
 
 from aphro_kernels import hopper_decode
 from aphro_kernels.attention_kernels import attend
-from aphro_kernels.decode_work import FIELDS, DecodeWork, num_tiles_of
+from aphro_kernels.decode_work import FIELDS, DecodeWork, num_tiles_of, programs_of
 from aphro_kernels.language import chain_options, fetch, jit, let_next_start, next_power_of_2, tl, wait_for_last
 
 _NUM_WARPS: Final = 4
@@ -66,7 +66,7 @@ def decode_attention(
         )
         return out
     group = num_heads // num_kv_heads
-    _decode_kernel[(work.num_programs,)](
+    _decode_kernel[(programs_of(work, num_rows),)](
         q,
         k_cache,
         v_cache,

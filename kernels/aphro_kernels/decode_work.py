@@ -88,6 +88,13 @@ def build_decode_work(
     )
 
 
+def programs_of(work: DecodeWork, num_rows: int) -> int:
+    """Programs of a call. One row has few tiles: on Hopper one program a multiprocessor, beside which the next kernel
+    finds room while this one still runs."""
+    is_half = work.stages and num_rows == 1 and work.num_programs > 1
+    return work.num_programs // 2 if is_half else work.num_programs
+
+
 def _tile(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
     """Keys of a tile, and programs that a multiprocessor has room for (measured on an H100)."""
     head_bytes = max(next_power_of_2(head_dim), 16) * dtype.itemsize
@@ -102,14 +109,15 @@ def plan_decode_(work: DecodeWork, seq_lens: Tensor, num_kv_heads: int, *, is_ne
     there when the step begins, and read so. None: any row may.
     """
     num_rows = seq_lens.shape[0]
+    num_programs = programs_of(work, num_rows)
     assert num_rows * num_kv_heads <= work.arrivals.shape[0], "more rows than the buffers were built for"
-    _plan_kernel[(-(-work.num_programs // _AT_ONCE),)](
+    _plan_kernel[(-(-num_programs // _AT_ONCE),)](
         seq_lens,
         is_new,
         work.stretches,
         work.totals,
         num_rows,
-        work.num_programs,
+        num_programs,
         0 if is_new is None else is_new.stride(0),
         NUM_KV_HEADS=num_kv_heads,
         KEYS=work.keys,

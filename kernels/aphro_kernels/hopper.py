@@ -22,13 +22,24 @@ try:
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia import hopper
+    from triton.experimental.gluon.language.nvidia.ampere import mma_v2
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     barrier: Any = getattr(gl, "thread_barrier", None) or gl.barrier  # of a partition's threads
 except ImportError:
-    gluon = gl = hopper = TensorDescriptor = barrier = None
+    gluon = gl = hopper = mma_v2 = TensorDescriptor = barrier = None
 
-__all__ = ["TensorDescriptor", "barrier", "gl", "hopper", "is_hopper", "jit", "num_multiprocessors", "suits_hopper"]
+__all__ = [
+    "TensorDescriptor",
+    "barrier",
+    "gl",
+    "hopper",
+    "is_hopper",
+    "jit",
+    "mma_v2",
+    "num_multiprocessors",
+    "suits_hopper",
+]
 
 
 def jit(**options: Any) -> Callable[[Callable[..., Any]], Any]:

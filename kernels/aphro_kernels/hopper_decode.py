@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from aphro_kernels.decode_work import FIELDS, DecodeWork
+from aphro_kernels.decode_work import FIELDS, DecodeWork, programs_of
 from aphro_kernels.hopper import TensorDescriptor, gl, hopper, jit
 from aphro_kernels.hopper_decode_loads import load
 from aphro_kernels.hopper_decode_sums import attend
@@ -43,10 +43,10 @@ def launch(
     work: DecodeWork,
 ) -> None:
     """Into ``out``, which is contiguous; arguments as of ``decode_attention``, and such as :func:`suits` agrees to."""
-    _rows, num_heads, head_dim = q.shape
+    num_rows, num_heads, head_dim = q.shape
     num_kv_heads, block_size = k_cache.shape[1:3]
     group = num_heads // num_kv_heads
-    hopper_decode_kernel[(work.num_programs,)](
+    hopper_decode_kernel[(programs_of(work, num_rows),)](
         q,
         _descriptor(k_cache, work),
         _descriptor(v_cache, work),

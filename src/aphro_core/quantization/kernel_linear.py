@@ -22,6 +22,11 @@ class KernelProduct:
         self._workspace = workspace if can_convert(matrix.codes) else None
         self.nbytes = matrix.nbytes
 
+    @property
+    def parts(self) -> tuple[PackedWeight, Tensor | None] | None:
+        """Weight and bias, where kernels multiply them as they are."""
+        return None if self._workspace is None else (self._weight, self._bias)
+
     def __call__(self, x: Tensor) -> Tensor:
         found = self._few_rows(x, is_gated=False)
         return self._many_rows(x) if found is None else found

@@ -8,6 +8,7 @@ from typing import Final
 
 import torch
 from aphro_kernels.cpu_packed_linear import CpuPackedLinear, block_of
+from aphro_kernels.packed_linear import PackedWeight
 from aphro_kernels.silu_and_mul import silu_and_mul
 from aphro_kernels.skinny_linear import SkinnyWorkspace
 from torch import Tensor
@@ -60,6 +61,11 @@ class QuantizedLinear:
         if isinstance(only, CpuPackedLinear) and len(self._products) == 1 and self._bias is None and only.can_gate:
             return only.gated(x)
         return silu_and_mul(self(x))
+
+    @property
+    def packed(self) -> tuple[PackedWeight, Tensor | None] | None:
+        """Weight and bias of a layer on a GPU that is one matrix for the kernels."""
+        return None if self._kernel is None else self._kernel.parts
 
     @property
     def packed_bytes(self) -> int:

@@ -7,8 +7,10 @@ from unittest import mock
 
 import pytest
 import torch
-from aphro_kernels import chain_layer
+from aphro_kernels import chain_layer, packed_chain_layer
 from aphro_kernels.chain_layer import ChainLayer, build_chain_workspace
+from aphro_kernels.packed_chain_layer import PackedChainLayer
+from aphro_kernels.packed_linear import PackedWeight
 from torch import Tensor
 
 from aphro_core.distributed import TensorParallelGroup
@@ -21,6 +23,8 @@ from aphro_core.layers.linear import Linear
 from aphro_core.layers.mlp import GatedMLP, PlainMLP
 from aphro_core.layers.norm import LayerNorm, RMSNorm
 from aphro_core.layers.rotary import Rotation
+from aphro_core.quantization.linear import DequantisedProduct, QuantizedLinear
+from aphro_core.quantization.online import quantise
 
 HIDDEN, HEADS, KV_HEADS, DIM, INNER = 64, 4, 2, 16, 128
 META = torch.device("meta")  # neither a CPU's order of weights nor its kernels
@@ -101,6 +105,51 @@ def test_which_steps_are_taken() -> None:
     rows.parts[0].max_query_len = 2
     assert not chains.takes(torch.zeros(3, HIDDEN), rows)
     assert not chains.takes(torch.zeros(HIDDEN, 3).t(), decode_rows(3))
+
+
+def pack(linear: Linear) -> QuantizedLinear:
+    """The same layer with codes of 4 bits, in groups of 32."""
+    matrix = quantise(linear._weight, "int4", 32, torch.float32)
+    return QuantizedLinear([matrix], linear._bias, torch.float32)
+
+
+def packed(linear: QuantizedLinear) -> tuple[PackedWeight, Tensor | None]:
+    """As on a GPU."""
+    product = linear._products[0]
+    assert isinstance(product, DequantisedProduct)
+    return product._matrix.for_kernels(), linear._bias
+
+
+def test_chains_of_quantised_layers_are_the_blocks() -> None:
+    torch.manual_seed(0)
+    layers = []
+    with mock.patch("aphro_core.layers.linear._can_pack", return_value=False):
+        for one in (build_parts(), build_parts()):
+            gate_up, down, _ = one.mlp.parts  # type: ignore[attr-defined]
+            one.attention._qkv, one.attention._out = map(pack, one.attention.projections)  # type: ignore[arg-type]
+            layers.append(replace(one, mlp=GatedMLP(pack(gate_up), pack(down))))
+    group, x, rows = TensorParallelGroup(0, 1), torch.randn(1, HIDDEN), decode_rows(1)
+    rotation = Rotation(torch.ones(1, DIM // 2), torch.zeros(1, DIM // 2))
+    caches = [torch.randn(1, 2, KV_HEADS, 16, DIM) for _ in layers]
+    expected, delta = x.clone(), None
+    for one, cache in zip(layers, caches, strict=True):
+        block = Block(one.input_norm, one.attention, one.post_norm, one.mlp, group)
+        delta = block(expected, delta, rotation, rows, cache)
+    assert delta is not None
+    expected += delta.whole()
+    with (
+        mock.patch.object(QuantizedLinear, "packed", property(packed)),
+        mock.patch.object(chained, "packed_chain_rows", return_value=range(1, 2)),
+        mock.patch.object(packed_chain_layer, "num_multiprocessors", return_value=132),
+        mock.patch.object(Linear, "plain", property(lambda self: (self._weight, self._bias))),
+    ):
+        chains = chain_layers(layers)
+        assert chain_layers([layers[0], build_parts()]) is None, "one of codes, one of plain weights"
+    assert chains is not None
+    assert chains.takes(x, rows)
+    with mock.patch.object(PackedChainLayer, "__call__", PackedChainLayer.reference_):
+        found = chains(x, [rotation] * 2, rows, caches)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("other", ["none", "bias", "layer norm", "plain mlp", "gelu", "nowhere faster"])
