@@ -89,8 +89,8 @@ def build_decode_work(
 
 
 def programs_of(work: DecodeWork, num_rows: int) -> int:
-    """Programs of a call. One row has few tiles: on Hopper one program a multiprocessor, beside which the next kernel
-    finds room while this one still runs."""
+    """Programs of a call, and of its plan. One row takes one a multiprocessor on Hopper: others that have nothing to do
+    would still be in the way of the next kernel (docs/kernels.md)."""
     is_half = work.stages and num_rows == 1 and work.num_programs > 1
     return work.num_programs // 2 if is_half else work.num_programs
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from aphro_kernels import decode_work, hopper_decode
-from aphro_kernels.decode_work import build_decode_work
+from aphro_kernels.decode_work import build_decode_work, programs_of
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 
@@ -50,3 +50,10 @@ def test_calls_that_it_is_not_made_for(
     work = build_decode_work(4, num_heads=8, num_kv_heads=2, head_dim=128, dtype=BF16, device=CPU, num_programs=3)
     q, cache = torch.empty(1, 8, 128, dtype=BF16), torch.empty(1, 2, block_size, 128, dtype=cache_dtype)
     assert hopper_decode.suits(q, cache, work, softcap) == is_taken
+
+
+def test_one_row_takes_half_of_the_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for is_ring, programs in ((True, [4, 8, 8]), (False, [8, 8, 8])):
+        monkeypatch.setattr(decode_work, "is_hopper", lambda device, dtype, is_ring=is_ring: is_ring)
+        work = build_decode_work(4, num_heads=8, num_kv_heads=2, head_dim=128, dtype=BF16, device=CPU, num_programs=8)
+        assert [programs_of(work, rows) for rows in (1, 2, 4)] == programs

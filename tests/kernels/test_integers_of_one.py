@@ -16,7 +16,8 @@ pytestmark = pytest.mark.skipif(triton_version() < (3, 6), reason="tried with Tr
 
 _WORDS: Final = ("plain", "int4", "int8", "fp8", "tf32", "ieee")  # values of constants, not types
 _GLUON: Final = (3, 6)
-_NO_INTEGERS: Final = {"chain_kernel.chain_kernel"}  # but the number of rows, which is never made a constant
+# but the number of rows, which is never made a constant
+_NO_INTEGERS: Final = {"chain_kernel.chain_kernel", "packed_chain_kernel.packed_chain_kernel"}
 
 
 def _descriptor(dtype: str, rows: int, columns: int) -> str:
