@@ -43,7 +43,7 @@ runs: their codes as they are, with a scale (and offset) a group in the run's dt
 float16), so that float16 rounds least. {requantised} have an offset that 8 bits are kept without: they are
 rounded to 8 bits anew, by half of 1/127 of a group's largest weight.
 The kernels for GPUs, of these layouts and of mixtures of experts, run in Triton's interpreter and are compiled for
-Hopper; `tests/gpu` runs families and layouts on a host that has a GPU.
+Hopper; `tests/gpu` runs families and layouts on a host that has a GPU, experts of every format among them.
 """
 
 

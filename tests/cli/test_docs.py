@@ -107,7 +107,7 @@ def test_clients_page_has_every_option_and_default(command: str) -> None:
 
 def test_readme_flags_exist() -> None:
     named = re.findall(r"(?<![\w-])(--?[a-z][a-z_-]+)\b", (ROOT / "README.md").read_text())
-    foreign = {"--use-system-torch", "--help"}
+    foreign = {"--use-system-torch", "--help", "--full-matrix"}
     known = {name for command in COMMAND.commands for name in options_of(command)} | foreign
     unknown = {name for name in named if name.replace("_", "-") not in known}
     assert unknown == set()
