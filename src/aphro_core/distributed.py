@@ -55,6 +55,8 @@ class TensorParallelGroup:
                 peers = build_peer_sums(self._group, width, dtype, device, most_rows)
             except RuntimeError as error:
                 _LOG.warning("tensor-parallel sums all go by NCCL: no peer memory on rank %d: %s", self.rank, error)
+        elif self.rank == 0:
+            _LOG.warning("tensor-parallel sums all go by NCCL: not all visible GPUs reach each other's memory")
         self._peers = peers if self._all_agree(peers is not None, device) else None
 
     def parts(self, num_rows: int) -> list[tuple[int, range]]:

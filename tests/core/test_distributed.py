@@ -151,3 +151,16 @@ def connect(links: Links, rank: int) -> bool:
 
 def test_cpus_have_no_peer_memory(tmp_path: Path) -> None:
     assert run_ranks(tmp_path, build_plan(SPEC, 2, 1), connect) == [True, True]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_gpus_that_do_not_reach_each_other_are_told_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rank: int
+) -> None:
+    monkeypatch.setattr(TensorParallelGroup, "_is_on_one_host", lambda self, device: True)
+    monkeypatch.setattr(TensorParallelGroup, "_all_agree", lambda self, is_so, device: is_so)
+    monkeypatch.setattr(distributed, "_reaches_all", lambda device: False)
+    group = TensorParallelGroup(rank, 2)
+    group.connect(33, torch.float32, torch.device("cuda", rank), 2048)
+    assert group._peers is None
+    assert [record.levelname for record in caplog.records if "by NCCL" in record.message] == ["WARNING"] * (rank == 0)
