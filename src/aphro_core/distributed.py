@@ -51,6 +51,7 @@ class TensorParallelGroup:
             return
         peers: PeerSums | None = None
         if self._all_agree(_reaches_all(device), device):
+            torch.cuda.empty_cache()  # the buffers come from the driver, which has nothing of what torch keeps unused
             try:
                 peers = build_peer_sums(self._group, width, dtype, device, most_rows)
             except RuntimeError as error:

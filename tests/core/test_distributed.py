@@ -164,3 +164,14 @@ def test_gpus_that_do_not_reach_each_other_are_told_of_once(
     group.connect(33, torch.float32, torch.device("cuda", rank), 2048)
     assert group._peers is None
     assert [record.levelname for record in caplog.records if "by NCCL" in record.message] == ["WARNING"] * (rank == 0)
+
+
+def test_what_loading_left_is_free_for_peers_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(TensorParallelGroup, "_is_on_one_host", lambda self, device: True)
+    monkeypatch.setattr(TensorParallelGroup, "_all_agree", lambda self, is_so, device: is_so)
+    monkeypatch.setattr(distributed, "_reaches_all", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
+    monkeypatch.setattr(distributed, "build_peer_sums", lambda *sizes: done.append("built"))
+    TensorParallelGroup(0, 2).connect(33, torch.float32, torch.device("cuda", 0), 2048)
+    assert done == ["emptied", "built"]
