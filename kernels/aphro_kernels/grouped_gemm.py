@@ -45,10 +45,11 @@ def grouped_linear(x: Tensor, weight: Tensor, tiles: RowTiles, slots_per_row: in
 
 
 def _config(x: Tensor, tiles: RowTiles) -> GroupedConfig:
-    """The fastest of ``bench/experts.py --configs`` (an H100)."""
+    """The fastest of ``bench/experts.py --configs`` (an H100); of float32 what fits the 99 KiB of smaller GPUs, too."""
+    is_wide = x.dtype.itemsize == 4
     if tiles.rows == 1:
-        return GroupedConfig(8, 1024 if x.shape[1] >= 2048 else 512, 4, 3)
-    return GroupedConfig(64, 64 if x.dtype.itemsize == 4 or tiles.rows > 32 else 128, 4, 3)
+        return GroupedConfig(8, 1024 if x.shape[1] >= 2048 and not is_wide else 512, 4, 3)
+    return GroupedConfig(64, 64 if is_wide or tiles.rows > 32 else 128, 4, 3)
 
 
 def _launch(

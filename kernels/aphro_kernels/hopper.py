@@ -66,7 +66,12 @@ def _is_ready(index: int) -> bool:
     version = "none" if gl is None else triton.__version__
     if version.split(".")[:2] == [str(part) for part in _WITH]:
         return True
-    _LOG.warning("Triton %s: attention takes slower kernels; those for Hopper are for Triton %d.%d", version, *_WITH)
+    _LOG.warning(
+        "Triton %s: attention, and rows of many tokens through a gated layer or experts, take slower kernels; "
+        "those for Hopper are for Triton %d.%d",
+        version,
+        *_WITH,
+    )
     return False
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from aphro_kernels.row_tiles import RowTiles
 
 from tests.kernels.test_kernels import triton_version
 
 pytestmark = pytest.mark.skipif(triton_version() < (3, 7), reason="tried with Triton 3.7")
 HOPPER = 90
+SHARED = {HOPPER: 227, 86: 99}  # KiB that a program may have; those of 86 also on 89 and 120
 
 
-def compile_for_hopper(kernel: Any, constants: dict[str, Any], **types: str) -> Any:
+def compile_for(kernel: Any, constants: dict[str, Any], *, target: int = HOPPER, **types: str) -> Any:
     """``types`` of the arguments that are not constants, as Triton writes them; the others are 32-bit integers."""
     from triton import compile as build
     from triton.backends.compiler import GPUTarget
@@ -22,8 +25,8 @@ def compile_for_hopper(kernel: Any, constants: dict[str, Any], **types: str) -> 
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values)
-    built = build(source, target=GPUTarget("cuda", HOPPER, 32), options={"num_warps": 4, "num_stages": 4})
-    assert built.metadata.shared <= 227 * 1024
+    built = build(source, target=GPUTarget("cuda", target, 32), options={"num_warps": 4, "num_stages": 4})
+    assert built.metadata.shared <= SHARED[target] * 1024
     return built
 
 
@@ -52,7 +55,7 @@ def test_packed_linear(kind: str, codes: str, rows: int, columns: int, group: in
     }
     plain = dict.fromkeys(("x", "bias", "out"), f"*{dtype}")
     others = {"parts": "*fp32", "arrivals": "*i32", **dict.fromkeys(("scales", "offsets"), "*fp32")}
-    compile_for_hopper(skinny_kernel, constants, weight=codes, **plain, **others)
+    compile_for(skinny_kernel, constants, weight=codes, **plain, **others)
 
 
 @pytest.mark.parametrize(("kind", "codes", "group"), [("fp8", "*fp8e4nv", 0), ("int4", "*u8", 128)])
@@ -71,7 +74,7 @@ def test_split_rows_take_the_float8_tensor_cores(kind: str, codes: str, group: i
     plain = dict.fromkeys(("bias", "out"), "*bf16")
     types = {"pieces": "*fp8e4nv", "codes": codes, "scales": "*bf16" if group else "*fp32", "arrivals": "*i32"}
     options = constants | {"KIND": kind, "GROUP": group, "HAS_ASM": True, "CHAINED": True}
-    built = compile_for_hopper(float8_kernel, options, **types, **floats, **plain)
+    built = compile_for(float8_kernel, options, **types, **floats, **plain)
     assert "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3" in built.asm["ptx"]
     assert "cvt.rn.f16x2.e4m3x2" not in built.asm["ptx"], "no code is decoded"
 
@@ -84,7 +87,7 @@ def test_tiles_are_decoded_where_they_are_loaded(is_gated: bool, dtype: str) -> 
 
     constants = {"TILES": 32, "WARPS": 4, "AHEAD": 0, "IS_UNROLLED": False, "IS_GATED": is_gated, "HAS_BIAS": True}
     plain = dict.fromkeys(("x", "scales", "bias", "out"), f"*{dtype}")
-    built = compile_for_hopper(tile_kernel, constants | {"HAS_ASM": True, "CHAINED": True}, codes="*u8", **plain)
+    built = compile_for(tile_kernel, constants | {"HAS_ASM": True, "CHAINED": True}, codes="*u8", **plain)
     loop = built.asm["ptx"].split("mma.sync")
     assert len(loop) == 1 + 8 * (3 if is_gated else 2)
     alone = loop[1:16]  # products of the first matrix and of ones
@@ -98,4 +101,17 @@ def test_grouped_linear(rows: int, is_even: bool, is_gated: bool) -> None:
     tile = {"ROWS": rows, "BLOCK_N": 8 if rows == 1 else 64, "BLOCK_K": 512 if rows == 1 else 128, "STAGES": 3}
     constants = {**tile, "IS_EVEN": is_even, "IS_GATED": is_gated, "PRECISION": "tf32", "CHAINED": True}
     plain = dict.fromkeys(("x", "weight", "out"), "*bf16")
-    compile_for_hopper(_grouped_linear_kernel, constants, slots="*i32", experts="*i32", **plain)
+    compile_for(_grouped_linear_kernel, constants, slots="*i32", experts="*i32", **plain)
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(1, torch.float32), (32, torch.bfloat16)])
+def test_grouped_linear_fits_smaller_gpus(rows: int, dtype: torch.dtype) -> None:
+    from aphro_kernels.grouped_gemm import _config, _grouped_linear_kernel
+
+    none = torch.empty(0, dtype=torch.int32)
+    config = _config(torch.empty(1, 4096, dtype=dtype), RowTiles(none, none, none, none, rows, 0))
+    tile = {"ROWS": rows, "BLOCK_N": config.columns, "BLOCK_K": config.inputs, "STAGES": config.num_stages}
+    precision = "ieee" if dtype == torch.float32 else "tf32"
+    constants = {**tile, "IS_EVEN": True, "IS_GATED": True, "PRECISION": precision, "CHAINED": False}
+    plain = dict.fromkeys(("x", "weight", "out"), "*fp32" if dtype == torch.float32 else "*bf16")
+    compile_for(_grouped_linear_kernel, constants, target=86, slots="*i32", experts="*i32", **plain)
