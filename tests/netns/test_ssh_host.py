@@ -89,20 +89,24 @@ async def test_an_unknown_host_key_is_refused(node: NetnsHost) -> None:
         known.write_text(text)
 
 
-def _folders() -> set[str]:
-    return {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("aphro-ssh-")}
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A folder for temporary files that no other test uses, with a path short enough for a socket's name."""
+    with tempfile.TemporaryDirectory() as name:
+        monkeypatch.setenv("TMPDIR", name)
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        yield name
 
 
 @pytest.mark.anyio
-async def test_a_connection_has_no_name(node: NetnsHost) -> None:
+async def test_a_connection_has_no_name(node: NetnsHost, temporary: str) -> None:
     """While it is open already, so that there is nothing to be left behind; and commands still go through it."""
-    before = _folders()
     async with open_host(node.name) as host:
-        assert _folders() <= before
+        assert not os.listdir(temporary)
         connections = node.run("sh", "-c", "ss -tnH state established sport = :22 | wc -l").stdout
         assert (await host.run("echo", "yes")).stdout == "yes\n"
         assert node.run("sh", "-c", "ss -tnH state established sport = :22 | wc -l").stdout == connections == "1\n"
-    assert _folders() <= before
+    assert not os.listdir(temporary)
 
 
 _OWNER = """
@@ -116,8 +120,7 @@ anyio.run(main)
 """
 
 
-def test_a_killed_owner_leaves_neither_name_nor_ssh(node: NetnsHost) -> None:
-    before = _folders()
+def test_a_killed_owner_leaves_neither_name_nor_ssh(node: NetnsHost, temporary: str) -> None:
     owner = subprocess.Popen([sys.executable, "-c", _OWNER, node.name], stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None
     assert owner.stdout.readline() == "open\n"
@@ -129,7 +132,7 @@ def test_a_killed_owner_leaves_neither_name_nor_ssh(node: NetnsHost) -> None:
     while any(map(is_running, masters)) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not any(map(is_running, masters))
-    assert _folders() <= before
+    assert not os.listdir(temporary)
 
 
 def test_what_was_left_while_connecting_is_swept(node: NetnsHost, tmp_path: Path) -> None:
