@@ -27,10 +27,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from aphro_core.checkpoint.open import open_checkpoint
 from aphro_core.distributed import Links, StageLink, TensorParallelGroup
-from aphro_core.layers import decoder as decoder_module
 from aphro_core.layers import gathered_attention
 from aphro_core.layers.attention import Attention
-from aphro_core.layers.decoder import Block, Decoder
+from aphro_core.layers.block import Block
+from aphro_core.layers.decoder import Decoder
 from aphro_core.layers.embedding import VocabEmbedding, VocabHead
 from aphro_core.layers.gathered_attention import GatheredAttention
 from aphro_core.layers.linear import Linear
@@ -213,18 +213,18 @@ def count_operations(stepper: Stepper, run: Callable[[], None]) -> tuple[int, in
     can_replay, stepper.steps.can_replay = stepper.steps.can_replay, False
     with OperationCounter() as step:
         run()
-    block, layer = decoder_module.Block.__call__, OperationCounter()
+    block, layer = Block.__call__, OperationCounter()
 
     def counted(*args: Any) -> Any:
         layer.count = layer.views = 0
         with layer:
             return block(*args)
 
-    decoder_module.Block.__call__ = counted  # type: ignore[method-assign]
+    Block.__call__ = counted  # type: ignore[method-assign]
     try:
         run()
     finally:
-        decoder_module.Block.__call__ = block  # type: ignore[method-assign]
+        Block.__call__ = block  # type: ignore[method-assign]
         stepper.steps.can_replay = can_replay
     return step.count, step.views, layer.count, layer.views
 

@@ -3,37 +3,22 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
 from aphro_kernels.peer_all_reduce import build_peer_memory, peer_all_reduce, peer_all_reduce_reference
-from torch import Tensor, multiprocessing
 
-NUM_GPUS = torch.cuda.device_count()
-pytestmark = pytest.mark.skipif(NUM_GPUS < 2, reason="needs two GPUs")
+from tests.gpu.all_gpus import NUM_GPUS, everybodys, join, needs_two, run_over_all_gpus
+
+pytestmark = needs_two
 WIDTH = 4096
 
 
-def _join(rank: int, store: str) -> torch.device:
-    device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl", store=dist.FileStore(store, NUM_GPUS), rank=rank, world_size=NUM_GPUS, device_id=device
-    )
-    return device
-
-
-def _everybodys(x: Tensor) -> list[Tensor]:
-    parts = [torch.empty_like(x) for _ in range(NUM_GPUS)]
-    dist.all_gather(parts, x)
-    return parts
-
-
 def _compare(rank: int, store: str) -> None:
-    device = _join(rank, store)
+    device = join(rank, store)
     for dtype in (torch.bfloat16, torch.float32):
         memory = build_peer_memory(dist.group.WORLD, 100, WIDTH, dtype, device)
         gain = torch.randn(WIDTH, generator=torch.Generator().manual_seed(1)).to(device, dtype)
@@ -44,15 +29,15 @@ def _compare(rank: int, store: str) -> None:
             torch.manual_seed(num_rows)
             residual = torch.randn(num_rows, WIDTH, device=device).to(dtype)
             out = torch.full_like(x, math.nan)
-            expected = peer_all_reduce_reference(_everybodys(x))
+            expected = peer_all_reduce_reference(everybodys(x))
             y = peer_all_reduce(x, memory, out=out)
             torch.testing.assert_close(y, expected, atol=tolerance, rtol=tolerance)
             mine, theirs = residual.clone(), residual.clone()
-            expected = peer_all_reduce_reference(_everybodys(x), theirs, gain, 1e-5)
+            expected = peer_all_reduce_reference(everybodys(x), theirs, gain, 1e-5)
             y = peer_all_reduce(x, memory, residual=mine, gain=gain, eps=1e-5, out=out.fill_(math.nan))
             torch.testing.assert_close(y, expected, atol=tolerance, rtol=tolerance)
             torch.testing.assert_close(mine, theirs, atol=tolerance, rtol=tolerance)
-            for other in _everybodys(y):
+            for other in everybodys(y):
                 assert torch.equal(other, y)
         _replay(rank, memory, dtype, device)
         assert int(memory.status) == 0
@@ -79,7 +64,7 @@ def _replay(rank: int, memory: object, dtype: torch.dtype, device: torch.device)
 
 
 def _alone(rank: int, store: str) -> None:
-    device = _join(rank, store)
+    device = join(rank, store)
     memory = build_peer_memory(dist.group.WORLD, 4, WIDTH, torch.bfloat16, device)
     x = torch.ones(2, WIDTH, device=device, dtype=torch.bfloat16)
     if rank == 0:
@@ -93,6 +78,5 @@ def _alone(rank: int, store: str) -> None:
 
 
 @pytest.mark.parametrize("work", [_compare, _alone])
-def test_over_all_gpus(work: object) -> None:
-    with tempfile.NamedTemporaryFile() as store:
-        multiprocessing.spawn(work, args=(store.name,), nprocs=NUM_GPUS)
+def test_over_all_gpus(work: Callable[[int, str], None]) -> None:
+    run_over_all_gpus(work)

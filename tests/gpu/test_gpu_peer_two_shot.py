@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import tempfile
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,30 +12,15 @@ import torch.distributed as dist
 from aphro_kernels.peer_all_reduce import peer_all_reduce_reference
 from aphro_kernels.peer_rows import PeerRows, build_peer_rows, send, send_all, shares
 from aphro_kernels.peer_two_shot import peer_two_shot
-from torch import Tensor, multiprocessing
 
-NUM_GPUS = torch.cuda.device_count()
-pytestmark = pytest.mark.skipif(NUM_GPUS < 2, reason="needs two GPUs")
+from tests.gpu.all_gpus import NUM_GPUS, everybodys, join, needs_two, run_over_all_gpus
+
+pytestmark = needs_two
 WIDTH = 4096
 
 
-def _join(rank: int, store: str) -> torch.device:
-    device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl", store=dist.FileStore(store, NUM_GPUS), rank=rank, world_size=NUM_GPUS, device_id=device
-    )
-    return device
-
-
-def _everybodys(x: Tensor) -> list[Tensor]:
-    parts = [torch.empty_like(x) for _ in range(NUM_GPUS)]
-    dist.all_gather(parts, x)
-    return parts
-
-
 def _compare(rank: int, store: str) -> None:
-    device = _join(rank, store)
+    device = join(rank, store)
     for dtype in (torch.bfloat16, torch.float32):
         peers = build_peer_rows(dist.group.WORLD, 1500, WIDTH, dtype, device)
         gain = torch.randn(WIDTH, generator=torch.Generator().manual_seed(1)).to(device, dtype)
@@ -45,12 +30,12 @@ def _compare(rank: int, store: str) -> None:
             x = torch.randn(num_rows, WIDTH, device=device).to(dtype)
             torch.manual_seed(num_rows)
             residual = torch.randn(num_rows, WIDTH, device=device).to(dtype)
-            expected = peer_all_reduce_reference(_everybodys(x))
+            expected = peer_all_reduce_reference(everybodys(x))
             send_all(x, peers)
             y = peer_two_shot(x, peers, out=torch.full_like(x, math.nan))
             torch.testing.assert_close(y, expected, atol=tolerance, rtol=tolerance)
             theirs = residual.clone()
-            expected = peer_all_reduce_reference(_everybodys(x), theirs, gain, 1e-5)
+            expected = peer_all_reduce_reference(everybodys(x), theirs, gain, 1e-5)
             own = shares(num_rows, NUM_GPUS)[rank]
             for is_shared_out in (False, True):
                 mine = residual.clone()
@@ -60,7 +45,7 @@ def _compare(rank: int, store: str) -> None:
                 torch.testing.assert_close(y, expected, atol=tolerance, rtol=tolerance)
                 told = slice(own.start, own.stop) if is_shared_out else slice(None)
                 torch.testing.assert_close(mine[told], theirs[told], atol=tolerance, rtol=tolerance)
-                for other in _everybodys(y):
+                for other in everybodys(y):
                     assert torch.equal(other, y)
         _replay(rank, peers, dtype, device)
         assert int(peers.status) == 0
@@ -106,7 +91,7 @@ def _replay(rank: int, peers: PeerRows, dtype: torch.dtype, device: torch.device
 
 
 def _alone(rank: int, store: str) -> None:
-    device = _join(rank, store)
+    device = join(rank, store)
     peers = build_peer_rows(dist.group.WORLD, 4, WIDTH, torch.bfloat16, device)
     if rank == 0:
         started = time.monotonic()
@@ -119,6 +104,5 @@ def _alone(rank: int, store: str) -> None:
 
 
 @pytest.mark.parametrize("work", [_compare, _alone])
-def test_over_all_gpus(work: object) -> None:
-    with tempfile.NamedTemporaryFile() as store:
-        multiprocessing.spawn(work, args=(store.name,), nprocs=NUM_GPUS)
+def test_over_all_gpus(work: Callable[[int, str], None]) -> None:
+    run_over_all_gpus(work)

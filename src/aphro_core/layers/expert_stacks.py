@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final, Protocol
 
@@ -12,7 +12,7 @@ from aphro_kernels.grouped_gemm import grouped_linear
 from aphro_kernels.grouped_hopper import grouped_wide, suits_wide
 from aphro_kernels.grouped_hopper_float8 import grouped_float8_wide, suits_float8_wide
 from aphro_kernels.grouped_packed import grouped_packed_linear
-from aphro_kernels.packed_linear import dequantise
+from aphro_kernels.packed_linear import PackedWeight, dequantise
 from aphro_kernels.quantise_rows import round_rows
 from aphro_kernels.row_tiles import RowTiles
 from aphro_kernels.silu_and_mul import silu_and_mul
@@ -28,44 +28,81 @@ _MANY_ROWS: Final = 768  # from which a dequantised copy of fp8 is
 _GATHERED: Final = 2**24  # inputs that are put into another order at once: their indices take eight bytes each
 
 
+class Wide(Protocol):
+    """Matrices for rows that stand by expert, in wide tiles, on Hopper. A dequantised copy, where one is taken, is gone
+    behind each product."""
+
+    from_rows: int  # an expert, on average, for which this is faster
+
+    def of_tokens(self, x: Tensor, tiles: RowTiles, *, is_gated: bool) -> tuple[Tensor, bool]:
+        """Rows ``x`` [num_tokens, in] to [capacity, out], a row a place. ``is_gated`` asks for SiLU(gate) * up; the
+        second result says whether that is done."""
+        ...
+
+    def of_places(self, x: Tensor, tiles: RowTiles, *, is_merged: bool) -> Tensor:
+        """Of rows [capacity, in] at their places; ``is_merged``: gate and up, of which SiLU(gate) * up is still to be
+        taken."""
+        ...
+
+
 class Stack(Protocol):
     """The matrices of a rank's experts, [experts, out, in]."""
 
     num_experts: int
     takes_one_row: bool  # in a tile, besides 16 and more
-    wide_from: int | None  # rows an expert, on average, from which grouped_hopper.py takes them; None: never
+    wide: Wide | None
 
     def times(self, x: Tensor, tiles: RowTiles, slots_per_row: int, *, is_gated: bool = False) -> Tensor:
         """As ``grouped_linear``."""
         ...
 
-    def wide(self, x: Tensor, tiles: RowTiles, *, is_gated: bool) -> tuple[Tensor, bool]:
-        """Rows ``x`` [num_tokens, in] to [capacity, out], a row a place, on Hopper; only where ``wide_from`` is a
-        number. ``is_gated`` asks for SiLU(gate) * up; the second result says whether that is done. A dequantised copy
-        of the matrices, where it takes one, is gone afterwards."""
-        ...
 
-    def wide_on(self, x: Tensor, tiles: RowTiles, *, is_merged: bool) -> Tensor:
-        """Of rows [capacity, in] at their places; ``is_merged``: gate and up, of which SiLU(gate) * up is still to be
-        taken."""
-        ...
+class _DenseWide:
+    def __init__(self, dense: Callable[[torch.dtype], Tensor], from_rows: int) -> None:
+        """``dense``: the matrices in a dtype."""
+        self.from_rows = from_rows
+        self._dense = dense
+
+    def of_tokens(self, x: Tensor, tiles: RowTiles, *, is_gated: bool) -> tuple[Tensor, bool]:
+        return grouped_wide(spread_rows(x, tiles), self._dense(x.dtype), tiles, is_gated=is_gated), is_gated
+
+    def of_places(self, x: Tensor, tiles: RowTiles, *, is_merged: bool) -> Tensor:
+        return grouped_wide(silu_and_mul(x) if is_merged else x, self._dense(x.dtype), tiles, is_gated=False)
+
+
+class _Float8Wide:
+    """fp8 as it is, for as many rows as ``dense`` is not faster for."""
+
+    def __init__(self, weight: PackedWeight, num_experts: int, dense: Wide) -> None:
+        self.from_rows = dense.from_rows
+        self._weight, self._num_experts, self._dense = weight, num_experts, dense
+
+    def of_tokens(self, x: Tensor, tiles: RowTiles, *, is_gated: bool) -> tuple[Tensor, bool]:
+        if not self._takes(x, tiles):
+            return self._dense.of_tokens(x, tiles, is_gated=is_gated)
+        codes, scales = split_places(x, tiles, is_gated=False)
+        return grouped_float8_wide(codes, scales, self._weight, self._num_experts, tiles), False
+
+    def of_places(self, x: Tensor, tiles: RowTiles, *, is_merged: bool) -> Tensor:
+        if not is_merged or not self._takes(x, tiles):
+            return self._dense.of_places(x, tiles, is_merged=is_merged)
+        codes, scales = split_places(x, tiles, is_gated=True)
+        return grouped_float8_wide(codes, scales, self._weight, self._num_experts, tiles)
+
+    def _takes(self, x: Tensor, tiles: RowTiles) -> bool:
+        is_many = tiles.num_slots >= _MANY_ROWS * self._num_experts
+        return not is_many and suits_float8_wide(x, self._weight, self._num_experts)
 
 
 class DenseStack:
     def __init__(self, weight: Tensor) -> None:
         self.num_experts = len(weight)
         self.takes_one_row = True
-        self.wide_from: int | None = _WIDE_FROM["plain"] if suits_wide(weight.shape) else None
+        self.wide: Wide | None = _DenseWide(lambda _: weight, _WIDE_FROM["plain"]) if suits_wide(weight.shape) else None
         self._weight = weight
 
     def times(self, x: Tensor, tiles: RowTiles, slots_per_row: int, *, is_gated: bool = False) -> Tensor:
         return grouped_linear(x, self._weight, tiles, slots_per_row, is_gated=is_gated)
-
-    def wide(self, x: Tensor, tiles: RowTiles, *, is_gated: bool) -> tuple[Tensor, bool]:
-        return _wide(x, self._weight, tiles, is_gated=is_gated)
-
-    def wide_on(self, x: Tensor, tiles: RowTiles, *, is_merged: bool) -> Tensor:
-        return _wide_on(x, self._weight, tiles, is_merged=is_merged)
 
 
 class PackedStack:
@@ -75,11 +112,8 @@ class PackedStack:
         self.num_experts = num_experts
         self._weight = matrix.for_kernels()
         self._inputs, self._kind = matrix.inputs, matrix.kind
-        rows, width = self._weight.shape
-        is_rounded = self._inputs is not None and self._kind != "int4"
-        is_wide = not is_rounded and suits_wide((num_experts, rows // num_experts, width))
         self.takes_one_row = self._kind != "int4"
-        self.wide_from: int | None = _WIDE_FROM.get(self._kind, _DEQUANTISED_FROM) if is_wide else None
+        self.wide = self._wide()
 
     def times(self, x: Tensor, tiles: RowTiles, slots_per_row: int, *, is_gated: bool = False) -> Tensor:
         place = self._weight, self.num_experts, tiles, slots_per_row
@@ -89,21 +123,13 @@ class PackedStack:
         y = grouped_packed_linear(codes, *place).mul_(scales.repeat_interleave(slots_per_row)[:, None])
         return silu_and_mul(y) if is_gated else y
 
-    def wide(self, x: Tensor, tiles: RowTiles, *, is_gated: bool) -> tuple[Tensor, bool]:
-        if not self._takes_float8(x, tiles):
-            return _wide(x, self._dequantised(x.dtype), tiles, is_gated=is_gated)
-        codes, scales = split_places(x, tiles, is_gated=False)
-        return grouped_float8_wide(codes, scales, self._weight, self.num_experts, tiles), False
-
-    def wide_on(self, x: Tensor, tiles: RowTiles, *, is_merged: bool) -> Tensor:
-        if not is_merged or not self._takes_float8(x, tiles):
-            return _wide_on(x, self._dequantised(x.dtype), tiles, is_merged=is_merged)
-        codes, scales = split_places(x, tiles, is_gated=True)
-        return grouped_float8_wide(codes, scales, self._weight, self.num_experts, tiles)
-
-    def _takes_float8(self, x: Tensor, tiles: RowTiles) -> bool:
-        is_many = tiles.num_slots >= _MANY_ROWS * self.num_experts
-        return not is_many and suits_float8_wide(x, self._weight, self.num_experts)
+    def _wide(self) -> Wide | None:
+        rows, width = self._weight.shape
+        is_rounded = self._inputs is not None and self._kind != "int4"
+        if is_rounded or not suits_wide((self.num_experts, rows // self.num_experts, width)):
+            return None
+        dense = _DenseWide(self._dequantised, _WIDE_FROM.get(self._kind, _DEQUANTISED_FROM))
+        return _Float8Wide(self._weight, self.num_experts, dense)
 
     def _dequantised(self, dtype: torch.dtype) -> Tensor:
         return dequantise(self._weight, dtype).view(self.num_experts, -1, self._weight.shape[1])
@@ -116,7 +142,7 @@ class OrderedStack:
         """``orders`` [experts, in]: column j of an expert is its input ``orders[expert, j]``."""
         self.num_experts = stack.num_experts
         self.takes_one_row = stack.takes_one_row
-        self.wide_from: int | None = None
+        self.wide: Wide | None = None
         self._stack, self._orders = stack, orders.long()
 
     def times(self, x: Tensor, tiles: RowTiles, slots_per_row: int, *, is_gated: bool = False) -> Tensor:
@@ -132,12 +158,6 @@ class OrderedStack:
             torch.gather(x[slots // slots_per_row], 1, index, out=ordered[start : start + step])
         return self._stack.times(ordered, tiles, 1, is_gated=is_gated)
 
-    def wide(self, x: Tensor, tiles: RowTiles, *, is_gated: bool) -> tuple[Tensor, bool]:
-        raise NotImplementedError
-
-    def wide_on(self, x: Tensor, tiles: RowTiles, *, is_merged: bool) -> Tensor:
-        raise NotImplementedError
-
 
 class SideBySide:
     """Gate and up that are kept in different ways."""
@@ -145,18 +165,12 @@ class SideBySide:
     def __init__(self, stacks: Sequence[Stack]) -> None:
         self.num_experts = stacks[0].num_experts
         self.takes_one_row = all(stack.takes_one_row for stack in stacks)
-        self.wide_from: int | None = None
+        self.wide: Wide | None = None
         self._stacks = stacks
 
     def times(self, x: Tensor, tiles: RowTiles, slots_per_row: int, *, is_gated: bool = False) -> Tensor:
         y = torch.cat([stack.times(x, tiles, slots_per_row) for stack in self._stacks], dim=-1)
         return silu_and_mul(y) if is_gated else y
-
-    def wide(self, x: Tensor, tiles: RowTiles, *, is_gated: bool) -> tuple[Tensor, bool]:
-        raise NotImplementedError
-
-    def wide_on(self, x: Tensor, tiles: RowTiles, *, is_merged: bool) -> Tensor:
-        raise NotImplementedError
 
 
 class DequantisedStack:
@@ -165,32 +179,16 @@ class DequantisedStack:
     def __init__(self, experts: Sequence[Sequence[PackedMatrix]]) -> None:
         self.num_experts = len(experts)
         self.takes_one_row = True
-        rows = sum(part.shape[0] for part in experts[0])
-        self.wide_from: int | None = (
-            _WIDE_FROM["plain"] if suits_wide((len(experts), rows, experts[0][0].shape[1])) else None
-        )
+        shape = len(experts), sum(part.shape[0] for part in experts[0]), experts[0][0].shape[1]
+        self.wide: Wide | None = _DenseWide(self._dequantised, _WIDE_FROM["plain"]) if suits_wide(shape) else None
         self._experts = experts
 
     def times(self, x: Tensor, tiles: RowTiles, slots_per_row: int, *, is_gated: bool = False) -> Tensor:
         return grouped_linear(x, self._dequantised(x.dtype), tiles, slots_per_row, is_gated=is_gated)
 
-    def wide(self, x: Tensor, tiles: RowTiles, *, is_gated: bool) -> tuple[Tensor, bool]:
-        return _wide(x, self._dequantised(x.dtype), tiles, is_gated=is_gated)
-
-    def wide_on(self, x: Tensor, tiles: RowTiles, *, is_merged: bool) -> Tensor:
-        return _wide_on(x, self._dequantised(x.dtype), tiles, is_merged=is_merged)
-
     def _dequantised(self, dtype: torch.dtype) -> Tensor:
         dense = torch.cat([part.dequantise(dtype) for parts in self._experts for part in parts])
         return dense.view(self.num_experts, -1, dense.shape[1])
-
-
-def _wide(x: Tensor, weight: Tensor, tiles: RowTiles, *, is_gated: bool) -> tuple[Tensor, bool]:
-    return grouped_wide(spread_rows(x, tiles), weight, tiles, is_gated=is_gated), is_gated
-
-
-def _wide_on(x: Tensor, weight: Tensor, tiles: RowTiles, *, is_merged: bool) -> Tensor:
-    return grouped_wide(silu_and_mul(x) if is_merged else x, weight, tiles, is_gated=False)
 
 
 def packed_stack(weight: Sequence[PackedMatrix], num_experts: int) -> Stack:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Final, Protocol
 
@@ -14,7 +13,7 @@ from aphro_kernels.route import route
 from aphro_kernels.row_tiles import plan_tiles, tile_rows
 from torch import Tensor
 
-from aphro_core.layers.expert_stacks import Stack
+from aphro_core.layers.expert_stacks import Stack, Wide
 from aphro_core.layers.linear import AnyLinear
 from aphro_core.layers.mlp import GatedMLP, gated, gated_product
 from aphro_core.models.spec import Activation, MoeSpec
@@ -97,13 +96,19 @@ class GroupedExperts:
         self._gate_up, self._down, self._first, self._num_experts = gate_up, down, first, num_experts
         self._activation: Activation = activation
         self._is_silu = activation == "silu"
-        found = [stack.wide_from for stack in (gate_up, down)]
-        self._wide_from = math.inf if None in found else max(rows for rows in found if rows is not None)
+        both = gate_up.wide, down.wide
+        self._wides = None if both[0] is None or both[1] is None else (both[0], both[1])
 
     def __call__(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
-        is_wide = chosen.numel() >= self._wide_from * self._num_experts and suits_hopper(x)
-        y, places = (self._wide if is_wide else self._few)(x, chosen)
-        return weigh_rows(y, shares, places, is_spread=is_wide)
+        wides = self._wides_for(x, chosen)
+        y, places = self._few(x, chosen) if wides is None else self._wide(x, chosen, *wides)
+        return weigh_rows(y, shares, places, is_spread=wides is not None)
+
+    def _wides_for(self, x: Tensor, chosen: Tensor) -> tuple[Wide, Wide] | None:
+        if self._wides is None:
+            return None
+        from_rows = max(wide.from_rows for wide in self._wides)
+        return self._wides if chosen.numel() >= from_rows * self._num_experts and suits_hopper(x) else None
 
     def _few(self, x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """A row a slot: few rows an expert, whose matrices are read as fast as memory gives them."""
@@ -113,12 +118,12 @@ class GroupedExperts:
         y = self._gate_up.times(x, tiles, chosen.shape[1], is_gated=self._is_silu)
         return self._down.times(self._activated(y), tiles, 1), tiles.places
 
-    def _wide(self, x: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    def _wide(self, x: Tensor, chosen: Tensor, gate_up: Wide, down: Wide) -> tuple[Tensor, Tensor]:
         """A row a place: rows stand by expert."""
         tiles = plan_tiles(chosen, self._first, self._down.num_experts, ROWS)
-        y, is_done = self._gate_up.wide(x, tiles, is_gated=self._is_silu)
+        y, is_done = gate_up.of_tokens(x, tiles, is_gated=self._is_silu)
         y = self._activated(y)
-        return self._down.wide_on(y, tiles, is_merged=self._is_silu and not is_done), tiles.places
+        return down.of_places(y, tiles, is_merged=self._is_silu and not is_done), tiles.places
 
     def _activated(self, y: Tensor) -> Tensor:
         return y if self._is_silu else gated(y, self._activation)

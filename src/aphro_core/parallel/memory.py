@@ -33,6 +33,8 @@ _GRAPH_BYTES: Final = 2 * 2**20  # of the driver, a graph of 16 rows
 _MOST_MIXED_GRAPHS: Final = 45
 GRAPH_TOKENS: Final = (256, 16384)  # of a step with prompts that is a CUDA graph, at least and at most
 REPLAYED_BYTES: Final = 64 * 2**20  # of a CPU rank's recorded decode steps, all together
+SPREAD_FROM: Final = 24  # rows an expert, on average, from which they may stand by expert on a GPU
+SPREAD_ROWS: Final = 128  # of a tile there, of which an expert's last may be padded but for one
 _LAYER_TOKENS: Final = 450_000_000_000  # tokens times a layer's parameters that a Hopper GPU computes in 1.3 ms
 
 
@@ -162,7 +164,8 @@ def activation_bytes(
     the residual and its normed copy (2 T H) and, with pp, a received and a sent one (2 T H); at its peak the larger of
     - attention: qkv, its rotated q and k, the output of attention, o_proj: T (2 q + 4 kv + q + H)
     - MLP: gate and up, their product, down_proj: T (3 I + H); with experts, of which a token takes k, besides the
-      shared one's as much: T k (3 I + 2 H), its rows copied in and out
+      shared one's as much: T k (3 I + 2 H), its rows copied in and out; or, where rows stand by expert, each expert's
+      padded to whole tiles, T H + (T k + SPREAD_ROWS experts) (2 I + H)
     - head: LOGITS_COPIES float32 copies of the logits of min(max_num_seqs, SAMPLED_ROWS, T) rows, whole vocabulary
     plus a float32 copy of the hidden states inside a norm (T H 4) and the step's indices (T x 64 bytes).
     The terms are those of the profiled peaks of served models (forward = T e (3 I + 3 H), sampler = F S V 4). Not
@@ -172,7 +175,7 @@ def activation_bytes(
     query, kv = len(shard.heads) * spec.head_dim, len(shard.kv_heads) * spec.head_dim
     kept = (2 + 2 * (shard.pp_size > 1)) * tokens * hidden * dtype_bytes
     attention = tokens * (3 * query + 4 * kv + hidden) * dtype_bytes
-    mlp = tokens * _mlp_width(spec, shard) * dtype_bytes
+    mlp = max(tokens * _mlp_width(spec, shard), _spread_size(spec, shard, tokens)) * dtype_bytes
     vocab = len(shard.vocab) * shard.tp_size
     head = LOGITS_COPIES * min(max_num_seqs, SAMPLED_ROWS, tokens) * vocab * 4 if shard.has_head else 0
     return kept + max(attention, mlp, head) + tokens * hidden * 4 + tokens * 64
@@ -186,6 +189,15 @@ def _mlp_width(spec: DecoderSpec, shard: RankShard) -> int:
     each = 3 * len(shard.expert_mlp) + 2 * spec.hidden_size
     experts = spec.moe.experts_per_token * each + 3 * len(shard.shared_mlp) + 2 * spec.hidden_size
     return experts if all(map(spec.has_experts, shard.layers)) else max(dense, experts)
+
+
+def _spread_size(spec: DecoderSpec, shard: RankShard, tokens: int) -> int:
+    """Elements at the peak of experts whose rows stand by expert (layers/moe.py; 0 where they would be too few)."""
+    moe = spec.moe
+    if moe is None or tokens * moe.experts_per_token < SPREAD_FROM * moe.num_experts:
+        return 0
+    places = tokens * moe.experts_per_token + SPREAD_ROWS * len(shard.experts)
+    return tokens * spec.hidden_size + places * (2 * len(shard.expert_mlp) + spec.hidden_size)
 
 
 def graph_tokens(spec: DecoderSpec, tp_size: int, most_tokens: int) -> int:

@@ -7,7 +7,7 @@ import shlex
 import socket
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -119,7 +119,8 @@ async def _wait_connected(connection: process.LineProcess, target: str, timeout_
         f"`ssh -o BatchMode=yes {target} true` must work without a question: ssh-copy-id {target}, or start sshd there"
     )
     with anyio.move_on_after(timeout_seconds + 1):
-        await connection.send_line(_READY)
+        with suppress(HostUnreachableError):  # it has ended already: what it said comes below
+            await connection.send_line(_READY)
         while (line := await connection.receive_line()) is not None:  # a login script may speak first
             if line.strip() == _READY:
                 return

@@ -121,7 +121,8 @@ class DeviceRunner:
         if draws is not self._draws:
             self._draws, self._drawing = draws, [self._sequences[seq_id].row for seq_id in draws]
             self._needs_host = any(row.needs_host for row in self._drawing)
-        self._padded.sampler.prepare([] if self._needs_host else self._drawing)
+        if self._samples:
+            self._padded.sampler.prepare([] if self._needs_host else self._drawing)
         if is_again and self._needs_host:  # others do not ask where they are
             for row in self._drawing:
                 row.position += 1

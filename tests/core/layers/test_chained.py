@@ -17,8 +17,8 @@ from aphro_core.distributed import TensorParallelGroup
 from aphro_core.layers import chained
 from aphro_core.layers.attention import Attention
 from aphro_core.layers.batch import PagedPart, PagedRows
+from aphro_core.layers.block import Block
 from aphro_core.layers.chained import ChainedLayers, LayerParts, chain_layers
-from aphro_core.layers.decoder import Block
 from aphro_core.layers.linear import Linear
 from aphro_core.layers.mlp import GatedMLP, PlainMLP
 from aphro_core.layers.norm import LayerNorm, RMSNorm

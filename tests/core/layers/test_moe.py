@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from aphro_core.layers.expert_stacks import DenseStack, DequantisedStack, OrderedStack, SideBySide, packed_stack
+from aphro_core.layers import moe
+from aphro_core.layers.expert_stacks import (
+    DenseStack,
+    DequantisedStack,
+    OrderedStack,
+    SideBySide,
+    Stack,
+    packed_stack,
+)
 from aphro_core.layers.linear import Linear
 from aphro_core.layers.moe import GroupedExperts, LoopedExperts, SparseMoe
 from aphro_core.models.quantization import Kind
@@ -121,3 +130,24 @@ def test_experts_that_are_kept_in_several_ways(
         out += share * linear(silu(gate) * up, down[local].dequantise(torch.float32))
     torch.testing.assert_close(grouped(x, chosen, shares), out, atol=2e-3, rtol=1e-3)
     torch.testing.assert_close(looped(x, chosen, shares), out, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["", "fp8", "int4", "int8"])
+@pytest.mark.parametrize("here", [range(4), range(1, 3)])
+def test_rows_that_stand_by_expert(monkeypatch: pytest.MonkeyPatch, kind: Kind | Literal[""], here: range) -> None:
+    """As Hopper has many of them: they give what few rows an expert give."""
+    torch.manual_seed(5)
+    x, chosen = torch.randn(200, 64), torch.rand(200, 4).topk(2).indices
+    shares = torch.rand(200, 2)
+    matrices = [[torch.randn(rows, 64) for _ in here] for rows in (128, 64)]
+    stacks: list[Stack] = [DenseStack(torch.stack(each)) for each in matrices]
+    if kind:
+        packed = [below_each_other([quantise(one, kind, 16, x.dtype) for one in each]) for each in matrices]
+        stacks = [packed_stack(each, len(here)) for each in packed]
+    experts = GroupedExperts(*stacks, first=here.start, num_experts=4, activation="silu")
+    few = experts(x, chosen, shares)
+    assert experts._wides_for(x, chosen) is None
+    monkeypatch.setattr(moe, "suits_hopper", lambda x: True)
+    assert experts._wides_for(x, chosen) is not None
+    assert experts._wides_for(x[:9], chosen[:9]) is None
+    torch.testing.assert_close(experts(x, chosen, shares), few, atol=2e-3, rtol=1e-3)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+from aphro_kernels.gated_gemm import ROWS
+from aphro_kernels.row_tiles import plan_tiles
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aphro_core.models.spec import DecoderSpec, RopeSpec
+from aphro_core.layers.expert_stacks import _WIDE_FROM
+from aphro_core.models.spec import DecoderSpec, MoeSpec, RopeSpec
 from aphro_core.parallel import memory
 from aphro_core.parallel.shard import build_plan
 
@@ -113,3 +117,14 @@ def test_steps_that_are_graphs_are_whole_units_and_no_larger_than_steps(tp_size:
     assert tokens == most_tokens < 2048 * tp_size or tokens % least == 0
     assert tokens <= min(most, most_tokens)
     assert memory.graph_tokens(LLAMA_8B, 1, 8192) == 2048
+
+
+def test_rows_that_stand_by_expert_are_counted_with_their_padding() -> None:
+    """512 tokens of Qwen3-30B-A3B: 4,096 slots, and up to 127 padded rows for each of the 128 experts."""
+    moe = MoeSpec(num_experts=128, experts_per_token=8, intermediate_size=768, renormalize=True)
+    spec = replace(LLAMA_8B, hidden_size=2048, moe=moe)
+    (rank,) = build_plan(spec, 1, 1).ranks
+    assert (min(_WIDE_FROM.values()), ROWS) == (memory.SPREAD_FROM, memory.SPREAD_ROWS)
+    tiles = plan_tiles(torch.arange(8).repeat(512, 1), 0, 128, ROWS)
+    merged = len(tiles.slots) * (2 * 768 + 2048)  # fp8: gate and up beside the rows' two numbers of a byte each
+    assert memory.activation_bytes(spec, rank, 512, 0, 2) >= 2 * merged

@@ -10,8 +10,9 @@ import anyio
 import pytest
 
 from aphro_core.remote.local import LocalHost
+from aphro_core.remote.process import start
 from aphro_core.remote.remote import NOT_FOUND, HostUnreachableError, Process, read
-from aphro_core.remote.ssh import open_host, parse_target
+from aphro_core.remote.ssh import _wait_connected, open_host, parse_target
 from tests.e2e.server_process import is_running
 
 
@@ -80,6 +81,16 @@ async def test_a_process_that_ended_says_so() -> None:
 async def _send_often(process: Process) -> None:
     for _ in range(50):
         await process.send_line("x")
+
+
+@pytest.mark.anyio
+async def test_a_connection_that_ended_before_it_was_spoken_to_says_whose_it_was() -> None:
+    async with start(["sh", "-c", "echo connection refused >&2; exit 255"], None) as connection:
+        await connection.wait()
+        await anyio.sleep(0.1)  # until the loop has seen that the pipe is closed
+        with pytest.raises(HostUnreachableError, match="no ssh connection to node9: connection refused") as caught:
+            await _wait_connected(connection, "node9", 1.0)
+    assert "ssh-copy-id node9" in str(caught.value.hint)
 
 
 @pytest.mark.anyio

@@ -138,7 +138,7 @@ def test_a_number_that_does_not_fit_is_refused_and_costs_no_process(
 def test_a_child_that_somebody_else_ends_is_no_fault_of_the_chat(
     renderer: ChildRenderer, fork_server: ForkServer, number: signal.Signals
 ) -> None:
-    slow = "{% for i in range(10**5) %}{% for j in range(12) %}{% endfor %}{% endfor %}" + PLAIN
+    slow = "{% for i in range(10**5) %}{% for j in range(4) %}{% endfor %}{% endfor %}" + PLAIN
     renderer.render(PLAIN, HELLO, True, {})
     timer = threading.Timer(0.02, lambda: [os.kill(pid, number) for pid in children_of(fork_server)])
     timer.start()

@@ -313,6 +313,7 @@ def test_plans_run_ahead_in_a_group(tmp_path: Path, tp: int, pp: int) -> None:
         if pp == 1:  # stages share the rows, so that none come again
             plans[-2:] = [again(plan, []) for plan in plans[-2:]]
         steps = [runner.launch(plan) for plan in plans]
+        assert bool(runner._padded.sampler.rows) == any(steps), "dials are for the rank that draws"
         return [
             pair
             for seq_ids, step in zip(drawing, steps, strict=True)
