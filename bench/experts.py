@@ -62,10 +62,10 @@ class Layer:
         found["route"]["choice"] = lambda: route(logits, self.top, renormalize=True)
         found["route"]["product, choice"] = lambda: route(linear(x, self.router), self.top, renormalize=True)
         rows_of = [row_tiles.tile_rows(tokens * self.top, self.num_experts)]
-        found["plan"][""] = lambda: row_tiles.plan_tiles(chosen, 0, self.num_experts, rows_of[0])
         if every_config:
             rows_of = sorted({*rows_of, *((1, 16) if tokens <= 4 else (16, 32, 64)[: 3 if tokens >= 64 else 2])})
         for rows in rows_of if tokens <= 512 else []:
+            found["plan"][f"few {rows}"] = lambda rows=rows: row_tiles.plan_tiles(chosen, 0, self.num_experts, rows)
             tiles = row_tiles.plan_tiles(chosen, 0, self.num_experts, rows)
             for name, given, weight, per in (("gate_up", x, self.gate_up, self.top), ("down", inner, self.down, 1)):
                 gated = name == "gate_up"
@@ -78,6 +78,7 @@ class Layer:
                     )
             found["rest"]["weigh"] = lambda tiles=tiles: weigh_rows(slots, shares, tiles.places, is_spread=False)
         if tokens * self.top >= 2 * self.num_experts:
+            found["plan"]["wide"] = lambda: row_tiles.plan_tiles(chosen, 0, self.num_experts, ROWS)
             wide = row_tiles.plan_tiles(chosen, 0, self.num_experts, ROWS)
             spread = spread_rows(x, wide)
             outs = [x.new_empty(len(spread), size) for size in (self.width, self.hidden)]
@@ -91,6 +92,7 @@ class Layer:
                 result = x.new_empty(len(spread), weight.shape[1])
                 found[f"{name} fp8"] = {"wide": self._wide_float8(name, rows_in, wide, result)}
         for rows in rows_of if tokens <= 512 else []:
+            found["plan"][f"few {rows}"] = lambda rows=rows: row_tiles.plan_tiles(chosen, 0, self.num_experts, rows)
             tiles = row_tiles.plan_tiles(chosen, 0, self.num_experts, rows)
             for name, given, per in (("gate_up", x, self.top), ("down", inner, 1)):
                 packed = found.setdefault(f"{name} fp8", {})

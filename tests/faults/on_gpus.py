@@ -167,7 +167,10 @@ class Served:
 
 
 def _used_mib() -> list[int]:
+    """Of the GPUs that are seen here: those of others are not ours to judge."""
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    if seen := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        command += ["-i", seen]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
     return [int(line) for line in done.stdout.split()]
 

@@ -25,9 +25,9 @@ NUM_GPUS = torch.cuda.device_count()
 FAMILIES = tuple(TINY)
 LAYOUTS = {  # (tp, pp): what differs between families is the same in each
     (1, 1): FAMILIES,
-    (2, 1): PLAIN,
+    (2, 1): (*PLAIN, "mixtral", "qwen2_moe"),
     (1, 2): PLAIN,
-    **dict.fromkeys([(3, 1), (4, 1), (2, 2)], ("llama", "qwen2")),
+    **dict.fromkeys([(3, 1), (4, 1), (2, 2)], ("llama", "qwen2", "mixtral")),
 }
 FORMATS = (
     "gptq",
@@ -109,15 +109,47 @@ def test_tokens_of_long_prompts_on_two_gpus_equal_transformers(
                 assert entry.logprob == pytest.approx(float(row[token_id]), abs=2e-4)
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_quantised_tokens_equal_transformers(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("family", "tp"), [("mixtral", 2), ("qwen2_moe", 2), ("mixtral", 3)])
+def test_whole_experts_on_each_gpu_give_the_tokens_of_transformers(tmp_path: Path, family: str, tp: int) -> None:
+    """Five or seven experts are shared out unevenly; the rows of the long prompt stand by expert."""
+    if tp > NUM_GPUS:
+        pytest.skip(f"needs {tp} GPUs")
+    model = write_tiny_checkpoint(tmp_path, family, max_position_embeddings=2048)
+    reference = Reference(model, prompt_lengths=(1, 17, 600), new=8)
+    with LLM(
+        str(tmp_path),
+        tensor_parallel_size=tp,
+        enable_expert_parallel=True,
+        device="cuda",
+        dtype="float32",
+        max_num_batched_tokens=800,
+        num_blocks=128,
+        max_model_len=700,
+        skip_tokenizer_init=True,
+    ) as llm:
+        outputs = llm.generate(reference.prompts, reference.greedy)
+    assert [list(output.outputs[0].token_ids) for output in outputs] == reference.tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "tp"), [*((name, 1) for name in FORMATS), *((name, 2) for name in FORMATS if "dynamic" not in name)]
+)
+def test_quantised_tokens_equal_transformers(tmp_path: Path, name: str, tp: int) -> None:
     """On the dequantised weights; decode takes the kernel, the prompts of more than 64 rows a dequantised copy."""
     assert name in TINY_FORMATS
+    if tp > NUM_GPUS:
+        pytest.skip(f"needs {tp} GPUs")
     model = write_tiny_format(tmp_path, name)
-    round_inputs(model, name, build_plan(load_spec(read_hf_config(tmp_path)), 1, 1))
+    round_inputs(model, name, build_plan(load_spec(read_hf_config(tmp_path)), tp, 1))
     reference = Reference(model, prompt_lengths=(1, 17, 40, 70), new=12)
     with LLM(
-        str(tmp_path), device="cuda", dtype="float32", num_blocks=64, max_model_len=128, skip_tokenizer_init=True
+        str(tmp_path),
+        tensor_parallel_size=tp,
+        device="cuda",
+        dtype="float32",
+        num_blocks=64,
+        max_model_len=128,
+        skip_tokenizer_init=True,
     ) as llm:
         outputs = llm.generate(reference.prompts, reference.greedy)
     assert [list(output.outputs[0].token_ids) for output in outputs] == reference.tokens
