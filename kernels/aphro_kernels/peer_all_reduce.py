@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from aphro_kernels.language import chain_options, jit, let_next_start, next_power_of_2, tl, wait_for_last
+from aphro_kernels.peer_rows import allocate_shared
 from aphro_kernels.rms_norm import rms_norm_reference
 
 _PROGRAMS: Final = 64
@@ -50,13 +51,16 @@ def peer_bytes(size: int, max_rows: int, width: int, dtype: torch.dtype) -> int:
     return _FLAG_BYTES + _PROGRAMS * 2 * size * rows * width * dtype.itemsize
 
 
-def build_peer_memory(group: Any, max_rows: int, width: int, dtype: torch.dtype, device: torch.device) -> PeerMemory:
-    """Map each rank's buffer into all ranks of ``group`` (a process group with NCCL). All ranks call it together."""
+def build_peer_memory(
+    group: Any, max_rows: int, width: int, dtype: torch.dtype, device: torch.device, memory: Tensor | None = None
+) -> PeerMemory:
+    """Map each rank's buffer into all ranks of ``group`` (a process group with NCCL). All ranks call it together, each
+    with a ``memory`` of ``peer_rows.allocate_shared``, which is made here if it is not given."""
     import torch.distributed as dist
     from torch.distributed import _symmetric_memory as symmetric
 
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    memory = symmetric.empty(peer_bytes(size, max_rows, width, dtype), dtype=torch.uint8, device=device)
+    memory = allocate_shared(peer_bytes(size, max_rows, width, dtype), device) if memory is None else memory
     handle = symmetric.rendezvous(memory, group)
     memory.zero_()
     torch.cuda.synchronize(device)

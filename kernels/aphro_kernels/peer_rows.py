@@ -47,16 +47,30 @@ def _flag_bytes(programs: int) -> int:
     return 4 * LINE * (programs + 1)  # a line for each program, and one that says that summands are there
 
 
+def allocate_shared(num_bytes: int, device: torch.device) -> Tensor:
+    """``[num_bytes]`` uint8 that other ranks can be let write to, not cleared. RuntimeError where memory runs out."""
+    from torch.distributed import _symmetric_memory as symmetric
+
+    return symmetric.empty(num_bytes, dtype=torch.uint8, device=device)
+
+
 def build_peer_rows(
-    group: Any, max_rows: int, width: int, dtype: torch.dtype, device: torch.device, programs: int = PROGRAMS
+    group: Any,
+    max_rows: int,
+    width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    programs: int = PROGRAMS,
+    memory: Tensor | None = None,
 ) -> PeerRows:
-    """Map each rank's buffer into all ranks of ``group`` (a process group with NCCL). All ranks call it together."""
+    """Map each rank's buffer into all ranks of ``group`` (a process group with NCCL). All ranks call it together, each
+    with a ``memory`` of :func:`allocate_shared`, which is made here if it is not given."""
     import torch.distributed as dist
     from torch.distributed import _symmetric_memory as symmetric
 
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     num_bytes = peer_rows_bytes(size, max_rows, width, dtype, programs)
-    memory = symmetric.empty(num_bytes, dtype=torch.uint8, device=device)
+    memory = allocate_shared(num_bytes, device) if memory is None else memory
     handle = symmetric.rendezvous(memory, group)
     memory.zero_()
     torch.cuda.synchronize(device)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import socket
 import zlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,8 +18,9 @@ from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from aphro_core.parallel.shard import RankShard, ShardingPlan
-from aphro_core.peer_sums import PeerSums, Scattered, Summand, build_peer_sums
+from aphro_core.peer_sums import PeerSums, Scattered, Summand, allocate_peer_buffers, build_peer_sums
 
+T = TypeVar("T")
 _LOG: Final = logging.getLogger(__name__)
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
@@ -45,20 +47,43 @@ class TensorParallelGroup:
         """Let sums of ``[rows, width]``, up to ``most_rows``, go by peer memory, if all are GPUs of one host that reach
         each other: of few rows all by everybody, of many each by one rank.
 
-        All ranks call it together; whatever forbids it on one of them leaves all with NCCL.
+        All ranks call it together; whatever forbids it on one of them leaves all with NCCL, and one line says what.
         """
-        if self.size == 1 or device.type != "cuda" or not self._is_on_one_host(device):
-            return
-        peers: PeerSums | None = None
-        if self._all_agree(_reaches_all(device), device):
-            torch.cuda.empty_cache()  # the buffers come from the driver, which has nothing of what torch keeps unused
-            try:
-                peers = build_peer_sums(self._group, width, dtype, device, most_rows)
-            except RuntimeError as error:
-                _LOG.warning("tensor-parallel sums all go by NCCL: no peer memory on rank %d: %s", self.rank, error)
-        elif self.rank == 0:
-            _LOG.warning("tensor-parallel sums all go by NCCL: not all visible GPUs reach each other's memory")
-        self._peers = peers if self._all_agree(peers is not None, device) else None
+        if self.size > 1 and device.type == "cuda":
+            self._peers = self._connected(width, dtype, device, most_rows)
+
+    def _connected(self, width: int, dtype: torch.dtype, device: torch.device, most_rows: int) -> PeerSums | None:
+        """Step by step, and no step before all can take it: a rank that fails alone would leave the others waiting."""
+        spread = None if self._is_on_one_host(device) else "its ranks are on several hosts"
+        if self._is_refused(spread, device) or self._is_refused(self._unreached(device), device):
+            return None
+        torch.cuda.empty_cache()  # the buffers come from the driver, which has nothing of what torch keeps unused
+        shape = (width, dtype, device, most_rows)
+        buffers, failure = _attempt(lambda: allocate_peer_buffers(self.size, *shape), device)
+        if self._is_refused(failure, device) or buffers is None:
+            return None
+        peers, failure = _attempt(lambda: build_peer_sums(self._group, buffers, *shape), device)
+        return None if self._is_refused(failure, device) else peers
+
+    def _is_refused(self, objection: str | None, device: torch.device) -> bool:
+        """Whether some rank objects to peer memory. The first of them says why, for all."""
+        first = torch.tensor([self.size if objection is None else self.rank], dtype=torch.int64, device=device)
+        dist.all_reduce(first, op=dist.ReduceOp.MIN, group=self._group)
+        if objection is not None and first.item() == self.rank:
+            _LOG.warning("tensor-parallel sums all go by NCCL: %s", objection)
+        return bool(first.item() < self.size)
+
+    def _unreached(self, device: torch.device) -> str | None:
+        """What to say where this rank's GPU does not reach that of another one."""
+        others = sorted(set(self._gpus_of_all(device)) - {device.index})
+        found = next((other for other in others if not torch.cuda.can_device_access_peer(device, other)), None)
+        return None if found is None else f"GPU {device.index} does not reach the memory of GPU {found}"
+
+    def _gpus_of_all(self, device: torch.device) -> list[int]:
+        own = torch.tensor([device.index], dtype=torch.int64, device=device)
+        every = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(every, own, group=self._group)
+        return [int(index) for index in every]
 
     def parts(self, num_rows: int) -> list[tuple[int, range]]:
         """In which order a summand of so many rows is best made: whose rows, and which, this rank's last. Empty: in one
@@ -125,11 +150,6 @@ class TensorParallelGroup:
         least, most = least_and_most.tolist()
         return bool(least == -most)
 
-    def _all_agree(self, is_so: bool, device: torch.device) -> bool:
-        votes = torch.tensor([int(is_so)], dtype=torch.int64, device=device)
-        dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=self._group)
-        return bool(votes.item())
-
     def broadcast_(self, x: Tensor) -> Tensor:
         """What tp rank 0 has in ``x``, on every rank, in place."""
         if self.size > 1:
@@ -175,9 +195,12 @@ def _side_by_side(parts: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _reaches_all(device: torch.device) -> bool:
-    others = (other for other in range(torch.cuda.device_count()) if other != device.index)
-    return all(torch.cuda.can_device_access_peer(device, other) for other in others)
+def _attempt(make: Callable[[], T], device: torch.device) -> tuple[T | None, str | None]:
+    """What it made, or what to say of why it did not."""
+    try:
+        return make(), None
+    except RuntimeError as error:
+        return None, f"no peer memory on {device} of {socket.gethostname()}: {error}"
 
 
 class StageLink:

@@ -7,8 +7,8 @@ from typing import Final
 
 import torch
 import torch.distributed as dist
-from aphro_kernels.peer_all_reduce import PeerMemory, build_peer_memory, peer_all_reduce
-from aphro_kernels.peer_rows import PeerRows, build_peer_rows, send, send_all, shares
+from aphro_kernels.peer_all_reduce import PeerMemory, build_peer_memory, peer_all_reduce, peer_bytes
+from aphro_kernels.peer_rows import PeerRows, allocate_shared, build_peer_rows, peer_rows_bytes, send, send_all, shares
 from aphro_kernels.peer_two_shot import peer_two_shot
 from torch import Tensor
 
@@ -98,11 +98,39 @@ class PeerSums:
         return _MANY_ROWS <= num_rows <= self._many.max_rows
 
 
+@dataclass(frozen=True, slots=True)
+class PeerBuffers:
+    """What a rank lets the others write to, before they can: one for few rows, where any fit, and one for many."""
+
+    few: Tensor | None
+    many: Tensor
+
+
+def _few_rows(size: int, width: int, dtype: torch.dtype) -> int:
+    return _FEW_BYTES // (size - 1) // (width * dtype.itemsize)
+
+
+def allocate_peer_buffers(
+    size: int, width: int, dtype: torch.dtype, device: torch.device, most_rows: int
+) -> PeerBuffers:
+    """For sums of ``[rows, width]``, up to ``most_rows``, over ``size`` ranks. RuntimeError where memory runs out."""
+    rows = _few_rows(size, width, dtype)
+    few = allocate_shared(peer_bytes(size, rows, width, dtype), device) if rows else None
+    return PeerBuffers(few, allocate_shared(peer_rows_bytes(size, most_rows, width, dtype), device))
+
+
 def build_peer_sums(
-    group: dist.ProcessGroup | None, width: int, dtype: torch.dtype, device: torch.device, most_rows: int
+    group: dist.ProcessGroup | None,
+    buffers: PeerBuffers,
+    width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    most_rows: int,
 ) -> PeerSums:
-    """Of ``[rows, width]``, up to ``most_rows``. All ranks of ``group`` call it together. Raises RuntimeError."""
-    few_rows = _FEW_BYTES // (dist.get_world_size(group) - 1) // (width * dtype.itemsize)
-    few = build_peer_memory(group, few_rows, width, dtype, device) if few_rows else None
-    many = build_peer_rows(group, most_rows, width, dtype, device)
+    """Over the buffers of all ranks of ``group``, who call it together: a rank without any would leave the others
+    waiting for it. Raises RuntimeError."""
+    rows, few = _few_rows(dist.get_world_size(group), width, dtype), None
+    if buffers.few is not None:
+        few = build_peer_memory(group, rows, width, dtype, device, memory=buffers.few)
+    many = build_peer_rows(group, most_rows, width, dtype, device, memory=buffers.many)
     return PeerSums(few, many, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -153,25 +154,73 @@ def test_cpus_have_no_peer_memory(tmp_path: Path) -> None:
     assert run_ranks(tmp_path, build_plan(SPEC, 2, 1), connect) == [True, True]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_gpus_that_do_not_reach_each_other_are_told_of_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rank: int
+CPU = torch.device("cpu", 0)  # stands for a GPU where only votes travel
+SHAPE = (33, torch.float32, CPU, 2048)
+
+
+def refusals(links: Links, rank: int, caplog: pytest.LogCaptureFixture) -> tuple[bool, list[str]]:
+    """Whether sums stay with the library, and what this rank says of it."""
+    links.tensor._peers = links.tensor._connected(*SHAPE)
+    return links.tensor._peers is None, [record.getMessage() for record in caplog.records]
+
+
+def lose_memory(rank_without: int) -> Callable[..., object]:
+    def allocate(*shape: object) -> object:
+        if torch.distributed.get_rank() >= rank_without:
+            raise torch.OutOfMemoryError("CUDA out of memory: 56 MiB")
+        return object()
+
+    return allocate
+
+
+def test_a_rank_without_memory_keeps_nobody_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(TensorParallelGroup, "_is_on_one_host", lambda self, device: True)
-    monkeypatch.setattr(TensorParallelGroup, "_all_agree", lambda self, is_so, device: is_so)
-    monkeypatch.setattr(distributed, "_reaches_all", lambda device: False)
-    group = TensorParallelGroup(rank, 2)
-    group.connect(33, torch.float32, torch.device("cuda", rank), 2048)
-    assert group._peers is None
-    assert [record.levelname for record in caplog.records if "by NCCL" in record.message] == ["WARNING"] * (rank == 0)
+    """No rank goes to a rendezvous that another one will not come to; the first one without memory says so, alone."""
+    monkeypatch.setattr(TensorParallelGroup, "_unreached", lambda self, device: None)
+    monkeypatch.setattr(distributed, "allocate_peer_buffers", lose_memory(1))
+    monkeypatch.setattr(distributed, "build_peer_sums", lambda *shape: torch.distributed.barrier())
+    answers = run_ranks(tmp_path, build_plan(SPEC, 3, 1), lambda *place: refusals(*place, caplog), answer_seconds=20)
+    assert [is_refused for is_refused, _ in answers] == [True] * 3
+    (line,) = (line for _, lines in answers for line in lines)
+    assert line.startswith("tensor-parallel sums all go by NCCL: no peer memory on cpu:0 of ")
+    assert line.endswith(": CUDA out of memory: 56 MiB")
+    assert answers[1][1] == [line]
 
 
-def test_what_loading_left_is_free_for_peers_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+def fail_in_rendezvous(*shape: object) -> object:
+    raise RuntimeError("pidfd_getfd: Operation not permitted")
+
+
+@pytest.mark.parametrize("why", ["several hosts", "does not reach the memory of GPU 2", "not permitted", ""])
+def test_what_forbids_peer_memory_is_told_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, why: str
+) -> None:
+    """GPUs that no rank of the group has are not asked."""
+    unreached = 2 if "GPU" in why else 1
+    monkeypatch.setattr(TensorParallelGroup, "_is_on_one_host", lambda self, device: "hosts" not in why)
+    monkeypatch.setattr(TensorParallelGroup, "_gpus_of_all", lambda self, device: [0, 2])
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda device, other: other != unreached)
+    monkeypatch.setattr(distributed, "allocate_peer_buffers", lambda *shape: object())
+    build = fail_in_rendezvous if "permitted" in why else lambda *shape: object()
+    monkeypatch.setattr(distributed, "build_peer_sums", build)
+    answers = run_ranks(tmp_path, build_plan(SPEC, 2, 1), lambda *place: refusals(*place, caplog))
+    assert [is_refused for is_refused, _ in answers] == [bool(why)] * 2
+    lines = [line for _, lines in answers for line in lines]
+    assert len(lines) == bool(why)
+    assert all(line.startswith("tensor-parallel sums all go by NCCL: ") and line.endswith(why) for line in lines)
+
+
+def test_peers_buffers_come_when_all_agree_and_what_loading_left_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done: list[str] = []
-    monkeypatch.setattr(TensorParallelGroup, "_is_on_one_host", lambda self, device: True)
-    monkeypatch.setattr(TensorParallelGroup, "_all_agree", lambda self, is_so, device: is_so)
-    monkeypatch.setattr(distributed, "_reaches_all", lambda device: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
-    monkeypatch.setattr(distributed, "build_peer_sums", lambda *sizes: done.append("built"))
-    TensorParallelGroup(0, 2).connect(33, torch.float32, torch.device("cuda", 0), 2048)
-    assert done == ["emptied", "built"]
+    monkeypatch.setattr(distributed, "allocate_peer_buffers", lambda *shape: done.append("allocated") or object())
+    monkeypatch.setattr(distributed, "build_peer_sums", lambda *shape: done.append("built"))
+
+    def connect(links: Links, rank: int) -> list[str]:
+        links.tensor._connected(*SHAPE)
+        return done
+
+    assert run_ranks(tmp_path, build_plan(SPEC, 2, 1), connect) == [["emptied", "allocated", "built"]] * 2
