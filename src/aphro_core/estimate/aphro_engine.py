@@ -30,6 +30,7 @@ class AphroEngine:
     is_gpu: bool
     foreign_bytes: int = 0
     per_host: int | None = None  # ranks on a host, where there are several
+    devices_per_host: int | None = None  # None: as many as there are ranks
 
     def balances(self, facts: ModelFacts, sizes: Sizes, quantization: QuantizationFacts | None) -> list[RankBalance]:
         """In rank order. Raises PlacementError for sizes that the model's shapes forbid."""
@@ -70,9 +71,11 @@ class AphroEngine:
         """Inside the budget, on GPUs: the CUDA context, with several ranks communicators and peers' buffers too."""
         if not self.is_gpu:
             return 0
+        outside = self.foreign_bytes + memory.outside_bytes(sizes.tp, sizes.pp)
+        if sizes.tp > (self.devices_per_host or sizes.tp):  # over several hosts ranks have no memory of each other's
+            return outside
         rows = max(sizes.max_num_batched_tokens, sizes.max_num_seqs)
-        peers = memory.peer_bytes(hidden_size, sizes.tp, rows, DTYPE_BYTES[sizes.dtype])
-        return self.foreign_bytes + memory.outside_bytes(sizes.tp, sizes.pp) + peers
+        return outside + memory.peer_bytes(hidden_size, sizes.tp, rows, DTYPE_BYTES[sizes.dtype])
 
     def _balance(self, shard: RankShard, sizes: Sizes) -> RankBalance:
         spec, element = self.spec, DTYPE_BYTES[sizes.dtype]

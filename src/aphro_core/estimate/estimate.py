@@ -142,7 +142,14 @@ def _estimate(question: Question, sizes: Sizes) -> Estimate:
             spec = replace(spec, quantization=None)
         if spec is None:
             check_general(source.facts, sizes.tp, sizes.pp, question.scheme, expert_parallel=sizes.expert_parallel)
-        engine = AphroEngine(spec, device.total_bytes, device.kind == "cuda", device.foreign_bytes, device.per_host)
+        engine = AphroEngine(
+            spec,
+            device.total_bytes,
+            device.kind == "cuda",
+            device.foreign_bytes,
+            device.per_host,
+            question.devices_per_host,
+        )
         return Estimate(question, sizes, tuple(engine.balances(source.facts, sizes, question.scheme)))
     is_own = question.quantization is None or question.quantization == source.facts.quantization
     check_vllm(

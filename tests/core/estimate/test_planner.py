@@ -11,6 +11,7 @@ from aphro_core.estimate.estimate import estimate
 from aphro_core.estimate.planner import Plan, plan_all, plan_one, shortage
 from aphro_core.estimate.question import Question
 from aphro_core.estimate.remedies import remedies
+from aphro_core.parallel import memory
 from tests.core.estimate.asking import ask, question
 from tests.core.estimate.configs import GPT_OSS_20B, LLAMA_8B, QWEN_32B, QWEN_72B
 
@@ -44,6 +45,13 @@ def test_stages_across_hosts() -> None:
     assert "across" in best.reason
     wide = next(plan for plan in plan_all(asked_of(QWEN_72B, "4090", 16, 4)) if plan.tp == 8)
     assert "over the network" in wide.reason
+
+
+def test_ranks_on_several_hosts_have_no_buffers_of_peers() -> None:
+    """Their sums go by NCCL (distributed.py)."""
+    near, far = (estimate(asked_of(QWEN_72B, "4090", 16, per_host), 8, 1) for per_host in (8, 4))
+    buffers = memory.peer_bytes(8192, 8, near.sizes.max_num_batched_tokens, 2)
+    assert near.ranks[0].overhead_bytes - far.ranks[0].overhead_bytes == buffers > 0
 
 
 def test_three_gpus_are_a_plan() -> None:
