@@ -8,6 +8,7 @@ import logging
 import math
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from queue import SimpleQueue
@@ -43,7 +44,7 @@ class InProcessExecutor:
         self._is_dead = False
         self._failure: BaseException | None = None
         self._failed = anyio.Event()
-        self.waiting = Results(
+        self._waiting = Results(
             lambda result: _from_thread(loop, self._send_result.send_nowait, result),
             lambda error: _from_thread(loop, self._fail, error),
             worker.enter_thread,
@@ -53,6 +54,7 @@ class InProcessExecutor:
         # between two steps the loop speaks to the API process, and the worker must not wait for all of that
         sys.setswitchinterval(_SWITCH_SECONDS)
         self._thread.start()
+        self._waiting.start()
         self.ranks = [await self._call(self._worker.load)]
 
     async def allocate(self, num_blocks: int) -> None:
@@ -65,7 +67,7 @@ class InProcessExecutor:
             return
         step = self._worker.launch(plan)
         assert step is not None, "a single rank is its own last stage"
-        self.waiting.put(step)
+        self._waiting.put(step)
         self._worker.settle()
 
     async def dump_stacks(self) -> None:
@@ -77,16 +79,24 @@ class InProcessExecutor:
         raise self._failure
 
     async def aclose(self) -> None:
-        """End the thread, once the step that it computes is done. One that hangs keeps its worker till the process
-        ends."""
-        self._calls.put(None)
-        if self._thread.is_alive():
-            with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(self._thread.join, _END_SECONDS)
-        if self._thread.is_alive():
-            _LOG.warning("a step has not ended %g s after the engine; it ends with its process", _END_SECONDS)
-        else:
+        """End the threads, once the steps that they compute or wait for are done; those behind are not begun. One that
+        hangs keeps its worker till the process ends."""
+        self._is_dead = True
+        with anyio.CancelScope(shield=True):
+            has_ended = await anyio.to_thread.run_sync(self._end_threads)
+        if has_ended:
             self._worker.close()
+        else:
+            _LOG.warning("a step has not ended %g s after the engine; it ends with its process", _END_SECONDS)
+
+    def _end_threads(self) -> bool:
+        """Not on the loop: it waits."""
+        until = time.monotonic() + _END_SECONDS
+        self._calls.put(None)
+        if self._thread.ident is not None:  # it was started
+            self._thread.join(_END_SECONDS)
+        has_ended = self._waiting.end(max(0.0, until - time.monotonic()))
+        return has_ended and not self._thread.is_alive()
 
     def _fail(self, error: BaseException) -> None:
         self._failure = error
@@ -148,8 +158,7 @@ async def open_inprocess(
         await executor.load()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(executor.raise_failure)
-            with executor.waiting:
-                yield executor
+            yield executor
             tasks.cancel_scope.cancel()
     finally:
         await executor.aclose()

@@ -7,14 +7,17 @@ import threading
 from collections.abc import Callable
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 
 from aphro_core.messages.steps import StepResult
 from aphro_core.worker.step import LaunchedStep
 
+_END_SECONDS: Final = 1.0
+
 
 class Results:
-    """``put`` a step; ``send`` gets its result. Leaving the block ends the thread, once what was put is done."""
+    """``put`` a step; ``send`` gets its result. Leaving the block, or ``end``, ends the thread once what was put is
+    done."""
 
     def __init__(
         self,
@@ -33,15 +36,27 @@ class Results:
     def put(self, step: LaunchedStep) -> None:
         self._steps.put(step)
 
-    def __enter__(self) -> Self:
+    def start(self) -> None:
         self._thread.start()
+
+    def __enter__(self) -> Self:
+        self.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is None:
+            self.end(_END_SECONDS)
+        else:
+            self._steps.put(None)
+
+    def end(self, seconds: float) -> bool:
+        """Wait for what was put, so many seconds at most. Whether all of it is done."""
         self._steps.put(None)
-        self._thread.join(timeout=0.0 if error is not None else 1.0)
+        if self._thread.ident is not None:  # it was started
+            self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         self._enter_thread()

@@ -11,7 +11,7 @@ import pytest
 
 from aphro_core.executor import inprocess
 from aphro_core.executor.inprocess import InProcessExecutor
-from aphro_core.messages.steps import StepPlan
+from aphro_core.messages.steps import StepPlan, StepResult
 from aphro_core.worker.worker import Worker
 
 pytestmark = pytest.mark.anyio
@@ -55,30 +55,42 @@ async def test_nothing_is_computed_behind_what_the_worker_died_of() -> None:
 
 
 class BusyWorker(DyingWorker):
-    """Computes until it is told to end."""
+    """Computes until it is told to end. A GPU launches at once, and whoever wants the result waits."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_gpu: bool) -> None:
         super().__init__()
-        self.may_end, self.is_closed = threading.Event(), False
+        self.may_end, self.is_closed, self.is_asynchronous = threading.Event(), False, is_gpu
 
-    def launch(self, plan: StepPlan) -> None:
+    def launch(self, plan: StepPlan) -> BusyWorker:  # type: ignore[override]
+        self.launched.append(plan.step_id)
+        if not self.is_asynchronous:
+            self.result()
+        return self
+
+    def result(self) -> StepResult:
         self.may_end.wait(30)
         assert not self.is_closed
-        raise SystemError("at its end")
+        return StepResult(1, [])
+
+    def settle(self) -> None:
+        pass
 
     def close(self) -> None:
         self.is_closed = True
 
 
 @pytest.mark.parametrize("hangs", [False, True])
+@pytest.mark.parametrize("is_gpu", [False, True])
 async def test_a_step_that_computes_neither_holds_up_the_loop_nor_loses_its_worker(
-    hangs: bool, monkeypatch: pytest.MonkeyPatch
+    is_gpu: bool, hangs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inprocess, "_END_SECONDS", 0.4 if hangs else 20.0)
-    worker = BusyWorker()
+    worker = BusyWorker(is_gpu=is_gpu)
     executor = InProcessExecutor(cast("Worker", worker), asyncio.get_running_loop())
     await executor.load()
-    await executor.submit(StepPlan(1, [], [], []))
+    for step_id in (1, 2):
+        await executor.submit(StepPlan(step_id, [], [], []))
+    await asyncio.sleep(0.05)
     turns: list[float] = []
 
     async def look() -> None:
@@ -92,5 +104,6 @@ async def test_a_step_that_computes_neither_holds_up_the_loop_nor_loses_its_work
     await executor.aclose()
     assert len(turns) > 5, "others had their turns meanwhile"
     assert worker.is_closed is not hangs
+    assert worker.launched == ([1, 2] if is_gpu else [1]), "what has not begun is not begun any more"
     worker.may_end.set()
     await looking
