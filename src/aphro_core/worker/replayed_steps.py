@@ -32,7 +32,7 @@ class ReplayedSteps:
         self._decoder, self._caches = decoder, caches
         self._kept: OrderedDict[Size, _Step] = OrderedDict()
         self._last: Size | None = None
-        self._max_rows = _MAX_ROWS
+        self._most_rows = {0: _MAX_ROWS}  # by blocks of a table: with so many or more, so many rows at most
         self.can_replay = can_replay
 
     def __call__(self, batch: Batch, hidden_states: Tensor | None, kept: Tensor | None = None) -> Tensor:
@@ -61,10 +61,13 @@ class ReplayedSteps:
         """None: a step that is not noted."""
         rows = batch.cache_rows
         assert isinstance(rows, GatheredRows)
-        if rows.direct is None or any(rows.chunks.values()) or batch.num_tokens > self._max_rows:
+        if rows.direct is None or any(rows.chunks.values()):
             return None
-        num_blocks = rows.direct.block_tables.shape[1]
-        return batch.num_tokens, 1 << (max(num_blocks, 8) - 1).bit_length()
+        size = batch.num_tokens, 1 << (max(rows.direct.block_tables.shape[1], 8) - 1).bit_length()
+        return size if self._can_keep(*size) else None
+
+    def _can_keep(self, num_rows: int, num_blocks: int) -> bool:
+        return all(num_rows <= most for least, most in self._most_rows.items() if least <= num_blocks)
 
     def _note(self, size: Size, batch: Batch, hidden_states: Tensor | None) -> Tensor:
         step = _Step(self._decoder, size)
@@ -74,7 +77,8 @@ class ReplayedSteps:
             _LOG.debug("decode steps are not replayed: they call torch's %s", ", ".join(sorted(step.foreign)))
             return answer
         if step.num_bytes > REPLAYED_BYTES:
-            self._max_rows = size[0] - 1  # neither it nor a larger one is tried again
+            # neither it nor a larger one is tried again; most of the bytes are a row's own
+            self._most_rows[size[1]] = size[0] * REPLAYED_BYTES // (step.num_bytes + 1)
             return answer
         self._kept[size] = step
         while len(self._kept) > _MAX_KEPT or self.num_bytes > REPLAYED_BYTES:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -81,6 +83,18 @@ def test_what_is_kept_has_a_bound(folder: Path, monkeypatch: pytest.MonkeyPatch)
         assert fewer.steps.num_bytes <= allowed
         assert fewer.steps.num_kept < kept
     assert fewer.steps.num_kept == 0
+
+
+def test_long_tables_that_are_not_kept_leave_short_ones_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 40 rows with tables of 1,024 blocks not quite half as many would fit."""
+    steps = build_runner(folder, sharding_plan(folder, 1, 1), dtype=torch.bfloat16).steps
+    foreign: set[str] = set()
+    step = SimpleNamespace(foreign=foreign, num_bytes=2 * REPLAYED_BYTES, note=lambda *step: torch.zeros(1))
+    monkeypatch.setattr(replayed_steps, "_Step", lambda decoder, size: step)
+    steps._note((40, 1024), Mock(), None)
+    found = {(rows, blocks): steps._can_keep(rows, blocks) for rows in (19, 20, 40, 128) for blocks in (8, 1024, 2048)}
+    assert found == {(rows, blocks): rows <= 19 or blocks == 8 for rows, blocks in found}
+    assert not steps._can_keep(129, 8)
 
 
 def test_steps_that_call_torch_are_computed_as_ever(folder: Path) -> None:
