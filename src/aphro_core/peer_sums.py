@@ -55,7 +55,11 @@ class PeerSums:
         return [(owner, owned[owner]) for owner in (*range(rank + 1, size), *range(rank + 1))]
 
     def send(self, x: Tensor, owner: int) -> None:
-        """Of the summand ``x`` [rows, width] the part of one of :meth:`parts`, beside whatever is launched next."""
+        """Of the summand ``x`` [rows, width] the part of one of :meth:`parts`, beside whatever is launched next.
+
+        What fails between this and :meth:`add` may let go of ``x`` while it is read, and another step write there. That
+        is sent in vain: :meth:`add` waits for it, and then sends all rows of what it is called with instead.
+        """
         if owner == self._many.rank:
             return
         assert self._copies is not None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -143,6 +144,32 @@ def test_sums_go_by_peer_memory_if_there_is_any(monkeypatch: pytest.MonkeyPatch)
         group.all_reduce_(other)
     assert sums == ["library", "few", "many", "many"] + ["library"] * 7
     assert group.num_sums == len(sums)
+
+
+class NamedStream:
+    def __init__(self, name: str, order: list[str]) -> None:
+        self._name, self._order = name, order
+
+    def wait_stream(self, other: NamedStream) -> None:
+        self._order.append(f"{self._name} waits for {other._name}")
+
+
+def test_what_was_sent_of_a_step_that_failed_has_arrived_before_its_dues_are_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So no row of it, nor of what stands in its memory by now, comes behind the NaN that its rank owes."""
+    order: list[str] = []
+    copies, layers = (cast("torch.cuda.Stream", NamedStream(name, order)) for name in ("copies", "layers"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: layers)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(peer_sums, "send", lambda x, owner, peers: order.append("a part"))
+    monkeypatch.setattr(peer_sums, "send_all", lambda x, peers: order.append("all rows"))
+    monkeypatch.setattr(peer_sums, "peer_two_shot", lambda x, peers, **options: x)
+    memories = [torch.zeros(peer_rows_bytes(2, 600, 16, torch.float32), dtype=torch.uint8) for _ in range(2)]
+    sums = peer_sums.PeerSums(None, join_peer_rows(0, memories, 600, 16, torch.float32, None), copies)
+    sums.send(torch.zeros(600, 16), 1)
+    sums.add(torch.full((600, 16), torch.nan))
+    assert order == ["copies waits for layers", "a part", "layers waits for copies", "all rows"]
 
 
 def connect(links: Links, rank: int) -> bool:
