@@ -13,6 +13,7 @@ from typing import Final
 
 _MEMINFO: Final = Path("/proc/meminfo")
 _CGROUP: Final = Path("/sys/fs/cgroup")
+_MPS_PIPES: Final = "/tmp/nvidia-mps"  # the driver's own default
 _PRODUCT_FLAGS: Final = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni"}
 _BF16_FLAGS: Final = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}
 
@@ -62,6 +63,16 @@ def visible_gpus() -> list[str]:
     if not present or chosen is None:
         return [name.removeprefix("nvidia") for name in present]
     return [name.strip() for name in chosen.split(",") if name.strip() not in ("", "-1")]
+
+
+def sign_of_mps() -> str | None:
+    """What shows that this process shares its GPUs with others by MPS, at the same time and not in turns; None where
+    nothing does. The daemon may have been started without any variable."""
+    control = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY") or _MPS_PIPES) / "control"
+    if control.exists():
+        return str(control)
+    share = os.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE")
+    return f"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE={share}" if share else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,3 +46,17 @@ def test_no_answer_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(host, "visible_gpus", lambda: ["0"])
     assert host.gpu_memory() == []
+
+
+def test_mps_shows_itself_by_its_pipe_or_a_share(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A directory without a daemon is how a process goes past MPS."""
+    monkeypatch.delenv("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", raising=False)
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    assert host.sign_of_mps() is None
+    monkeypatch.setenv("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "50")
+    assert host.sign_of_mps() == "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=50"
+    os.mkfifo(tmp_path / "control")
+    assert host.sign_of_mps() == str(tmp_path / "control")
+    monkeypatch.delenv("CUDA_MPS_PIPE_DIRECTORY")
+    monkeypatch.setattr(host, "_MPS_PIPES", str(tmp_path))
+    assert host.sign_of_mps() == str(tmp_path / "control")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from aphro_kernels.chain_layer import ChainLayer, NextLayer, build_chain_workspace, chain_rows
 from aphro_kernels.chain_plan import ChainShape
@@ -17,6 +18,7 @@ from aphro_kernels.packed_chain_layer import (
 from aphro_kernels.packed_linear import PackedWeight
 from torch import Tensor
 
+from aphro_core import host
 from aphro_core.layers.attention import Attention
 from aphro_core.layers.batch import PagedRows
 from aphro_core.layers.linear import AnyLinear, Linear
@@ -24,6 +26,8 @@ from aphro_core.layers.mlp import GatedMLP
 from aphro_core.layers.norm import Norm, RMSNorm
 from aphro_core.layers.rotary import Rotation
 from aphro_core.peer_sums import Summand
+
+_LOG: Final = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,10 @@ def chain_layers(layers: Sequence[LayerParts | None]) -> ChainedLayers | None:
     if not layers or len(weights) < len(layers) or len({one.shape for one in weights}) > 1:
         return None
     chains = _plain_chains(weights) or _packed_chains(weights)
+    if chains is not None and (sign := host.sign_of_mps()) is not None:
+        # its programs wait for each other: they must all be on the GPU at once, and another process may be in the way
+        _LOG.warning("decode steps of few rows are slower: one launch a layer needs a GPU without MPS (%s)", sign)
+        return None
     return None if chains is None else ChainedLayers(parts[0], [layer.attention for layer in parts], *chains)
 
 

@@ -46,6 +46,7 @@ PASS, WARN, FAIL, SKIP = Status.PASS, Status.WARN, Status.FAIL, Status.SKIP
 GPUS = "python -m aphro_core.doctor.probes.gpus"
 VERSIONS = "python -m aphro_core.doctor.probes.versions"
 GPU_FILES = {"/dev/nvidia0": "", "/dev/nvidia1": "", "/proc/driver/nvidia/version": "NVRM version: 570.86.15\n"}
+GPU_FILES |= {"/proc/77/comm": "python\n", "/proc/88/comm": "nvidia-cuda-mps\n"}
 
 
 @pytest.fixture
@@ -91,6 +92,7 @@ GPU_CASES: list[tuple[Any, dict[str, str | Output], Status, str]] = [
     (gpu_throttle, nvml(gpu(0), gpu(1, throttling=["power brake"])), WARN, "GPU 1 (power brake)"),
     (gpu_busy, nvml(gpu(0), gpu(1)), PASS, "all GPUs are free"),
     (gpu_busy, nvml(gpu(0, used_bytes=40 << 30, processes=[{"pid": 77, "bytes": 39 << 30}])), WARN, "pid 77"),
+    (gpu_busy, nvml(gpu(0, processes=[{"pid": 88, "bytes": 30 << 20}])), WARN, "shared by MPS (pid 88)"),
     (gpu_topology, nvml(gpu(0), gpu(1)), PASS, "NVLink between all 2 GPUs"),
     (gpu_topology, nvml(gpu(0), gpu(1), p2p={}), WARN, "the slowest is GPU 0 - GPU 1 by SYS"),
     (gpu_fabric, nvml(gpu(0), gpu(1)), PASS, "2 GPUs have joined"),

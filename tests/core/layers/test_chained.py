@@ -13,6 +13,7 @@ from aphro_kernels.packed_chain_layer import PackedChainLayer
 from aphro_kernels.packed_linear import PackedWeight
 from torch import Tensor
 
+from aphro_core import host
 from aphro_core.distributed import TensorParallelGroup
 from aphro_core.layers import chained
 from aphro_core.layers.attention import Attention
@@ -45,6 +46,18 @@ def build_parts(*, out_bias: Tensor | None = None) -> LayerParts:
     )
     mlp = GatedMLP(Linear(weight(2 * INNER, HIDDEN)), Linear(weight(HIDDEN, INNER)))
     return LayerParts(RMSNorm(torch.rand(HIDDEN) + 0.5, 1e-5), attention, RMSNorm(torch.rand(HIDDEN) + 0.5, 1e-5), mlp)
+
+
+def test_a_gpu_that_is_shared_by_mps_has_no_chain(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    layers = [build_parts(), build_parts()]
+    monkeypatch.setattr(host, "sign_of_mps", lambda: None)
+    assert build(layers) is not None
+    monkeypatch.setattr(host, "sign_of_mps", lambda: "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=50")
+    assert build(layers) is None
+    (record,) = caplog.records
+    assert "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=50" in record.getMessage()
 
 
 def build(layers: list[LayerParts | None], rows: range = range(1, 65)) -> ChainedLayers | None:
