@@ -224,7 +224,7 @@ class Worker:
     @property
     def _graph_tokens(self) -> int:
         """Without graphs steps are padded to the same shapes: they give the same bits, and load no kernel of a library
-        while others are in flight. It costs a fifth of the rows of a step at most."""
+        while others are in flight. A step of 256 tokens or more is a fifth padding at most."""
         scheduler, tp_size = self._config.scheduler, self._config.parallel.tensor_parallel_size
         most_tokens = min(scheduler.most_tokens, scheduler.max_num_seqs * self._config.model.max_model_len)
         return memory.graph_tokens(self._spec, tp_size, most_tokens)
