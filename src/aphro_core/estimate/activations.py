@@ -26,7 +26,8 @@ class Law:
     ``hidden_copies``: [T, H] tensors that live at the forward's peak. ``keeps_expert_space``: experts' work space is
     kept, instead of being part of the forward. ``samples_beside_tower``: whether the peak that is printed for a model
     with an encoder has the sampler in it (from 0.17 on it has; before, the prints of such models lack it).
-    ``reduced_copies``: [T, H] more with tp > 1, where all-reduces are out of place.
+    ``reduced_copies``: [T, H] more with tp > 1, where all-reduces are out of place. ``spread``: rows of a tile, and how
+    many an expert must have, on average, for each one's to stand in tiles of their own.
     """
 
     logits_copies: float
@@ -35,6 +36,7 @@ class Law:
     keeps_expert_space: bool
     samples_beside_tower: bool = True
     reduced_copies: float = 0.0
+    spread: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +123,12 @@ def _forward(mlp: MlpFacts, hidden: int, run: Run, law: Law, element: int) -> fl
     shared = 3 * ceil(mlp.shared_size / run.tp)
     if law.keeps_expert_space and run.scheme != "mxfp4":
         return tokens * element * (shared + law.hidden_copies * hidden)
-    return (
-        min(tokens, _EXPERT_CHUNK) * mlp.experts_per_token * (width + hidden) * element + 3 * tokens * hidden * element
-    )
+    slots = min(tokens, _EXPERT_CHUNK) * mlp.experts_per_token
+    if law.spread is not None and slots >= law.spread[1] * mlp.num_experts:
+        slots += law.spread[0] * ceil(
+            mlp.num_experts * _expert_cut(mlp, run) / run.tp
+        )  # an expert's last tile is padded
+    return slots * (width + hidden) * element + 3 * tokens * hidden * element
 
 
 def _expert_space(mlp: MlpFacts, hidden: int, run: Run, law: Law, element: int) -> float:

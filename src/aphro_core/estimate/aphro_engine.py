@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from aphro_core.config import EngineConfig
 from aphro_core.estimate.activations import Law, Run, activation_peak
 from aphro_core.estimate.balance import RankBalance, Sizes
-from aphro_core.estimate.facts import ModelFacts, QuantizationFacts
+from aphro_core.estimate.facts import LayerFacts, ModelFacts, QuantizationFacts
 from aphro_core.estimate.kv_layout import Group, KvLayout, build_layout
 from aphro_core.estimate.parameters import RankSlice, rank_heads
 from aphro_core.estimate.weights import DTYPE_BYTES, rotary_bytes, weight_bytes
@@ -17,7 +17,9 @@ from aphro_core.parallel import memory
 from aphro_core.parallel.shard import RankShard, ShardingPlan, build_plan, split_layers
 
 GIB: Final = 2**30
-_LAW: Final = Law(memory.LOGITS_COPIES, 0, 5.0, keeps_expert_space=False)  # memory.activation_bytes in a law's terms
+_LAW: Final = Law(  # memory.activation_bytes in a law's terms
+    memory.LOGITS_COPIES, 0, 5.0, keeps_expert_space=False, spread=(memory.SPREAD_ROWS, memory.SPREAD_FROM)
+)
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class AphroEngine:
     ) -> RankBalance:
         """Of a model that the engine does not run: by the general laws, as the first rank and stage."""
         run = Run.of(sizes, quantization.scheme if quantization else None)
+        run = replace(run, max_num_seqs=min(run.max_num_seqs, memory.SAMPLED_ROWS))  # that are looked at at once
         heads, kv_heads = rank_heads(facts.num_heads, facts.num_kv_heads, sizes.tp, part.tp_rank)
         return RankBalance(
             rank=0,
@@ -121,7 +124,7 @@ class AphroEngine:
             num_kv_heads=kv_heads,
             budget_bytes=self.budget_bytes(sizes),
             weights_bytes=weight_bytes(facts, part, sizes.dtype, quantization) + rotary_bytes(facts, sizes.dtype),
-            activation_bytes=activation_peak(facts, run, _LAW, samples=part.has_head).total,
+            activation_bytes=self._general_activations(facts, sizes, run, samples=part.has_head),
             overhead_bytes=self.overhead_bytes(sizes, facts.hidden_size),
             layout=build_layout(
                 facts,
@@ -133,6 +136,32 @@ class AphroEngine:
                 dtype_bytes=DTYPE_BYTES[sizes.dtype],
             ),
         )
+
+    def _general_activations(self, facts: ModelFacts, sizes: Sizes, run: Run, *, samples: bool) -> int:
+        """memory.working_bytes of a model that has no spec."""
+        step = activation_peak(facts, run, _LAW, samples=samples).total
+        if not self.is_gpu:
+            return step
+        if sizes.enforce_eager:
+            return memory.held_bytes(step)
+        tokens = memory.fitting_graph_tokens(_layer_parameters(facts), sizes.tp, sizes.max_num_batched_tokens)
+        tokens = max(tokens, sizes.max_num_seqs)
+        pool = activation_peak(facts, replace(run, max_num_batched_tokens=tokens), _LAW, samples=False).total
+        logits = sizes.max_num_seqs * facts.vocab_size * 4 if samples else 0
+        fixed = tokens * facts.hidden_size * DTYPE_BYTES[sizes.dtype] + logits
+        return memory.held_bytes(step) + pool + fixed + memory.graph_node_bytes(sizes.max_num_seqs)
+
+
+def _layer_parameters(facts: ModelFacts) -> int:
+    """With which a token is multiplied in the largest layer: its experts', not all of them."""
+
+    def width(layer: LayerFacts) -> int:
+        attention, mlp = layer.attention, layer.mlp
+        chosen = mlp.experts_per_token * mlp.intermediate_size + mlp.shared_size if mlp.num_experts else 0
+        heads = 2 * (attention.num_heads + attention.num_kv_heads) * attention.head_dim
+        return heads + mlp.num_matrices * (chosen or mlp.intermediate_size)
+
+    return facts.hidden_size * max(map(width, facts.layers))
 
 
 def expected_balances(

@@ -137,7 +137,12 @@ def working_bytes(
     graphs = 0 if enforce_eager else graph_bytes(spec, shard, max_num_batched_tokens, max_num_seqs, dtype_bytes)
     copies = 1 if enforce_eager else 2  # of a step's and, in their pool, of the graphs'
     dequantised = copies * dequantised_bytes(spec, shard, dtype_bytes)
-    return round(step * _ALLOCATOR_SHARE) + dequantised + _MODULE_BYTES + graphs
+    return held_bytes(step) + dequantised + graphs
+
+
+def held_bytes(step_bytes: int) -> int:
+    """Of a GPU whose steps allocate so much: with what the allocator holds unused, and modules."""
+    return round(step_bytes * _ALLOCATOR_SHARE) + _MODULE_BYTES
 
 
 def outside_bytes(tp_size: int, pp_size: int) -> int:
@@ -206,8 +211,13 @@ def graph_tokens(spec: DecoderSpec, tp_size: int, most_tokens: int) -> int:
     moe = spec.moe
     mlp = moe.experts_per_token * moe.intermediate_size + moe.shared_intermediate_size if moe else 0
     width = 2 * (spec.num_heads + spec.num_kv_heads) * spec.head_dim + 3 * max(mlp, spec.intermediate_size)
+    return fitting_graph_tokens(spec.hidden_size * width, tp_size, most_tokens)
+
+
+def fitting_graph_tokens(layer_parameters: int, tp_size: int, most_tokens: int) -> int:
+    """:func:`graph_tokens` of layers that multiply each token with so many parameters, over all ranks."""
     least = GRAPH_TOKENS[0]
-    fitting = _LAYER_TOKENS * tp_size // (spec.hidden_size * width) // least * least  # 8B: 2,048, as its steps have
+    fitting = _LAYER_TOKENS * tp_size // layer_parameters // least * least  # 8B: 2,048, as its steps have
     return min(max(fitting, least), GRAPH_TOKENS[1], most_tokens)
 
 
@@ -222,8 +232,12 @@ def graph_bytes(
     tokens = max(max_num_seqs, graph_tokens(spec, shard.tp_size, max_num_batched_tokens))
     logits = max_num_seqs * len(shard.vocab) * shard.tp_size * 4 if shard.has_head else 0
     pool = activation_bytes(spec, shard, tokens, 0, dtype_bytes)
-    fixed = tokens * spec.hidden_size * dtype_bytes + logits
-    return pool + fixed + (max_num_seqs // 16 + 16 + _MOST_MIXED_GRAPHS) * _GRAPH_BYTES
+    return pool + tokens * spec.hidden_size * dtype_bytes + logits + graph_node_bytes(max_num_seqs)
+
+
+def graph_node_bytes(max_num_seqs: int) -> int:
+    """Of the driver, for the graphs of as many rows, and of steps with prompts."""
+    return (max_num_seqs // 16 + 16 + _MOST_MIXED_GRAPHS) * _GRAPH_BYTES
 
 
 def num_blocks(budget_bytes: int, block_bytes: int) -> int:

@@ -123,3 +123,16 @@ MIXTRAL: Final = LLAMA_8B | {
     "num_local_experts": 8,
     "num_experts_per_tok": 2,
 }
+QWEN_30B_A3B: Final = LLAMA_8B | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "vocab_size": 151936,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+}

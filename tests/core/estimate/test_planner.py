@@ -13,7 +13,7 @@ from aphro_core.estimate.question import Question
 from aphro_core.estimate.remedies import remedies
 from aphro_core.parallel import memory
 from tests.core.estimate.asking import ask, question
-from tests.core.estimate.configs import GPT_OSS_20B, LLAMA_8B, QWEN_32B, QWEN_72B
+from tests.core.estimate.configs import GPT_OSS_20B, LLAMA_8B, MIXTRAL, QWEN_30B_A3B, QWEN_32B, QWEN_72B
 
 
 def recommended(asked: Question) -> Plan:
@@ -52,6 +52,18 @@ def test_ranks_on_several_hosts_have_no_buffers_of_peers() -> None:
     near, far = (estimate(asked_of(QWEN_72B, "4090", 16, per_host), 8, 1) for per_host in (8, 4))
     buffers = memory.peer_bytes(8192, 8, near.sizes.max_num_batched_tokens, 2)
     assert near.ranks[0].overhead_bytes - far.ranks[0].overhead_bytes == buffers > 0
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("config", [LLAMA_8B, MIXTRAL, QWEN_32B, QWEN_72B, QWEN_30B_A3B])
+def test_general_laws_count_what_a_step_takes_as_the_engine_does(config: dict[str, Any], tp: int) -> None:
+    """Also what the allocator and graphs hold, and rows that are padded by expert; for models without a spec."""
+    asked = asked_of(config, "H100", 8, 8, gib=400.0)
+    for changes in ({}, {"enforce_eager": True}, {"max_num_batched_tokens": 512, "max_num_prefill_tokens": 512}):
+        changed = replace(asked, **changes)
+        (own, *_) = estimate(changed, tp, 1).ranks
+        (found, *_) = estimate(replace(changed, source=replace(asked.source, spec=None)), tp, 1).ranks
+        assert found.activation_bytes == pytest.approx(own.activation_bytes, rel=0.25)
 
 
 def test_three_gpus_are_a_plan() -> None:
