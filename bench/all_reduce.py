@@ -49,7 +49,7 @@ def microseconds(call: Callable[[], object]) -> float:
 def measure(rank: int, store: str, size: int, width: int) -> None:
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
-    dist.init_process_group("nccl", store=dist.FileStore(store, size), rank=rank, world_size=size, device_id=device)
+    dist.init_process_group("nccl", store=dist.FileStore(store, size), rank=rank, world_size=size, device_id=device)  # type: ignore[attr-defined]
     memory = build_peer_memory(dist.group.WORLD, 512, width, torch.bfloat16, device)
     gain = torch.ones(width, device=device, dtype=torch.bfloat16)
     peers = build_peer_rows(dist.group.WORLD, MANY[-1], width, torch.bfloat16, device)
@@ -139,7 +139,7 @@ def main() -> int:
         print("bench/all_reduce.py needs two GPUs", file=sys.stderr)
         return 1
     with tempfile.NamedTemporaryFile() as store:
-        multiprocessing.spawn(measure, args=(store.name, args.gpus, args.width), nprocs=args.gpus)
+        multiprocessing.spawn(measure, args=(store.name, args.gpus, args.width), nprocs=args.gpus)  # type: ignore[attr-defined]
     return 0
 
 

@@ -73,7 +73,13 @@ class IdleWorker:
         self._runner._padded.run = lambda shape: None
         self.marks: dict[int, list[float]] = defaultdict(list)  # CPU seconds of the thread that launches, by rows
 
+    def load(self) -> Any: ...
+
+    def enter_thread(self) -> None: ...
+
     def settle(self) -> None: ...
+
+    def close(self) -> None: ...
 
     def print_steps(self) -> None:
         print(f"{'rows':>5} {'engine us':>10} {'least us':>10} {'budget us':>10}")
@@ -103,12 +109,13 @@ async def run_engine(sock: socket.socket, profile: cProfile.Profile | None) -> N
 
     engine = Engine(api, executor, build_scheduler, StepWatch(60.0, 60.0, time.monotonic))
     freeze_heap()
-    with executor.waiting:
-        if profile:
-            profile.enable()
-        await engine.run(announce)
-        if profile:
-            profile.disable()
+    await executor.load()
+    if profile:
+        profile.enable()
+    await engine.run(announce)
+    if profile:
+        profile.disable()
+    await executor.aclose()
     worker.print_steps()
 
 

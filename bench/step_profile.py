@@ -145,7 +145,7 @@ def kernels(run: Callable[[], object], times: int) -> tuple[Counter[str], Counte
     spent: Counter[str] = Counter()
     count: Counter[str] = Counter()
     for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type == torch.autograd.DeviceType.CUDA:  # type: ignore[attr-defined]
             spent[event.name] += event.device_time_total / 1e6 / times
             count[event.name] += 1
     return spent, Counter({name: round(number / times) for name, number in count.items()})

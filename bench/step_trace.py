@@ -134,7 +134,7 @@ def _drive(worker: Worker, scheduler: Scheduler) -> tuple[float, list[Step], lis
     lengths = Lengths()
     allocations = torch.cuda.memory_stats()["num_device_alloc"]
     started = time.perf_counter()
-    with Results(answers.put, answers.put) as waiting:
+    with Results(answers.put, answers.put, worker.enter_thread) as waiting:
         while True:
             before = time.perf_counter()
             while plan := scheduler.schedule():
