@@ -18,6 +18,7 @@ from aphro_core.errors import AphroError
 from aphro_core.estimate.measured import COLUMNS, compare_memory
 from aphro_core.frontend.frontend import Frontend
 from aphro_core.frontend.recovery_budget import RecoveryBudget
+from aphro_core.frontend.start_phases import StartPhases
 from aphro_core.frontend.supervisor import EngineLostError, EngineProcess, Supervisor, engine_environment
 from aphro_core.frontend.tokenizer import Tokenizer, open_tokenizer
 from aphro_core.held_engine import HeldEngine
@@ -59,7 +60,11 @@ class Session:
         self._tasks = tasks
         self._settled = anyio.Event()
         self._dead = anyio.Event()
+        self._begin()
+
+    def _begin(self) -> None:
         self._started_at = time.monotonic()
+        self._phases = StartPhases(self._started_at)
 
     async def wait_ready(self) -> EngineReady:
         """Return when the model serves. Raises the first cause if it never will."""
@@ -83,6 +88,7 @@ class Session:
                 self.frontend.on_pulse(message)
             case EngineProgress():
                 self.frontend.metrics.starting.take(message)
+                self._phases.take(message.phase, time.monotonic())
                 self._report_progress(message)
             case EngineReady():
                 self._take_ready(message, engine)
@@ -110,7 +116,7 @@ class Session:
             self._settled.set()
             self._dead.set()
             return
-        self._started_at = time.monotonic()
+        self._begin()
         self._reporter.line(f"{lost.message}; starting another engine, open requests wait.")
         for note in getattr(lost, "__notes__", ()):
             _LOG.warning("of the engine that died:\n%s", note)
@@ -172,7 +178,8 @@ class Session:
                     f"Rank {loaded.rank} read {read:.2f} GiB of the model; {fetched:.2f} GiB came from this host, and "
                     f"stay in ~/.cache/aphro/from-head on {loaded.host}."
                 )
-        self._reporter.line(f"Engine ready after {self._seconds():.1f} s.")
+        phases = self._phases.describe(time.monotonic())
+        self._reporter.line(f"Engine ready after {self._seconds():.1f} s: {phases}.")
 
 
 @asynccontextmanager

@@ -57,7 +57,7 @@ class ChainedLayers:
         row_counts: range,
         workspace_bytes: int,
     ) -> None:
-        self._first, self._attentions, self._chains = first, attentions, chains
+        self._first, self._attentions, self.chains = first, attentions, chains
         self._row_counts = row_counts
         self.workspace_bytes = workspace_bytes
 
@@ -66,12 +66,21 @@ class ChainedLayers:
         is_decode = all(part.max_query_len == 1 for part in rows.parts)
         return is_decode and len(x) in self._row_counts and x.is_contiguous()
 
-    def __call__(self, x: Tensor, rotations: Sequence[Rotation], rows: PagedRows, caches: Sequence[Tensor]) -> Tensor:
-        """``x`` [rows, hidden_size] in place; a rotation and a cache for each layer."""
+    def __call__(
+        self,
+        x: Tensor,
+        rotations: Sequence[Rotation],
+        rows: PagedRows,
+        caches: Sequence[Tensor],
+        places: Sequence[int],
+    ) -> Tensor:
+        """``x`` [rows, hidden_size] in place; a rotation and a cache for each layer. ``places`` of those that run, the
+        first and the last among them."""
         qkv: Tensor | None = self._first.attention.project(self._first.input_norm(x))
-        for attention, chain, rotation, cache in zip(self._attentions, self._chains, rotations, caches, strict=True):
+        for place in places:
             assert qkv is not None, "only the last chain ends without"
-            qkv = chain(x, attention.attend(qkv, rotation, rows, cache))
+            attended = self._attentions[place].attend(qkv, rotations[place], rows, caches[place])
+            qkv = self.chains[place](x, attended)
         return x
 
 

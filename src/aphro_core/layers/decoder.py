@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from aphro_core.distributed import TensorParallelGroup
+from aphro_core.layers.alike import one_of_each
 from aphro_core.layers.batch import Batch, GatheredRows, PagedRows
 from aphro_core.layers.block import Delta
 from aphro_core.layers.cache_format import CacheFormat
@@ -45,6 +47,7 @@ class Decoder:
         if shard.has_head:
             self._norm, self._head = parts.norm("norm"), parts.head()
         self._blocks = [parts.block(layer) for layer in shard.layers]
+        self._places: Sequence[int] = range(len(self._blocks))
         self._group = group
         self._can_share_out = all(block.can_share_out for block in self._blocks)
         # stages of a pipeline have other kernels beside them, and all programs of a chain must run at once
@@ -91,16 +94,29 @@ class Decoder:
     ) -> Delta | None:
         """``x`` in place; what is still to be added to it. Of ``kept`` rows the last block makes the first ones."""
         if kept is None and self._chained is not None and isinstance(rows, PagedRows) and self._chained.takes(x, rows):
-            self._chained(x, [rotations[rotary] for rotary in self._rotary_of], rows, caches)
+            self._chained(x, [rotations[rotary] for rotary in self._rotary_of], rows, caches, self._places)
             return None
         delta = None
         last = self._blocks[-1]
         shares_out = self._can_share_out and self._group.can_share_out(len(x))
-        for block, rotary, cache in zip(self._blocks, self._rotary_of, caches, strict=True):
+        for place in self._places:
+            block, rotation = self._blocks[place], rotations[self._rotary_of[place]]
             is_last = block is last  # which has the whole stream again, for those that it goes to
             among = shares_out and not is_last
-            delta = block(x, delta, rotations[rotary], rows, cache, kept if is_last else None, shares_out=among)
+            delta = block(x, delta, rotation, rows, caches[place], kept if is_last else None, shares_out=among)
         return delta
+
+    @contextmanager
+    def one_layer_of_each_kind(self, caches: Sequence[Tensor]) -> Iterator[None]:
+        """Inside the block only so many layers run: every kernel is launched that all of them launch, and what they
+        compute is nothing. All run where ranks sum in each layer, since others may find other kinds."""
+        chains = [None] * len(self._blocks) if self._chained is None else self._chained.chains
+        if self._group.size == 1:
+            self._places = one_of_each(list(zip(self._blocks, self._rotary_of, chains, caches, strict=True)))
+        try:
+            yield
+        finally:
+            self._places = range(len(self._blocks))
 
     def logits(self, rows: Tensor, out: Tensor | None = None) -> Tensor | None:
         """Of chosen rows of the last stage's residual stream: ``[rows, vocab_size]`` float32, None off tp rank 0."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import select
@@ -33,7 +34,7 @@ def compiling_ahead(num_processes: int) -> Iterator[None]:
     with _active(notes):
         yield
     if num_processes > 1 and len(notes.jobs) > 1:
-        _run_forked([compile_ for compile_, _ in notes.jobs], min(num_processes, len(notes.jobs)))
+        _run_forked(_longest_first([compile_ for compile_, _ in notes.jobs]), min(num_processes, len(notes.jobs)))
     for compile_, finish in notes.jobs:
         finish(compile_())
 
@@ -61,6 +62,27 @@ class _Notes:
         kernel = _NotLaunched()
         finish(kernel)  # so that its next launch does not come here again
         return kernel
+
+
+def _longest_first(jobs: list[Callable[[], Any]]) -> list[Callable[[], Any]]:
+    """What takes longest must not begin last. Which kernel a job is of stands in its closure; where a Triton has it
+    elsewhere, jobs stay in the order of their launches."""
+    sources = [inspect.getclosurevars(job).nonlocals.get("src") for job in jobs]
+    lengths = [source_length(getattr(source, "fn", None)) for source in sources]
+    return [jobs[number] for number in sorted(range(len(jobs)), key=lambda number: -lengths[number])]
+
+
+def source_length(function: Any) -> int:
+    """Characters of a kernel and of all that it calls: about what its compilation takes."""
+    found: dict[int, int] = {}
+    left = [function]
+    while left:
+        one = left.pop()
+        if id(one) in found or not isinstance(getattr(one, "src", None), str):
+            continue
+        found[id(one)] = len(one.src)
+        left += [one.fn.__globals__.get(name) for name in one.fn.__code__.co_names]
+    return sum(found.values())
 
 
 @contextmanager

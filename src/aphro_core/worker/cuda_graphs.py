@@ -14,17 +14,18 @@ class CudaGraphs:
 
     def __init__(
         self,
+        rehearse: Callable[[StepShape], None],
         run: Callable[[StepShape], None],
         shapes: Sequence[StepShape],
         device: torch.device,
         on_progress: Callable[[int, int], None],
     ) -> None:
-        """``run`` must touch fixed memory only, and may not wait for the device. It runs once without a graph for
-        each shape first: whatever is compiled or made lazily cannot be while a graph is captured."""
+        """``run`` must touch fixed memory only, and may not wait for the device. ``rehearse`` launches the same kernels
+        without a graph, for each shape first: nothing can be compiled, loaded or made lazily while one is captured."""
         self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
         pool = None
         for done, shape in enumerate(sorted(shapes, key=lambda shape: -shape.num_tokens)):
-            run(shape)
+            rehearse(shape)
             graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize(device)
             # thread_local: the watchdog of a communicator may ask for events meanwhile

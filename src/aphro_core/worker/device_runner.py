@@ -7,6 +7,7 @@ that the device sampler does not draw (penalties, biases, log-probabilities ...)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -86,6 +87,10 @@ class DeviceRunner:
     def graph_tokens(self) -> int:
         """Steps with chunks have shapes of their own up to so many tokens."""
         return self._shapes.graph_tokens
+
+    def rehearsing(self) -> AbstractContextManager[None]:
+        """Inside the block steps launch every kernel that they would, over few of the layers, and give no answers."""
+        return self._padded.rehearsing()
 
     @torch.inference_mode()
     def run_every_kind(self) -> None:

@@ -7,6 +7,7 @@ known when it is launched, and a product with the head for as many as there may 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -72,7 +73,15 @@ class PaddedSteps:
         for shape in self.shapes.kinds:
             self.launch(shape)
 
+    def rehearsing(self) -> AbstractContextManager[None]:
+        """Inside the block few of the layers run, which launch every kernel that all of them do."""
+        return self._decoder.one_layer_of_each_kind(self._caches)
+
     def capture(self, on_progress: Callable[[int, int], None]) -> None:
         """From here on steps are replayed graphs."""
         self.memory.clear()
-        self.run = CudaGraphs(self.launch, self.shapes.padded, self._device, on_progress)
+        self.run = CudaGraphs(self._rehearse, self.launch, self.shapes.padded, self._device, on_progress)
+
+    def _rehearse(self, shape: StepShape) -> None:
+        with self.rehearsing():
+            self.launch(shape)

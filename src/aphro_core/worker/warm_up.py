@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from typing import Final
 
@@ -21,12 +22,14 @@ _DIALS = (SamplingParams(temperature=0.0), SamplingParams(), SamplingParams(top_
 
 
 def warm_up(
-    runner: DeviceRunner, config: EngineConfig, num_blocks: int, on_progress: Callable[[int, int], None]
+    runner: DeviceRunner, config: EngineConfig, num_blocks: int, on_progress: Callable[[str, int, int], None]
 ) -> None:
     """Runs steps of every kind through the runner, in cache blocks that are given back, then captures its graphs.
 
-    Before that all their kernels are compiled, by as many processes as this rank has cores for.
+    Before that all their kernels are compiled, by as many processes as this rank has cores for. Where layers are made
+    alike few of them run until graphs are captured: the others launch the same kernels.
     """
+    on_progress("kernels", 0, 1)
     steps = count(1)
     most = min(
         config.scheduler.most_tokens, config.model.max_model_len - 2, (num_blocks - 1) * config.cache.block_size - 2
@@ -34,17 +37,20 @@ def warm_up(
     num_short = min(config.scheduler.max_num_seqs, config.scheduler.most_tokens // max(min(_SHORT, most), 1))
     cores = len(os.sched_getaffinity(0)) // config.parallel.world_size
     if can_compile_ahead():
-        with compiling_ahead(cores):
+        with compiling_ahead(cores), runner.rehearsing():
             _run_steps(runner, steps, most, num_short, config)
             if not config.enforce_eager:
                 runner.run_every_kind()
         torch.cuda.synchronize()  # of what was computed there nothing is used
-    _run_steps(runner, steps, most, num_short, config)
+    with runner.rehearsing():
+        _run_steps(runner, steps, most, num_short, config)
+    on_progress("kernels", 1, 1)
     if not config.enforce_eager:
-        runner.capture_graphs(on_progress)
+        runner.capture_graphs(partial(on_progress, "graphs"))
     replayed = 0 if config.enforce_eager else runner.graph_tokens
     most = min(most, config.scheduler.max_num_batched_tokens)
-    _run_lengths(runner, steps, range(replayed + 1, most + 1), config.cache.block_size)
+    with runner.rehearsing():
+        _run_lengths(runner, steps, range(replayed + 1, most + 1), config.cache.block_size)
     _reserve_pinned_memory()
     torch.cuda.synchronize()
 

@@ -82,6 +82,7 @@ class Worker:
         bytes_read, cache_scales = 0, dict[int, tuple[float, float]]()
         if model.load_format == "dummy":
             weights = dummy_weights(self._spec, self._shard, self._dtype, self._device, model.seed)
+            self._weights_progress(1, 1)
         else:
             with self._open_checkpoint() as checkpoint:
                 weights = load_weights(
@@ -130,7 +131,7 @@ class Worker:
             device=self._device,
             graph_tokens=self._graph_tokens,
         )
-        warm_up(runner, self._config, num_blocks, self._warmup_progress)
+        warm_up(runner, self._config, num_blocks, self._progress)
         self._runner = runner
 
     def launch(self, plan: StepPlan) -> LaunchedStep | None:
@@ -257,9 +258,6 @@ class Worker:
 
     def _weights_progress(self, done: int, total: int) -> None:
         self._progress("weights", done, total)
-
-    def _warmup_progress(self, done: int, total: int) -> None:
-        self._progress("warmup", done, total)
 
     def _progress(self, phase: str, done: int, total: int) -> None:
         self._on_progress(WorkerProgress(rank=self._start.rank, phase=phase, done=done, total=total))

@@ -105,7 +105,7 @@ def test_chains_are_the_blocks() -> None:
     assert chains.takes(x, rows)
     assert chains.workspace_bytes > 0
     with mock.patch.object(ChainLayer, "__call__", ChainLayer.reference_):
-        found = chains(x, [rotation] * 3, rows, copies)
+        found = chains(x, [rotation] * 3, rows, copies, range(3))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(copies, caches, rtol=1e-4, atol=1e-4)
 
@@ -161,7 +161,7 @@ def test_chains_of_quantised_layers_are_the_blocks() -> None:
     assert chains is not None
     assert chains.takes(x, rows)
     with mock.patch.object(PackedChainLayer, "__call__", PackedChainLayer.reference_):
-        found = chains(x, [rotation] * 2, rows, caches)
+        found = chains(x, [rotation] * 2, rows, caches, range(2))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
