@@ -106,13 +106,18 @@ class Decoder:
             delta = block(x, delta, rotation, rows, caches[place], kept if is_last else None, shares_out=among)
         return delta
 
-    @contextmanager
-    def one_layer_of_each_kind(self, caches: Sequence[Tensor]) -> Iterator[None]:
-        """Inside the block only so many layers run: every kernel is launched that all of them launch, and what they
-        compute is nothing. All run where ranks sum in each layer, since others may find other kinds."""
+    def kinds(self, caches: Sequence[Tensor]) -> Sequence[int]:
+        """Places of layers that launch every kernel that all of them launch. All where ranks sum in each layer, since
+        others may find other kinds."""
+        if self._group.size > 1:
+            return range(len(self._blocks))
         chains = [None] * len(self._blocks) if self._chained is None else self._chained.chains
-        if self._group.size == 1:
-            self._places = one_of_each(list(zip(self._blocks, self._rotary_of, chains, caches, strict=True)))
+        return one_of_each(list(zip(self._blocks, self._rotary_of, chains, caches, strict=True)))
+
+    @contextmanager
+    def running_only(self, places: Sequence[int]) -> Iterator[None]:
+        """Inside the block other layers are left out, and what is computed is nothing."""
+        self._places = places
         try:
             yield
         finally:

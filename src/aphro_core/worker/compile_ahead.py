@@ -21,20 +21,44 @@ from aphro_core.lifeline import die_with_parent
 _LOG: Final = logging.getLogger(__name__)
 _SECONDS: Final = 120.0  # after which what is left is compiled here
 _JOB_BYTES: Final = 2
+_LONG: Final = {  # seconds that a kernel takes, about; the others take 0.1 to 0.8
+    "hopper_attention_kernel": 6.0,
+    "packed_chain_kernel": 5.0,
+    "chain_kernel": 4.0,
+    "choose_kernel": 4.0,
+    "attention_kernel": 1.6,
+    "hopper_decode_kernel": 1.2,
+    "gated_kernel": 1.0,
+}
 
 
 @contextmanager
-def compiling_ahead(num_processes: int) -> Iterator[None]:
+def compiling_ahead(num_processes: int) -> Iterator[Callable[[], None]]:
     """Inside the block no Triton kernel is launched: each that is new is noted, and at the end all of them are made.
+    Call what it gives to begin with those noted so far.
 
     Their outputs stay as they were allocated. Processes are forked from this one, with all that it has imported; they
     only fill Triton's cache on disk and touch no device. Whatever they do not get done is compiled here.
     """
-    notes = _Notes()
-    with _active(notes):
-        yield
-    if num_processes > 1 and len(notes.jobs) > 1:
-        _run_forked(_longest_first([compile_ for compile_, _ in notes.jobs]), min(num_processes, len(notes.jobs)))
+    notes, processes, started = _Notes(), list[_Processes](), time.monotonic()
+
+    def begin() -> None:
+        num_begun = sum(len(group.jobs) for group in processes)
+        jobs = [compile_ for compile_, _ in notes.jobs[num_begun:]]
+        if num_processes > 1 and (jobs if processes else jobs[1:]):  # a single kernel is compiled here as fast
+            processes.append(_Processes(_longest_first(jobs), min(num_processes, len(jobs))))
+
+    try:
+        with _active(notes):
+            yield begin
+        begin()
+        for group in processes:
+            group.wait(started + _SECONDS)
+    finally:
+        for group in processes:
+            group.end()
+    if processes:
+        _LOG.info("%d kernels by %d processes in %.1f s", len(notes.jobs), num_processes, time.monotonic() - started)
     for compile_, finish in notes.jobs:
         finish(compile_())
 
@@ -67,22 +91,9 @@ class _Notes:
 def _longest_first(jobs: list[Callable[[], Any]]) -> list[Callable[[], Any]]:
     """What takes longest must not begin last. Which kernel a job is of stands in its closure; where a Triton has it
     elsewhere, jobs stay in the order of their launches."""
-    sources = [inspect.getclosurevars(job).nonlocals.get("src") for job in jobs]
-    lengths = [source_length(getattr(source, "fn", None)) for source in sources]
-    return [jobs[number] for number in sorted(range(len(jobs)), key=lambda number: -lengths[number])]
-
-
-def source_length(function: Any) -> int:
-    """Characters of a kernel and of all that it calls: about what its compilation takes."""
-    found: dict[int, int] = {}
-    left = [function]
-    while left:
-        one = left.pop()
-        if id(one) in found or not isinstance(getattr(one, "src", None), str):
-            continue
-        found[id(one)] = len(one.src)
-        left += [one.fn.__globals__.get(name) for name in one.fn.__code__.co_names]
-    return sum(found.values())
+    names = [getattr(inspect.getclosurevars(job).nonlocals.get("src"), "name", "") for job in jobs]
+    seconds = [_LONG.get(name, 0.5) for name in names]
+    return [jobs[number] for number in sorted(range(len(jobs)), key=lambda number: -seconds[number])]
 
 
 @contextmanager
@@ -101,30 +112,36 @@ def can_compile_ahead() -> bool:
     return triton is not None and hasattr(triton, "AsyncCompileMode")
 
 
-def _run_forked(jobs: list[Callable[[], Any]], num_processes: int) -> None:
-    """Each job once, by whichever process is free. Returns when all are done, or after ``_SECONDS``."""
-    numbers, feed = os.pipe()  # job numbers, which processes take from it
-    done, is_done = os.pipe()  # closed when the last process has ended
-    os.write(feed, b"".join(number.to_bytes(_JOB_BYTES, "little") for number in range(len(jobs))))
-    os.close(feed)
-    parent, pids = os.getpid(), []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking where there are threads: these do not go on
-        for _ in range(num_processes):
-            if (pid := os.fork()) == 0:
-                _serve_jobs(numbers, jobs, parent)
-            pids.append(pid)
-    os.close(numbers)
-    os.close(is_done)
-    started = time.monotonic()
-    in_time, _, _ = select.select([done], [], [], _SECONDS)
-    os.close(done)
-    for pid in pids:
-        if not in_time:
+class _Processes:
+    """Forked here: each job once, by whichever is free."""
+
+    def __init__(self, jobs: list[Callable[[], Any]], num_processes: int) -> None:
+        self.jobs, self._pids = jobs, list[int]()
+        numbers, feed = os.pipe()  # job numbers, which processes take from it
+        self._done, is_done = os.pipe()  # closed when the last process has ended
+        os.write(feed, b"".join(number.to_bytes(_JOB_BYTES, "little") for number in range(len(jobs))))
+        os.close(feed)
+        parent = os.getpid()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forking where there are threads: these end here
+            for _ in range(num_processes):
+                if (pid := os.fork()) == 0:
+                    _serve_jobs(numbers, jobs, parent)
+                self._pids.append(pid)
+        os.close(numbers)
+        os.close(is_done)
+
+    def wait(self, deadline: float) -> None:
+        """For all to have ended, which they do when no job is left."""
+        select.select([self._done], [], [], max(deadline - time.monotonic(), 0.0))
+
+    def end(self) -> None:
+        """Whatever they still do."""
+        os.close(self._done)
+        for pid in self._pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    _LOG.info("%d kernels by %d processes in %.1f s", len(jobs), num_processes, time.monotonic() - started)
+            os.waitpid(pid, 0)
 
 
 def _build_launcher(kernel: Any) -> None:

@@ -51,6 +51,7 @@ class PaddedSteps:
         self.logits = torch.zeros(num_logits, spec.vocab_size, dtype=logits_dtype, device=device)
         self.sampler = DeviceSampler(spec.vocab_size, memory.max_rows, device)
         self.run: Callable[[StepShape], None] = self.launch
+        self._kinds: Sequence[int] | None = None  # of layers
 
     def launch(self, shape: StepShape) -> None:
         """Kernel by kernel, which gives what the graph gives. Of chunks, and on a stage without a head: ``hidden``."""
@@ -75,7 +76,9 @@ class PaddedSteps:
 
     def rehearsing(self) -> AbstractContextManager[None]:
         """Inside the block few of the layers run, which launch every kernel that all of them do."""
-        return self._decoder.one_layer_of_each_kind(self._caches)
+        if self._kinds is None:
+            self._kinds = self._decoder.kinds(self._caches)
+        return self._decoder.running_only(self._kinds)
 
     def capture(self, on_progress: Callable[[int, int], None]) -> None:
         """From here on steps are replayed graphs."""

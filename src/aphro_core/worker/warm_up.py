@@ -37,10 +37,11 @@ def warm_up(
     num_short = min(config.scheduler.max_num_seqs, config.scheduler.most_tokens // max(min(_SHORT, most), 1))
     cores = len(os.sched_getaffinity(0)) // config.parallel.world_size
     if can_compile_ahead():
-        with compiling_ahead(cores), runner.rehearsing():
-            _run_steps(runner, steps, most, num_short, config)
+        with compiling_ahead(cores) as begin, runner.rehearsing():
             if not config.enforce_eager:
                 runner.run_every_kind()
+                begin()
+            _run_steps(runner, steps, most, num_short, config)
         torch.cuda.synchronize()  # of what was computed there nothing is used
     with runner.rehearsing():
         _run_steps(runner, steps, most, num_short, config)

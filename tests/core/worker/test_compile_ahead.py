@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -66,12 +68,58 @@ def test_each_kernel_is_compiled_once_and_launched_by_nobody(
 
 
 def test_processes_that_do_not_end_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_ahead, "_SECONDS", 0.2)
     rank, wait = os.getpid(), os.pipe()
     monkeypatch.setattr(compile_ahead, "_build_launcher", lambda kernel: None)
     jobs = [lambda: os.getpid() == rank or os.read(wait[0], 1), lambda: None]
-    compile_ahead._run_forked(jobs, 2)
+    processes = compile_ahead._Processes(jobs, 2)
+    processes.wait(time.monotonic() + 0.2)
+    processes.end()
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
     for end in wait:
         os.close(end)
+
+
+def test_what_is_noted_first_is_begun_beside_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_ahead, "_build_launcher", lambda kernel: None)
+    made: dict[str, Any] = {}
+    here: list[str] = []
+    with compiling_ahead(3) as begin:
+        for name in "abcd":
+            launch(tmp_path, name, made, here)
+        begin()
+        deadline = time.monotonic() + 20
+        while len(list(tmp_path.iterdir())) < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert {path.name for path in tmp_path.iterdir()} == set("abcd")
+        launch(tmp_path, "e", made, here)
+        assert here == []
+    assert here == list("abcde")
+    assert str(PID) not in {path.read_text() for path in tmp_path.iterdir()}
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_an_error_leaves_no_process_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    wait = os.pipe()
+    with pytest.raises(ValueError, match="a step"), compiling_ahead(2) as begin:
+        mode = active_mode.get()
+        assert mode is not None
+        for name in "ab":
+            mode.submit(name, lambda: os.read(wait[0], 1), lambda kernel: None)
+        begin()
+        raise ValueError("a step")
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+    for end in wait:
+        os.close(end)
+
+
+def test_long_ones_come_first() -> None:
+    def job(name: str) -> Any:
+        src = SimpleNamespace(name=name)
+        return lambda: src.name
+
+    names = ["_rms_norm_kernel", "chain_kernel", "draw_kernel", "hopper_attention_kernel"]
+    found = [one() for one in compile_ahead._longest_first([job(name) for name in names] + [lambda: "another's"])]
+    assert found == ["hopper_attention_kernel", "chain_kernel", "_rms_norm_kernel", "draw_kernel", "another's"]
