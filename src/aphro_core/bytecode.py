@@ -3,8 +3,8 @@
 Python compiles a module when it is first imported, one after the other: 3 to 5 s for torch. An image without bytecode,
 or one that may not be written, pays that at every start; here a first start pays a part of it.
 
-``python -m aphro_core.bytecode PARENT_PID PREFIX NUM_PROCESSES`` reads modules as Python would, follows what they import
-at their top, and leaves bytecode where Python looks for it. Nothing is executed.
+``python -m aphro_core.bytecode PARENT_PID NUM_PROCESSES`` reads modules as Python would, follows what they
+import at their top, and leaves bytecode where Python looks for it. Nothing is executed.
 """
 
 from __future__ import annotations
@@ -15,11 +15,19 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
-from importlib.util import cache_from_source
+from contextlib import contextmanager
+from functools import cache
+from importlib.machinery import (
+    EXTENSION_SUFFIXES,
+    SOURCE_SUFFIXES,
+    ExtensionFileLoader,
+    FileFinder,
+    PathFinder,
+    SourceFileLoader,
+)
 from pathlib import Path
 from types import CodeType
-from typing import Final
+from typing import Final, NamedTuple
 
 from aphro_core.lifeline import die_with_parent
 
@@ -30,110 +38,136 @@ _ROOTS: Final = (
     "aphro_core.executor.multiprocess",
     "gguf.quants",
 )
-_FEWEST_CORES: Final = 4  # with fewer it would only take them from the imports
-_SPARE_CORES: Final = 2  # for the command line and the fork server
+_SPARE_CORES: Final = 2  # for the command line and the one that imports
 _MOST_PROCESSES: Final = 12
 
 
 def bytecode_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """What to change in an environment so that imports find bytecode of torch: nothing where torch has its own, or
-    Python can write it beside torch; else a folder of ours, however Python was told to write none."""
-    if environment.get("PYTHONPYCACHEPREFIX") or (spec := PathFinder.find_spec("torch")) is None or not spec.origin:
+    """What to change in an environment so that Python finds bytecode of torch, or leaves it for the next time: nothing
+    where torch has its own, or Python may write it beside torch; else a folder of ours."""
+    if environment.get("PYTHONPYCACHEPREFIX") or (torch := _torch()) is None or _bytecode_of(torch, "").exists():
         return {}
-    if Path(cache_from_source(spec.origin)).exists():
+    if not environment.get("PYTHONDONTWRITEBYTECODE") and os.access(torch.parent, os.W_OK):
         return {}
-    may_write = not environment.get("PYTHONDONTWRITEBYTECODE") and os.access(Path(spec.origin).parent, os.W_OK)
-    if may_write:
+    folder = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aphro" / "bytecode"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
         return {}
-    cache = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return {"PYTHONPYCACHEPREFIX": str(cache / "aphro" / "bytecode"), "PYTHONDONTWRITEBYTECODE": ""}
+    return {"PYTHONPYCACHEPREFIX": str(folder), "PYTHONDONTWRITEBYTECODE": ""}
 
 
-def compile_beside(environment: Mapping[str, str]) -> None:
-    """Begin to compile what has no bytecode, in processes of their own; returns at once. They end with this one."""
-    environment = {**environment, **bytecode_environment(environment)}
-    prefix, num_processes = environment.get("PYTHONPYCACHEPREFIX", ""), len(os.sched_getaffinity(0)) - _SPARE_CORES
-    if num_processes < _FEWEST_CORES - _SPARE_CORES or _is_there("torch", prefix):
+@contextmanager
+def compiling_beside() -> Iterator[None]:
+    """While the block imports, processes compile what it will import, if this Python finds no bytecode of torch and
+    keeps what it compiles. They end with the block, or with this process."""
+    num_processes = min(len(os.sched_getaffinity(0)) - _SPARE_CORES, _MOST_PROCESSES)
+    torch, prefix = _torch(), sys.pycache_prefix or ""
+    if sys.dont_write_bytecode or num_processes < 2 or torch is None or _bytecode_of(torch, prefix).exists():
+        yield
         return
-    words = [str(os.getpid()), prefix, str(min(num_processes, _MOST_PROCESSES))]
-    subprocess.Popen(
-        [sys.executable, "-m", "aphro_core.bytecode", *words],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environment,
-        start_new_session=True,
-    )
+    words = [sys.executable, "-m", "aphro_core.bytecode", str(os.getpid()), str(num_processes)]
+    process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=2)
+    try:
+        yield
+    finally:
+        process.kill()  # its own processes end with it
+        process.wait()
 
 
-def _is_there(name: str, prefix: str) -> bool:
-    spec = PathFinder.find_spec(name)
-    if spec is None or spec.origin is None:
-        return True  # there is nothing to compile
-    path = Path(cache_from_source(spec.origin))
-    return (Path(prefix) / path.relative_to("/") if prefix else path).exists()
+def _torch() -> Path | None:
+    spec = PathFinder.find_spec("torch")
+    return None if spec is None or spec.origin is None else Path(spec.origin)
+
+
+def _bytecode_of(source: Path, prefix: str) -> Path:
+    """Where Python looks for it, told of such a ``prefix``."""
+    name = f"{source.stem}.{sys.implementation.cache_tag}.pyc"
+    folder = Path(prefix) / source.parent.relative_to("/") if prefix else source.parent / "__pycache__"
+    return folder / name
 
 
 def compile_all(num_processes: int) -> int:
     """Everything that the fork server imports, as far as that can be read. Returns how many modules there were."""
-    finder = Finder()
+    begun: set[str] = set()
     with ProcessPoolExecutor(num_processes, initializer=die_with_parent) as pool:
-        running: set[Future[list[str]]] = set()
-        news = list(_ROOTS)
+        running: set[Future[list[Source]]] = set()
+        news = list(filter(None, map(find_source, _ROOTS)))
         while news or running:
-            running |= {pool.submit(compile_module, name, path) for name, path in finder.sources(news)}
-            done, running = wait(running, return_when=FIRST_COMPLETED) if running else (set(), running)
-            news = [name for future in done for name in future.result()]
-    return len(finder.found)
+            fresh = [source for source in dict.fromkeys(news) if source.path not in begun]
+            begun |= {source.path for source in fresh}
+            running |= {pool.submit(compile_source, source) for source in fresh}
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            news = [source for future in done for source in future.result()]
+    return len(begun)
 
 
-class Finder:
-    """Finds each module once, without importing it."""
+class Source(NamedTuple):
+    """A module in Python."""
 
-    def __init__(self) -> None:
-        self.found: dict[str, ModuleSpec | None] = {}
+    name: str
+    path: str
+    is_package: bool
 
-    def sources(self, names: list[str]) -> Iterator[tuple[str, str]]:
-        """Names and files of those that are new, and of the packages that they are in."""
-        for name in names:
-            parts = name.split(".")
-            for count in range(1, len(parts) + 1):
-                part = ".".join(parts[:count])
-                if part not in self.found:
-                    spec = self.found[part] = self._find(part)
-                    if spec is not None and isinstance(spec.loader, SourceFileLoader) and spec.origin is not None:
-                        yield part, spec.origin
-                if self.found[part] is None:
-                    break
 
-    def _find(self, name: str) -> ModuleSpec | None:
-        parent = self.found.get(name.rpartition(".")[0])
-        where = None if parent is None else parent.submodule_search_locations
-        if "." in name and where is None:
+@cache
+def find_source(name: str) -> Source | None:
+    """Where a module stands, without importing anything; None of what is no module written in Python."""
+    parent, _, _ = name.rpartition(".")
+    where = None
+    if parent:
+        package = find_source(parent)
+        if package is None or not package.is_package:
             return None
-        try:
-            return PathFinder.find_spec(name, where)
-        except KeyError:  # a folder without code of its own in a package, which is not imported here
-            return None
+        where = [str(Path(package.path).parent)]
+    for finder in filter(None, map(_finder, where or sys.path)):
+        if (spec := finder.find_spec(name)) is not None:
+            is_python = isinstance(spec.loader, SourceFileLoader) and spec.origin is not None
+            return Source(name, spec.origin or "", spec.submodule_search_locations is not None) if is_python else None
+    return None
 
 
-def compile_module(name: str, path: str) -> list[str]:
-    """Bytecode of a module is there afterwards; what it may import at its top. [] of one that cannot be compiled."""
+@cache
+def _finder(folder: str) -> FileFinder | None:
+    """Of modules in a folder; a path that is no folder has none."""
+    if not os.path.isdir(folder or "."):
+        return None
+    return FileFinder(folder, (ExtensionFileLoader, EXTENSION_SUFFIXES), (SourceFileLoader, SOURCE_SUFFIXES))
+
+
+def compile_source(source: Source) -> list[Source]:
+    """Bytecode of a module is there afterwards; gives the sources of what it may import at its top, and of the packages
+    that they are in. [] of one that cannot be compiled."""
     try:
-        code = SourceFileLoader(name, path).get_code(name)
+        code = SourceFileLoader(source.name, source.path).get_code(source.name)
     except (SyntaxError, OSError, UnicodeError):
         return []  # whoever imports it is told
-    package = name if Path(path).name == "__init__.py" else name.rpartition(".")[0]
-    return [] if code is None else sorted(imports_of(code, package))
+    if code is None:
+        return []
+    package = source.name if source.is_package else source.name.rpartition(".")[0]
+    names: set[str] = set()
+    for name in imports_of(code, package):
+        parts = name.split(".")
+        names |= {".".join(parts[:count]) for count in range(1, len(parts) + 1)}
+    return [found for name in sorted(names) if (found := find_source(name)) is not None]
 
 
 def imports_of(code: CodeType, package: str) -> set[str]:
-    """Modules that the code of a module names in imports outside functions; some may be no modules but what is in
-    them. ``package``: what its relative imports begin at."""
+    """Modules that the code of a module names in imports outside functions and ``if TYPE_CHECKING``; some may be no
+    modules but what is in them. ``package``: what its relative imports begin at."""
     found: set[str] = set()
     constants: list[object] = []  # the last ones: level and names of an import
+    skip_to, last_name = 0, ""
     for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_CONST", "LOAD_SMALL_INT"):
+        if instruction.offset < skip_to:
+            continue
+        if instruction.opname in ("LOAD_NAME", "LOAD_ATTR"):
+            last_name = instruction.argval
+        elif "JUMP" in instruction.opname:
+            if last_name == "TYPE_CHECKING" and "IF_FALSE" in instruction.opname:
+                skip_to = instruction.argval
+            last_name = ""
+        elif instruction.opname in ("LOAD_CONST", "LOAD_SMALL_INT"):
             constants = [*constants[-1:], instruction.argval]
         elif instruction.opname == "IMPORT_NAME" and len(constants) == 2:
             level, names = constants
@@ -145,12 +179,9 @@ def imports_of(code: CodeType, package: str) -> set[str]:
 
 
 def main() -> None:
-    parent, prefix, num_processes = sys.argv[1:]
-    die_with_parent(int(parent))
-    os.nice(5)  # whoever waits for a module, and not for these, goes first
-    sys.pycache_prefix = prefix or None
-    sys.dont_write_bytecode = False
-    compile_all(int(num_processes))
+    parent, num_processes = map(int, sys.argv[1:])
+    die_with_parent(parent)
+    compile_all(num_processes)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from aphro_core import stderr
-from aphro_core.engine import entry as engine_entry
+from aphro_core.bytecode import compiling_beside
 from aphro_core.lifeline import die_with_parent, name_process
 from aphro_core.spawn import (
     MAX_FDS,
@@ -28,8 +28,6 @@ from aphro_core.spawn import (
     decode_request,
     encode,
 )
-from aphro_core.templates import child as template_child
-from aphro_core.worker import entry as worker_entry
 
 _REAP_SECONDS: Final = 3.0  # for a killed process to be gone; one in the kernel's hands may take for ever
 
@@ -162,6 +160,10 @@ class Server:
 
 def _be_child(server_pid: int, door: Door, name: str, fds: list[int]) -> None:
     """Run a door in a forked process, and end it. Never returns."""
+    from aphro_core.engine import entry as engine_entry
+    from aphro_core.templates import child as template_child
+    from aphro_core.worker import entry as worker_entry
+
     exit_code = 1
     try:
         os.setpgid(0, 0)
@@ -191,7 +193,8 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     stderr.make_lossy()
     gc.disable()  # imports make little garbage, and looking for it is a fifth of their time
-    _import_everything()
+    with compiling_beside():
+        _import_everything()
     gc.freeze()  # what is shared stays shared: collections in children touch none of it
     gc.enable()
     Server([socket.socket(fileno=fd) for fd in fds]).run()
@@ -201,8 +204,11 @@ def _import_everything() -> None:
     """What an engine or a worker would import at its start, torch above all."""
     import gguf.quants  # noqa: F401
 
+    import aphro_core.engine.entry
     import aphro_core.executor.inprocess
     import aphro_core.executor.multiprocess
+    import aphro_core.templates.child
+    import aphro_core.worker.entry
     import aphro_core.worker.worker  # noqa: F401
 
 

@@ -16,6 +16,7 @@ from typing import Final, Literal, Protocol
 import anyio
 import msgspec
 
+from aphro_core.bytecode import bytecode_environment
 from aphro_core.errors import EngineDeadError
 
 Door = Literal["engine", "worker", "template"]
@@ -222,7 +223,7 @@ class ForkServer:
                 [sys.executable, "-m", "aphro_core.forkserver", str(os.getpid()), *map(str, handed)],
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # talk goes to stderr: stdout belongs to data
-                env=self._environment,
+                env={**self._environment, **bytecode_environment(self._environment)},
                 start_new_session=True,
                 pass_fds=handed,
             )

@@ -7,12 +7,13 @@ import stat
 import threading
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from aphro_core.errors import ModelError
+
+if TYPE_CHECKING:  # the command line opens checkpoints, too, and needs none of it
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class ModelFile:

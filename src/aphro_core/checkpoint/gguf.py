@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
-
-import numpy as np
 
 from aphro_core.checkpoint.checkpoint import FETCH_AGAIN, Checkpoint
 from aphro_core.checkpoint.file import ModelFile
@@ -116,6 +115,7 @@ class GGUFCheckpoint(Checkpoint):
 
     def read_blocks(self, name: str, rows: range, columns: range) -> tuple[torch.Tensor, int]:
         """Whole blocks as they are stored: ([rows, blocks, bytes] uint8, the first one's column)."""
+        import numpy as np
         import torch
 
         info, unit = self._info(name), self.row_unit(name)
@@ -136,6 +136,7 @@ class GGUFCheckpoint(Checkpoint):
 
     def _read_values(self, info: TensorInfo, rows: range, columns: range | None) -> torch.Tensor:
         """[rows, columns] of a matrix; a vector counts as one column."""
+        import numpy as np
         import torch
 
         assert info.format is not None, "check_readable comes first"
@@ -197,8 +198,7 @@ class GGUFCheckpoint(Checkpoint):
     def _vector(self, info: TensorInfo) -> list[float]:
         if info.format is None or info.format.name != "F32" or len(info.shape) != 1 or not info.shape[0]:
             raise self._header.damaged(f"{info.name} is no vector of F32")
-        found: list[float] = np.frombuffer(self._file.read(info.offset, info.shape[0] * 4), dtype="<f4").tolist()
-        return found
+        return list(struct.unpack(f"<{info.shape[0]}f", self._file.read(info.offset, info.shape[0] * 4)))
 
     def _info(self, name: str) -> TensorInfo:
         info = self._tensors.get(name)

@@ -100,15 +100,20 @@ def test_what_is_noted_first_is_begun_beside_the_rest(tmp_path: Path, monkeypatc
         os.waitpid(-1, os.WNOHANG)
 
 
-def test_an_error_leaves_no_process_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_leaves_no_process_behind() -> None:
     wait = os.pipe()
-    with pytest.raises(ValueError, match="a step"), compiling_ahead(2) as begin:
-        mode = active_mode.get()
-        assert mode is not None
-        for name in "ab":
-            mode.submit(name, lambda: os.read(wait[0], 1), lambda kernel: None)
-        begin()
-        raise ValueError("a step")
+
+    def fail() -> None:
+        with compiling_ahead(2) as begin:
+            mode = active_mode.get()
+            assert mode is not None
+            for name in "ab":
+                mode.submit(name, lambda: os.read(wait[0], 1), lambda kernel: None)
+            begin()
+            raise ValueError("a step")
+
+    with pytest.raises(ValueError, match="a step"):
+        fail()
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
     for end in wait:
