@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from aphro_core import stderr
-from aphro_core.bytecode import compiling_beside
+from aphro_core.bytecode.bytecode import compiling_beside
 from aphro_core.lifeline import die_with_parent, name_process
 from aphro_core.spawn import (
     MAX_FDS,

@@ -16,7 +16,7 @@ from typing import Final, Literal, Protocol
 import anyio
 import msgspec
 
-from aphro_core.bytecode import bytecode_environment
+from aphro_core.bytecode.bytecode import bytecode_environment
 from aphro_core.errors import EngineDeadError
 
 Door = Literal["engine", "worker", "template"]

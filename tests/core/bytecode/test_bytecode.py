@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from aphro_core import bytecode
-from aphro_core.bytecode import bytecode_environment, compile_all, compiling_beside, find_source, imports_of
+from aphro_core.bytecode import bytecode, compiler
+from aphro_core.bytecode.bytecode import bytecode_environment, compiling_beside
+from aphro_core.bytecode.compiler import compile_all, find_source, imports_of
 
 SOURCE = """
 import alpha.beta, gamma
@@ -43,7 +44,7 @@ def function():
 def _forgotten() -> Iterator[None]:
     yield
     find_source.cache_clear()
-    bytecode._finder.cache_clear()
+    compiler._finder.cache_clear()
 
 
 def test_imports_at_the_top_of_a_module() -> None:
@@ -76,7 +77,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_what_is_led_to_is_compiled(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bytecode, "_ROOTS", ("rooted", "nowhere.to.be.found"))
+    monkeypatch.setattr(compiler, "_ROOTS", ("rooted", "nowhere.to.be.found"))
     monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "dont_write_bytecode", False)
     assert compile_all(2) == 6
