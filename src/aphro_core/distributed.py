@@ -6,7 +6,7 @@ import logging
 import socket
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -149,6 +149,16 @@ class TensorParallelGroup:
         dist.all_reduce(least_and_most, op=dist.ReduceOp.MIN, group=self._group)
         least, most = least_and_most.tolist()
         return bool(least == -most)
+
+    def union(self, chosen: Sequence[int], count: int, device: torch.device) -> list[int]:
+        """Numbers below ``count`` that any rank has chosen, in order. All ranks call it together."""
+        if self.size == 1:
+            return sorted(chosen)
+        votes = torch.zeros(count, dtype=torch.int64)
+        votes[list(chosen)] = 1
+        votes = votes.to(device)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._group)
+        return [int(number) for number in votes.nonzero().flatten().tolist()]
 
     def broadcast_(self, x: Tensor) -> Tensor:
         """What tp rank 0 has in ``x``, on every rank, in place."""

@@ -52,6 +52,14 @@ def gather(links: Links, rank: int) -> Any:
     return [[] if one is None else one.tolist() for one in gathered]
 
 
+def test_what_any_rank_has_chosen(tmp_path: Path) -> None:
+    def choose(links: Links, rank: int) -> list[int]:
+        return links.tensor.union([0, 3 + rank, 6], 7, torch.device("cpu"))
+
+    assert run_ranks(tmp_path, build_plan(SPEC, 2, 1), choose) == [[0, 3, 4, 6]] * 2
+    assert TensorParallelGroup(0, 1).union([2, 0], 7, torch.device("cpu")) == [0, 2]
+
+
 def test_columns_go_to_the_first_rank_of_their_stage(tmp_path: Path) -> None:
     """Of the whole, or as many as there is a place for: what pads the vocabulary stays behind."""
     first, second, third, fourth = run_ranks(tmp_path, build_plan(SPEC, 2, 2), gather)

@@ -107,12 +107,11 @@ class Decoder:
         return delta
 
     def kinds(self, caches: Sequence[Tensor]) -> Sequence[int]:
-        """Places of layers that launch every kernel that all of them launch. All where ranks sum in each layer, since
-        others may find other kinds."""
-        if self._group.size > 1:
-            return range(len(self._blocks))
+        """Places of layers that launch every kernel that all of them launch; the same on all ranks of a stage, which
+        call it together."""
         chains = [None] * len(self._blocks) if self._chained is None else self._chained.chains
-        return one_of_each(list(zip(self._blocks, self._rotary_of, chains, caches, strict=True)))
+        places = one_of_each(list(zip(self._blocks, self._rotary_of, chains, caches, strict=True)))
+        return self._group.union(places, len(self._blocks), caches[0].device) if caches else places
 
     @contextmanager
     def running_only(self, places: Sequence[int]) -> Iterator[None]:
