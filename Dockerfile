@@ -13,8 +13,8 @@ WORKDIR /opt/aphro
 COPY . .
 RUN pip install --no-cache-dir '.[ray]'
 
-# CPUs' kernels, digests and models that came from the head: mount a volume here to keep them
-ENV XDG_CACHE_HOME=/var/cache/aphro
+# kernels of GPUs and CPUs, digests and models that came from the head: mount a volume here to keep them
+ENV XDG_CACHE_HOME=/var/cache/aphro TRITON_CACHE_DIR=/var/cache/aphro/triton
 VOLUME /var/cache/aphro
 
 EXPOSE 2242
