@@ -62,7 +62,7 @@ class EngineOptions:
     max_model_len: int | Literal["auto"] | None = None
     max_num_seqs: int | None = None  # None: 512 on GPUs, 256 on CPUs
     max_num_batched_tokens: int | None = None  # of a step in which sequences decode; None: by the model's size on GPUs
-    max_num_prefill_tokens: int | None = None  # of one in which none does; None: 8192 or more on GPUs, the same on CPUs
+    max_num_prefill_tokens: int | None = None  # of one in which none does; None: 8192 or more on GPUs, with stages and on CPUs the same
     gpu_memory_utilization: float = 0.90
     cpu_memory_utilization: float = 0.50
     block_size: int = 16
@@ -252,7 +252,7 @@ def _check_deterministic(spec: DecoderSpec, device: Device, dtype: DType, report
 def _choose_steps(
     options: EngineOptions, spec: DecoderSpec, plan: ShardingPlan, device: Device, reporter: Reporter
 ) -> SchedulerConfig:
-    default = default_step_sizes(device, parameters_on_the_way(spec, plan))
+    default = default_step_sizes(device, parameters_on_the_way(spec, plan), plan.pp_size)
     tokens = options.max_num_batched_tokens or default.decode_tokens
     is_gpu = device == "cuda"
     room = context_room(spec, plan, 2 if options.kv_cache_dtype == "auto" else 1)

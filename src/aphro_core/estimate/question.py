@@ -181,7 +181,7 @@ def _largest_step(question: Question, tp: int, pp: int) -> int:
         plan = build_plan(spec, tp, pp, question.pp_layers, expert_parallel=question.expert_parallel)
     except PlacementError:  # whoever asks for the balance of these ranks is told
         return GPU_PREFILL_TOKENS
-    return default_step_sizes("cuda", parameters_on_the_way(spec, plan)).most_tokens
+    return default_step_sizes("cuda", parameters_on_the_way(spec, plan), pp).most_tokens
 
 
 def _dtype(question: Question) -> str:

@@ -14,7 +14,7 @@ CPU_TOKENS: Final = 2048
 BLOCK_SIZES: Final = (8, 16, 32)  # tokens of a block of the cache
 # At least and at most. Beyond 8,192 linears gain nothing, but a host takes 14 ms and more to launch a step of any size.
 GPU_TOKENS: Final = (1024, 16384)
-GPU_PREFILL_TOKENS: Final = 8192  # where nothing decodes, at least
+GPU_PREFILL_TOKENS: Final = 8192  # where nothing decodes and there are no stages, at least
 # Tokens times parameters that a Hopper GPU computes in 45 to 50 ms. The 8B shape's products fill the multiprocessors
 # best in steps of 1,024 and 2,048 tokens: 1,792 take as long as 1,850 would.
 _GPU_PARAMETER_TOKENS: Final = 2048 * 8.2e9
@@ -39,18 +39,20 @@ def parameters_on_the_way(spec: DecoderSpec, plan: ShardingPlan) -> int:
     return sum(weights_bytes(spec, shard, 1) for shard in plan.ranks if not shard.tp_rank)
 
 
-def default_step_sizes(device: str, parameters: int) -> StepSizes:
-    """For ``parameters`` that a token meets one after the other, on ``cpu`` or ``cuda``.
+def default_step_sizes(device: str, parameters: int, num_stages: int = 1) -> StepSizes:
+    """For ``parameters`` that a token meets one after the other, in ``num_stages``, on ``cpu`` or ``cuda``.
 
     While anything decodes its streams wait for the whole of a step, its own attention included, and no more than 60 ms:
     so as many tokens as a GPU computes in 50, in inverse proportion to the parameters. Where nothing decodes, nobody
-    waits for more than his own prompt.
+    waits for more than his own prompt. But the last stage of a pipeline waits for the whole of the first step, and the
+    first one for the last: with stages no step is larger.
     """
     if device == "cpu":
         return StepSizes(MAX_NUM_SEQS["cpu"], CPU_TOKENS, CPU_TOKENS)
     fitting = int(_GPU_PARAMETER_TOKENS / max(parameters, 1)) // GPU_TOKENS_UNIT * GPU_TOKENS_UNIT
     decode_tokens = min(max(fitting, GPU_TOKENS[0]), GPU_TOKENS[1])
-    return StepSizes(MAX_NUM_SEQS["cuda"], decode_tokens, max(decode_tokens, GPU_PREFILL_TOKENS))
+    prefill_tokens = decode_tokens if num_stages > 1 else max(decode_tokens, GPU_PREFILL_TOKENS)
+    return StepSizes(MAX_NUM_SEQS["cuda"], decode_tokens, prefill_tokens)
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def test_general_laws_count_what_a_step_takes_as_the_engine_does(config: dict[st
 
 
 def test_three_gpus_are_a_plan() -> None:
-    asked = asked_of(QWEN_32B, "4090", 3, 8, gib=29.0)
+    asked = asked_of(QWEN_32B, "4090", 3, 8, gib=30.0)
     assert not estimate(asked, 2, 1).fits
     best = recommended(asked)
     assert (best.tp, best.pp) == (3, 1)

@@ -24,6 +24,8 @@ def test_bounds_and_order(first: int, second: int) -> None:
     assert GPU_TOKENS[0] <= more.decode_tokens <= less.decode_tokens <= GPU_TOKENS[1]
     assert less.prefill_tokens == max(less.decode_tokens, 8192)
     assert less.decode_tokens % 256 == 0
+    staged = default_step_sizes("cuda", max(first, second), 2)  # whose last stage waits for the first step's end
+    assert staged.decode_tokens == staged.prefill_tokens == more.decode_tokens
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 4), (3, 2)])
