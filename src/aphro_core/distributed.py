@@ -262,7 +262,7 @@ class TokenLink:
         self.has_passed = False  # this step's tokens have been sent, or are expected
 
     def send(self, tokens: Tensor) -> None:
-        """Without waiting; ``tokens`` must not be written again. The first stage expects each in this order."""
+        """Without waiting; ``tokens`` must not be written again. The first stage receives each in this order."""
         while self._sending and self._sending[0][0].is_completed():
             self._sending.popleft()
         work = dist.isend(tokens, dst=self._peer, group=self._group)
@@ -270,13 +270,15 @@ class TokenLink:
         assert work is not None
         self._sending.append((work, tokens))
 
-    def expect(self, count: int, device: torch.device) -> tuple[dist.Work, Tensor]:
-        """The next tokens that come: a buffer, and whom to ask to wait (on a GPU its stream waits, not the host)."""
+    def receive(self, count: int, device: torch.device) -> Tensor:
+        """The next tokens that come; on a GPU its stream waits for them, not the host.
+
+        Not sooner than they are needed: a program of NCCL waits for them on a multiprocessor, which products that want
+        all of these at once do not get, and then take a third longer.
+        """
         tokens = torch.empty(count, dtype=torch.int64, device=device)
-        work = dist.irecv(tokens, src=self._peer, group=self._group)
-        self.has_passed = True
-        assert work is not None
-        return work, tokens
+        dist.recv(tokens, src=self._peer, group=self._group)
+        return tokens
 
 
 @dataclass(frozen=True)
@@ -337,7 +339,7 @@ def _open_lines(links: Links, shard: RankShard, device: torch.device) -> None:
     if not shard.has_head:
         links.stage.send(token)
     if links.tokens is not None and shard.has_embedding:
-        links.tokens.expect(1, device)[0].wait()
+        links.tokens.receive(1, device)
     elif links.tokens is not None:
         links.tokens.send(token)
     torch.cuda.synchronize(device)

@@ -62,7 +62,9 @@ class EngineOptions:
     max_model_len: int | Literal["auto"] | None = None
     max_num_seqs: int | None = None  # None: 512 on GPUs, 256 on CPUs
     max_num_batched_tokens: int | None = None  # of a step in which sequences decode; None: by the model's size on GPUs
-    max_num_prefill_tokens: int | None = None  # of one in which none does; None: 8192 or more on GPUs, with stages and on CPUs the same
+    max_num_prefill_tokens: int | None = (
+        None  # of one in which none does; None: 8192 or more on GPUs, with stages and on CPUs the same
+    )
     gpu_memory_utilization: float = 0.90
     cpu_memory_utilization: float = 0.50
     block_size: int = 16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import Final
 
 from torch import Tensor
 
@@ -12,15 +12,17 @@ from aphro_core.distributed import TokenLink
 from aphro_core.messages.steps import StepPlan
 from aphro_core.worker.sequences import SequenceState
 
+_MOST_DUE: Final = 7  # NCCL holds 8 messages that nobody has asked for yet: the last stage never waits with its tokens
+
 
 class ReturningTokens:
-    """Every step that draws is expected when it is launched, so that the last stage never waits with its tokens; its
-    stream waits for them when a plan has a row whose token only the device has."""
+    """Tokens are received when a plan has a row whose token only the device has, for which its stream waits; those of
+    other steps behind them, or when as many are due as may be."""
 
     def __init__(self, link: TokenLink, last_token_ids: Tensor) -> None:
         self._link = link
         self._last_token_ids = last_token_ids
-        self._due: deque[tuple[int, Any, Tensor, Tensor]] = deque()  # step number, work, tokens, their slots
+        self._due: deque[tuple[int, Tensor]] = deque()  # step number, slots of its tokens
         self._num_steps = 0
         self._drawn_in: dict[int, int] = {}  # seq_id -> number of the step that drew its last token
 
@@ -40,23 +42,25 @@ class ReturningTokens:
             self._expect(self._last_token_ids.new_full((count,), len(self._last_token_ids) - 1))
 
     def _expect(self, slots: Tensor) -> None:
-        work, tokens = self._link.expect(len(slots), self._last_token_ids.device)
-        self._due.append((self._num_steps, work, tokens, slots))
+        self._link.has_passed = True
+        self._due.append((self._num_steps, slots))
 
     def forget_all(self) -> None:
-        """Nobody reads what is due; it is waited for, so that what comes next is the next step's."""
-        for _, work, _, _ in self._due:
-            work.wait()
-        self._due.clear()
+        """Nobody reads what is due; it is received, so that what comes next is the next step's."""
+        while self._due:
+            self._receive()
         self._drawn_in.clear()
 
     def take_for(self, plan: StepPlan, sequences: Mapping[int, SequenceState]) -> None:
-        """Put the tokens in place that rows of ``plan`` read, and all that were drawn before them."""
+        """Put the tokens in place that rows of ``plan`` read, and all that were drawn before them. Comes before
+        ``plan`` is launched."""
         for seq_id in plan.released:
             self._drawn_in.pop(seq_id, None)
         unknown = [e.seq_id for e in plan.scheduled if e.start >= len(sequences[e.seq_id].row.token_ids)]
         wanted = max((self._drawn_in.get(seq_id, 0) for seq_id in unknown), default=0)
-        while self._due and self._due[0][0] <= wanted:
-            _, work, tokens, slots = self._due.popleft()
-            work.wait()
-            self._last_token_ids.index_copy_(0, slots, tokens)
+        while self._due and (self._due[0][0] <= wanted or len(self._due) >= _MOST_DUE):
+            self._receive()
+
+    def _receive(self) -> None:
+        _, slots = self._due.popleft()
+        self._last_token_ids.index_copy_(0, slots, self._link.receive(len(slots), self._last_token_ids.device))
