@@ -52,8 +52,8 @@ def gpu_lab(device: str = "cuda") -> Iterator[Lab]:
         yield Lab(write_model(Path(name)), Path(name), device=device)
 
 
-def row(case: str, fault: str, work: Callable[[Outcome], None]) -> None:
-    """Make it and print its row at once: whatever comes later may not come."""
+def row(case: str, fault: str, work: Callable[[Outcome], None]) -> bool:
+    """Make it and print its row at once: whatever comes later may not come. Whether it held."""
     outcome, began = Outcome(), time.monotonic()
     try:
         work(outcome)
@@ -62,6 +62,7 @@ def row(case: str, fault: str, work: Callable[[Outcome], None]) -> None:
     figures = ", ".join(f"{name} {value}" for name, value in outcome.figures.items())
     holds = "yes" if outcome.passed else "NO: " + "; ".join(outcome.failures)
     print(f"| {case} | {fault} | {figures} | {holds} | {time.monotonic() - began:.1f} s", flush=True)
+    return outcome.passed
 
 
 class Served:
@@ -184,44 +185,52 @@ def faults_on(lab: Lab) -> str:
     return _FAULTS + (_LIKE_A_GPU if lab.device == "cpu" else "")
 
 
-def over_two(lab: Lab, *layout: str) -> None:
+def over_two(lab: Lab, *layout: str) -> bool:
     began = time.monotonic()
     with lab.server(*layout, *_SMALL, faults=faults_on(lab), seconds=90) as server:
         served = Served(server)
         print(f"served after {time.monotonic() - began:.1f} s ({' '.join(layout)})", flush=True)
         where, is_tp = " ".join(layout), layout[0] == "-tp"
-        row("P-08", f"an exception in forward, {where}", lambda o: served.culprit(RAISE, o))
-        row("P-01" if is_tp else "P-02", f"SIGKILL of each worker, {where}", lambda o: kills(served, o))
-        row("P-09", f"an allocation failure in prefill, {where}", lambda o: served.culprit(MEMORY, o))
+        held = [
+            row("P-08", f"an exception in forward, {where}", lambda o: served.culprit(RAISE, o)),
+            row("P-01" if is_tp else "P-02", f"SIGKILL of each worker, {where}", lambda o: kills(served, o)),
+            row("P-09", f"an allocation failure in prefill, {where}", lambda o: served.culprit(MEMORY, o)),
+        ]
         if is_tp:
-            row("P-09b", f"the same on one rank of two, {where}", lambda o: served.culprit(MEMORY_OF_ONE, o))
-        row("P-06", f"SIGSTOP of a worker, {where}", lambda o: served.signal("aphro-rank-1", signal.SIGSTOP, o))
-        row("P-11", f"NaN logits, {where}", lambda o: served.culprit(NAN, o))
-        row("P-04", f"SIGKILL of the API process, {where}", served.lose_api)
-        row("P-05", f"SIGKILL of the supervising process, {where}", served.lose_keeper)
+            held.append(
+                row("P-09b", f"the same on one rank of two, {where}", lambda o: served.culprit(MEMORY_OF_ONE, o))
+            )
+        held += [
+            row("P-06", f"SIGSTOP of a worker, {where}", lambda o: served.signal("aphro-rank-1", signal.SIGSTOP, o)),
+            row("P-11", f"NaN logits, {where}", lambda o: served.culprit(NAN, o)),
+            row("P-04", f"SIGKILL of the API process, {where}", served.lose_api),
+            row("P-05", f"SIGKILL of the supervising process, {where}", served.lose_keeper),
+        ]
+        return all(held)
 
 
-def over_one(lab: Lab) -> None:
+def over_one(lab: Lab) -> bool:
     with lab.server(*_SMALL, faults=faults_on(lab), seconds=90) as server:
         served = Served(server)
-        row("P-08", "an exception in forward, one GPU", lambda o: served.culprit(RAISE, o))
-        row("P-09", "an allocation failure in prefill, one GPU", lambda o: served.culprit(MEMORY, o))
-        row("P-11", "NaN logits, one GPU", lambda o: served.culprit(NAN, o))
-        row("P-03", "SIGKILL of the engine, one GPU", lambda o: served.signal("aphro-engine", signal.SIGKILL, o))
-        row("P-06", "SIGSTOP of the engine, one GPU", lambda o: served.signal("aphro-engine", signal.SIGSTOP, o))
-        row("P-04", "SIGKILL of the API process, one GPU", served.lose_api)
-        row("P-05", "SIGKILL of the supervising process, one GPU", served.lose_keeper)
+        held = [
+            row("P-08", "an exception in forward, one GPU", lambda o: served.culprit(RAISE, o)),
+            row("P-09", "an allocation failure in prefill, one GPU", lambda o: served.culprit(MEMORY, o)),
+            row("P-11", "NaN logits, one GPU", lambda o: served.culprit(NAN, o)),
+            row("P-03", "SIGKILL of the engine, one GPU", lambda o: served.signal("aphro-engine", signal.SIGKILL, o)),
+            row("P-06", "SIGSTOP of the engine, one GPU", lambda o: served.signal("aphro-engine", signal.SIGSTOP, o)),
+            row("P-04", "SIGKILL of the API process, one GPU", served.lose_api),
+            row("P-05", "SIGKILL of the supervising process, one GPU", served.lose_keeper),
+        ]
+        return all(held)
 
 
 def main(words: list[str]) -> int:
-    device = "cpu" if "--cpu" in words else "cuda"
+    """1 where a row did not hold."""
+    device, held = "cpu" if "--cpu" in words else "cuda", True
     with gpu_lab(device) as lab:
         for word in (word for word in words if word != "--cpu"):
-            if word == "one":
-                over_one(lab)
-            else:
-                over_two(lab, f"-{word}", "2")
-    return 0
+            held &= over_one(lab) if word == "one" else over_two(lab, f"-{word}", "2")
+    return 0 if held else 1
 
 
 if __name__ == "__main__":
