@@ -22,7 +22,7 @@ from aphro_kernels.language import jit, next_power_of_2, tl
 
 FIELDS: Final = 8  # of a program's stretch
 _HOPPER_TILES: Final = {64: (128, 3, 2), 128: (64, 3, 2)}  # head_dim: keys, stages, programs a multiprocessor
-_AT_ONCE: Final = 8  # programs whose stretch one program of the plan kernel finds
+AT_ONCE: Final = 8  # programs whose stretch one program of the plan kernel finds
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ def plan_decode_(work: DecodeWork, seq_lens: Tensor, num_kv_heads: int, *, is_ne
     num_rows = seq_lens.shape[0]
     num_programs = programs_of(work, num_rows)
     assert num_rows * num_kv_heads <= work.arrivals.shape[0], "more rows than the buffers were built for"
-    _plan_kernel[(-(-num_programs // _AT_ONCE),)](
+    _plan_kernel[(-(-num_programs // AT_ONCE),)](
         seq_lens,
         is_new,
         work.stretches,
@@ -123,7 +123,7 @@ def plan_decode_(work: DecodeWork, seq_lens: Tensor, num_kv_heads: int, *, is_ne
         KEYS=work.keys,
         WINDOW=work.window,
         ROWS=max(next_power_of_2(num_rows), 16),
-        AT_ONCE=_AT_ONCE,
+        AT_ONCE=AT_ONCE,
         FIELDS=FIELDS,
         num_warps=4,  # not chained: attention reads the plan before it waits for the kernel before it
     )
@@ -147,12 +147,41 @@ def _plan_kernel(
 ) -> None:
     rows = tl.arange(0, ROWS)
     seq_len = tl.load(seq_lens + rows, mask=rows < num_rows, other=0)
+    program = tl.program_id(0)
+    share_out(
+        program, seq_len, stretches, totals, num_rows, num_programs, NUM_KV_HEADS, KEYS, WINDOW, ROWS, AT_ONCE, FIELDS
+    )
+    if program == 0:
+        any_new = 1
+        if is_new is not None:
+            news = tl.load(is_new + rows * new_stride, mask=rows < num_rows, other=0)
+            any_new = tl.max((news != 0).to(tl.int32), axis=0)
+        tl.store(totals + 2, any_new)
+
+
+@jit()
+def share_out(
+    program: tl.tensor,
+    seq_len: tl.tensor,
+    stretches: tl.tensor,
+    totals: tl.tensor,
+    num_rows: tl.tensor,
+    num_programs: tl.tensor,
+    NUM_KV_HEADS: tl.constexpr,
+    KEYS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    ROWS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    FIELDS: tl.constexpr,
+) -> None:
+    """The stretches of ``AT_ONCE`` programs, and from the first of these the totals but for the last."""
+    rows = tl.arange(0, ROWS)
     tiles = tl.where((rows < num_rows) & (seq_len >= 0), num_tiles_of(seq_len, KEYS, WINDOW), 0)
     ends = tl.cumsum(tiles, axis=0) * NUM_KV_HEADS
     total = tl.sum(tiles, axis=0) * NUM_KV_HEADS
     used = tl.minimum(total, num_programs)
 
-    programs = tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)
+    programs = program * AT_ONCE + tl.arange(0, AT_ONCE)
     start = (programs.to(tl.int64) * total // tl.maximum(used, 1)).to(tl.int32)
     stop = ((programs.to(tl.int64) + 1) * total // tl.maximum(used, 1)).to(tl.int32)
     row, row_tile, first_segment = _place(start, ends, tiles, NUM_KV_HEADS)
@@ -199,14 +228,9 @@ def _plan_kernel(
     tl.store(at + 5, first, mask=is_program)
     tl.store(at + 6, last, mask=is_program)
     tl.store(at + 7, first_len, mask=is_program)
-    if tl.program_id(0) == 0:
+    if program == 0:
         tl.store(totals, total)
         tl.store(totals + 1, used)
-        any_new = 1
-        if is_new is not None:
-            news = tl.load(is_new + rows * new_stride, mask=rows < num_rows, other=0)
-            any_new = tl.max((news != 0).to(tl.int32), axis=0)
-        tl.store(totals + 2, any_new)
 
 
 @jit()

@@ -28,7 +28,6 @@ from torch import Tensor
 from aphro_kernels.language import chain_options, jit, runs_kernels, start_in_chain, tl
 
 SLOT, POSITION, TOKEN, BLOCK, DRAW_SLOT, IS_NEW, ANSWER, ROW_FIELDS = range(8)
-_BLOCKS_AT_ONCE: Final = 256
 _ROWS_AT_ONCE: Final = 128
 
 
@@ -79,44 +78,10 @@ def step_rows_reference(
     return out
 
 
-def step_rows(
-    rows: Tensor, last_token_ids: Tensor, block_tables: Tensor, *, block_size: int, out: StepRows
-) -> StepRows:
-    """``rows`` [n, ROW_FIELDS] int64 to the first ``n`` rows of ``out``; notes begun blocks in ``block_tables``.
-
-    No allocation and no visit to the host: fit for CUDA graphs.
-    """
-    if not runs_kernels(rows):
-        return step_rows_reference(rows, last_token_ids, block_tables, block_size=block_size, out=out)
-    _launch(rows, last_token_ids, block_tables, block_size, out)
-    return out.first(len(rows))
-
-
-def _launch(rows: Tensor, last_token_ids: Tensor, block_tables: Tensor, block_size: int, out: StepRows) -> None:
-    assert rows.is_contiguous()
-    assert rows.shape[1] == ROW_FIELDS
-    assert block_tables.stride() == out.block_tables.stride()
-    if len(rows):
-        _step_rows_kernel[(len(rows),)](
-            rows,
-            last_token_ids,
-            block_tables,
-            out.token_ids,
-            out.positions,
-            out.slot_mapping,
-            out.seq_lens,
-            out.block_tables,
-            block_tables.stride(0),
-            FIELDS=ROW_FIELDS,
-            BLOCK_SIZE=block_size,
-            AT_ONCE=_BLOCKS_AT_ONCE,
-            num_warps=1,
-        )
-
-
-@jit(do_not_specialize=["table_stride"])
-def _step_rows_kernel(
+@jit()
+def begin_row(
     rows: tl.tensor,
+    row: tl.tensor,
     last_token_ids: tl.tensor,
     block_tables: tl.tensor,
     token_ids: tl.tensor,
@@ -125,35 +90,36 @@ def _step_rows_kernel(
     seq_lens: tl.tensor,
     row_tables: tl.tensor,
     table_stride: tl.tensor,
-    FIELDS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     AT_ONCE: tl.constexpr,
-) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    slot = tl.load(rows + row * FIELDS)  # SLOT, POSITION, TOKEN, BLOCK
-    position = tl.load(rows + row * FIELDS + 1)
+) -> tl.tensor:
+    """The token and the position that the row reads, if it is there."""
+    fields = rows + row * 7  # SLOT, POSITION, TOKEN, BLOCK, DRAW_SLOT, IS_NEW, ANSWER
+    slot = tl.load(fields)
+    position = tl.load(fields + 1)
+    token = tl.load(fields + 2)
+    block = tl.load(fields + 3)
     tl.store(seq_lens + row, (tl.maximum(position, -2) + 1).to(tl.int32))
-    if position < -1:
-        return
-    token = tl.load(rows + row * FIELDS + 2)
-    block = tl.load(rows + row * FIELDS + 3)
-    table = block_tables + slot * table_stride
-    index = tl.maximum(position, 0) // BLOCK_SIZE
-    if block >= 0:
-        tl.store(table + index, block.to(tl.int32))
-    else:
-        block = tl.load(table + index).to(tl.int64)
-    if token < 0:
-        token = tl.maximum(tl.load(last_token_ids + slot), 0)
-    is_row = position >= 0
-    tl.store(token_ids + row, tl.where(is_row, token, 0))
-    tl.store(positions + row, tl.maximum(position, 0))
-    tl.store(slot_mapping + row, tl.where(is_row, block * BLOCK_SIZE + position % BLOCK_SIZE, -1))
-    for start in range(0, index + 1, AT_ONCE):
-        at = start + tl.arange(0, AT_ONCE)
-        blocks = tl.load(table + at, mask=at < index, other=0)
-        blocks = tl.where(at == index, block.to(tl.int32), blocks)
-        tl.store(row_tables + row * table_stride + at, blocks, mask=at <= index)
+    if position >= -1:
+        table = block_tables + slot * table_stride
+        index = tl.maximum(position, 0) // BLOCK_SIZE
+        if block >= 0:
+            tl.store(table + index, block.to(tl.int32))
+        else:
+            block = tl.load(table + index).to(tl.int64)
+        if token < 0:
+            token = tl.maximum(tl.load(last_token_ids + slot), 0)
+        is_row = position >= 0
+        token = tl.where(is_row, token, 0)
+        tl.store(token_ids + row, token)
+        tl.store(positions + row, tl.maximum(position, 0))
+        tl.store(slot_mapping + row, tl.where(is_row, block * BLOCK_SIZE + position % BLOCK_SIZE, -1))
+        for start in range(0, index + 1, AT_ONCE):
+            at = start + tl.arange(0, AT_ONCE)
+            blocks = tl.load(table + at, mask=at < index, other=0)
+            blocks = tl.where(at == index, block.to(tl.int32), blocks)
+            tl.store(row_tables + row * table_stride + at, blocks, mask=at <= index)
+    return token, position
 
 
 @dataclass(frozen=True, slots=True)

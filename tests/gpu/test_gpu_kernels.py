@@ -22,6 +22,7 @@ from aphro_core.quantization.matrix import PackedMatrix
 from tests.kernels.comparisons import (
     assert_close,
     compare_attention,
+    compare_begin_step,
     compare_end_rows,
     compare_expert_rows,
     compare_gated_linear,
@@ -42,7 +43,6 @@ from tests.kernels.comparisons import (
     compare_skinny_linear,
     compare_split_places,
     compare_split_rows,
-    compare_step_rows,
     packed_weight,
 )
 
@@ -458,8 +458,9 @@ def test_rounded_float8_products(num_rows: int, scale: float | None) -> None:
 
 
 @pytest.mark.parametrize("num_rows", [1, 63, 256])
-def test_step_rows(num_rows: int) -> None:
-    compare_step_rows(num_rows, "cuda")
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_begin_step(num_rows: int, is_whole: bool) -> None:
+    compare_begin_step(num_rows, "cuda", is_whole=is_whole)
 
 
 @pytest.mark.parametrize("has_bad", [False, True])

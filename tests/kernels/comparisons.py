@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 from aphro_kernels import (
+    begin_step,
     chunk_tiles,
     expert_rows,
     gated_gemm,
@@ -721,8 +722,9 @@ def compare_quantise_rows(
     assert (apart > 0).float().mean() < most
 
 
-def compare_step_rows(num_rows: int, device: str) -> None:
-    """Rows that begin a block and rows that do not, tokens of the host and of the device, and padding."""
+def compare_begin_step(num_rows: int, device: str, *, is_whole: bool) -> None:
+    """Rows that begin a block and rows that do not, tokens of the host and of the device, and padding; ``is_whole``:
+    with the plan of attention, embeddings and angles."""
     generator = torch.Generator().manual_seed(num_rows)
     num_slots, max_blocks = num_rows + 3, 16 * 40  # more blocks than a program copies at once
     last = torch.randint(0, 1000, (num_slots,), generator=generator)
@@ -734,16 +736,32 @@ def compare_step_rows(num_rows: int, device: str) -> None:
     rows[:, step_rows.BLOCK] = torch.where(torch.arange(num_rows) % 3 == 0, 99, -1)
     rows[3::4, step_rows.POSITION] = -1
     rows[3::4, step_rows.BLOCK] = -1
-    if num_rows > 4:
+    rows[5::6, step_rows.IS_NEW] = 1
+    if num_rows > 4 and not is_whole:
         rows[-2:, step_rows.POSITION] = -2
     found, expected = ([x.to(device).clone() for x in (rows, last, tables)] for _ in range(2))
     made = [step_rows.build_step_rows(num_rows + 2, max_blocks, torch.device(device)) for _ in range(2)]
     for buffer in (made[0].token_ids, made[0].positions, made[0].slot_mapping, made[0].seq_lens):
         buffer.fill_(-(2**30))
-    step_rows._launch(*found, BLOCK_SIZE, made[0])
+    start = begun = work = planned = None
+    if is_whole:
+        weight, frequencies = random(1001, 1100, dtype=torch.bfloat16, device=device), torch.rand(24, device=device)
+        start = begin_step.RowStart(weight, frequencies, 1.25)
+        begun = begin_step.new_rows(num_rows, start)
+        for made_of_rows in (begun.x, begun.cos, begun.sin):
+            made_of_rows.fill_(float("nan"))
+        sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "dtype": torch.float32}
+        work, planned = (
+            build_decode_work(max(num_rows, 1), **sizes, device=torch.device(device), num_programs=37) for _ in range(2)
+        )
+        for plan in (work, planned):
+            plan.stretches.fill_(-7)
+            plan.totals.fill_(-7)
+    begin_step.launch(*found, BLOCK_SIZE, made[0], work, 2, start, begun)
     step_rows.step_rows_reference(*expected, block_size=BLOCK_SIZE, out=made[1])
     for name in ("token_ids", "positions", "slot_mapping", "seq_lens"):
-        count = num_rows if name == "seq_lens" or num_rows <= 4 else num_rows - 2  # the last two are not there
+        # the last two are not there
+        count = num_rows if name == "seq_lens" or num_rows <= 4 or is_whole else num_rows - 2
         ours, theirs = (getattr(one, name)[:count] for one in made)
         assert torch.equal(ours, theirs), name
         assert bool((getattr(made[0], name)[count:] == -(2**30)).all()), "nothing behind the rows is written"
@@ -751,6 +769,15 @@ def compare_step_rows(num_rows: int, device: str) -> None:
     for row, seq_len in enumerate(made[1].seq_lens.tolist()[:num_rows]):
         width = -(-seq_len // BLOCK_SIZE)
         assert torch.equal(made[0].block_tables[row, :width], made[1].block_tables[row, :width])
+    if start is not None and begun is not None and planned is not None and work is not None and num_rows:
+        numbers = made[1].first(num_rows)
+        assert torch.equal(begun.x, start.embedding[numbers.token_ids])
+        angles = rotary_angles._launch(numbers.positions, start.frequencies, start.scale)
+        assert torch.equal(begun.cos, angles[0]), "the same bits as the kernel of other steps gives"
+        assert torch.equal(begun.sin, angles[1])
+        plan_decode_(planned, numbers.seq_lens, 2, is_new=found[0][:, step_rows.IS_NEW])
+        assert torch.equal(work.stretches, planned.stretches)
+        assert torch.equal(work.totals, planned.totals)
 
 
 def rows_that_end(num_rows: int, device: str) -> step_rows.RowsEnd:

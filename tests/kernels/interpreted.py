@@ -11,6 +11,7 @@ from aphro_kernels.tile_linear import TileConfig
 
 from tests.kernels.comparisons import (
     compare_attention,
+    compare_begin_step,
     compare_end_rows,
     compare_expert_rows,
     compare_grouped_linear,
@@ -29,7 +30,6 @@ from tests.kernels.comparisons import (
     compare_silu_and_mul,
     compare_skinny_linear,
     compare_split_places,
-    compare_step_rows,
 )
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -82,8 +82,9 @@ def test_rotary_angles(num_tokens: int, half: int) -> None:
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 9])
-def test_step_rows(num_rows: int) -> None:
-    compare_step_rows(num_rows, "cpu")
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_begin_step(num_rows: int, is_whole: bool) -> None:
+    compare_begin_step(num_rows, "cpu", is_whole=is_whole)
 
 
 @pytest.mark.parametrize("num_rows", [0, 1, 150])

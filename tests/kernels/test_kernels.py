@@ -75,10 +75,13 @@ KERNELS: dict[str, dict[str, Any]] = {  # "module.kernel": types of its argument
     "chunk_tiles._order_kernel": {
         **{"found": "*i32", "listed": "*i32", "num_tiles": "i32", "LONG": 8, "AT_ONCE": 128, "FIELDS": 8}
     },
-    "step_rows._step_rows_kernel": {
+    "begin_step._begin_step_kernel": {
         **dict.fromkeys(["rows", "last_token_ids", "token_ids", "positions", "slot_mapping"], "*i64"),
-        **dict.fromkeys(["block_tables", "seq_lens", "row_tables"], "*i32"),
-        **{"table_stride": "i32", "FIELDS": 7, "BLOCK_SIZE": 16, "AT_ONCE": 256},
+        **dict.fromkeys(["block_tables", "seq_lens", "row_tables", "stretches", "totals"], "*i32"),
+        **dict.fromkeys(["embedding", "x"], "*bf16") | dict.fromkeys(["frequencies", "cos", "sin"], "*fp32"),
+        **dict.fromkeys(["num_rows", "num_plans", "table_stride", "num_programs"], "i32") | {"scale": "fp32"},
+        **{"BLOCK_SIZE": 16, "BLOCKS": 256, "WIDTH": 1500, "COLUMNS": 1024, "HALF": 40, "DIMS": 64},
+        **{"NUM_KV_HEADS": 2, "KEYS": 64, "WINDOW": 0, "ROWS": 256, "AT_ONCE": 8, "FIELDS": 8},
     },
     "step_rows._end_rows_kernel": {
         **dict.fromkeys(["rows", "tokens", "last_token_ids", "answers"], "*i64"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from aphro_kernels.begin_step import BegunRows
 from aphro_kernels.decode_work import DecodeWork
 from torch import Tensor
 
@@ -88,6 +89,7 @@ class Batch:
     cache_rows: GatheredRows | PagedRows
     first_rows: dict[int, int]  # seq_id -> its first row
     sampled_rows: Tensor  # [samples] int64, in plan order
+    begun: BegunRows | None = None  # where embeddings and angles are made already
 
     @property
     def num_tokens(self) -> int:

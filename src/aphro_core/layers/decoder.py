@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from aphro_kernels.begin_step import RowStart
 from torch import Tensor
 
 from aphro_core.distributed import TensorParallelGroup
@@ -69,8 +70,20 @@ class Decoder:
         x = x if kept is None else x[: len(kept)]
         return x if delta is None else x.add_(delta.whole())
 
+    @property
+    def row_start(self) -> RowStart | None:
+        """What a kernel may make of a row before the layers; None where there is more to it."""
+        weight = None if self._embedding is None else self._embedding.plain
+        is_all = self._embedding_scale == 1.0 and self._positions is None and len(self._rotaries) == 1
+        if weight is None or not weight.is_contiguous() or not is_all:
+            return None
+        (rotary,) = self._rotaries
+        return RowStart(weight, rotary.frequencies, rotary.scale) if len(rotary.frequencies) else None
+
     def begin(self, batch: Batch, hidden_states: Tensor | None) -> Tensor:
         """What the first block of this stage reads."""
+        if batch.begun is not None:
+            return batch.begun.x
         if hidden_states is not None:
             return hidden_states
         assert self._embedding is not None, "only the first stage starts from token ids"
@@ -81,6 +94,8 @@ class Decoder:
 
     def rotations(self, batch: Batch, dtype: torch.dtype) -> list[Rotation]:
         """Of this step's rows, as many as the layers have kinds."""
+        if batch.begun is not None:
+            return [Rotation(batch.begun.cos, batch.begun.sin)]
         halves = isinstance(batch.cache_rows, PagedRows) or dtype == torch.bfloat16
         return [rotary.at(batch.positions, halves=halves) for rotary in self._rotaries]
 

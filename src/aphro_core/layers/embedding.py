@@ -19,6 +19,11 @@ class VocabEmbedding:
         self._rows = rows
         self._group = group
 
+    @property
+    def plain(self) -> Tensor | None:
+        """``[vocab_size, hidden_size]``, if a row of it is all that a token needs."""
+        return self._weight if self._group.size == 1 and isinstance(self._weight, Tensor) else None
+
     def __call__(self, token_ids: Tensor) -> Tensor:
         """``[num_tokens]`` int64 to ``[num_tokens, hidden_size]``."""
         if self._group.size == 1:

@@ -16,8 +16,8 @@ class RotaryEmbedding:
     """Angles of a step's positions. Nothing is kept for each position: a long context would cost its table."""
 
     def __init__(self, rope: RopeSpec, dtype: torch.dtype, device: torch.device) -> None:
-        self._frequencies = inverse_frequencies(rope).to(device)
-        self._scale = rope.factors.get("attention_factor", 1.0)
+        self.frequencies = inverse_frequencies(rope).to(device)
+        self.scale = rope.factors.get("attention_factor", 1.0)
         self._dtype = dtype
 
     def at(self, positions: Tensor, *, halves: bool) -> Rotation:
@@ -25,7 +25,7 @@ class RotaryEmbedding:
 
         ``halves``: in the form that the kernel takes; otherwise in that of :meth:`Rotation.apply_`.
         """
-        cos, sin = rotary_angles(positions, self._frequencies, self._scale)
+        cos, sin = rotary_angles(positions, self.frequencies, self.scale)
         if halves:
             return Rotation(cos, sin)
         whole_cos, whole_sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)

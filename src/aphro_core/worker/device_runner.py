@@ -67,6 +67,7 @@ class DeviceRunner:
             device=device,
             num_kv_heads=len(shard.kv_heads),
             works=build_works(spec, shard, caches, max_rows, dtype, device) if device.type == "cuda" else {},
+            row_start=decoder.row_start,
             answers=self._answers.memory,
         )
         self._inputs = PagedInputs(self._memory, self._shapes, keeps_tokens=shard.pp_size == 1)

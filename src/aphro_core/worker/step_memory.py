@@ -13,6 +13,7 @@ from typing import Final
 
 import numpy as np
 import torch
+from aphro_kernels.begin_step import BegunRows, RowStart, begin_step
 from aphro_kernels.decode_work import DecodeWork, plan_decode_
 from aphro_kernels.step_rows import (
     ANSWER,
@@ -22,7 +23,6 @@ from aphro_kernels.step_rows import (
     RowsEnd,
     StepRows,
     build_step_rows,
-    step_rows,
 )
 from torch import Tensor
 
@@ -62,9 +62,11 @@ class StepMemory:
         device: torch.device,
         num_kv_heads: int = 1,
         works: Mapping[int | None, DecodeWork] = MappingProxyType({}),
+        row_start: RowStart | None = None,
         answers: Tensor | None = None,
     ) -> None:
-        """``works``: how decode attention is shared out on a GPU, for each window among the layers. ``answers``
+        """``works``: how decode attention is shared out on a GPU, for each window among the layers. ``row_start``:
+        what a decoder lets be made of its rows. ``answers``
         [steps, max_rows] int64: where tokens are told to the host; None: nobody asks."""
         self.max_rows, self.block_size = max_rows, block_size
         self.max_blocks = -(-max_model_len // (block_size * _ALIGNED)) * _ALIGNED
@@ -78,7 +80,7 @@ class StepMemory:
         self._row_starts = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
         self._answers = torch.zeros(1, max_rows, dtype=torch.int64, device=device) if answers is None else answers
         self._shapes, self._max_model_len, self._device = shapes, max_model_len, device
-        self._num_kv_heads, self._works = num_kv_heads, works
+        self._num_kv_heads, self._works, self._row_start = num_kv_heads, works, row_start
 
     # --- what the host sends ---
 
@@ -129,8 +131,9 @@ class StepMemory:
 
     def decode_batch(self, num_rows: int) -> Batch:
         """The rows of one token, as sent last, ``num_rows`` with padding. Fit for a CUDA graph."""
-        rows, part = self._decode_part(num_rows, self._rows)
-        return Batch(rows.token_ids, rows.positions, PagedRows(rows.slot_mapping, [part]), {}, self._row_starts[:0])
+        rows, part, begun = self._decode_part(num_rows, self._rows, self._row_start)
+        paged = PagedRows(rows.slot_mapping, [part])
+        return Batch(rows.token_ids, rows.positions, paged, {}, self._row_starts[:0], begun)
 
     def mixed_batch(self, step: PagedStep) -> Batch:
         """Rows of one token, then chunks, then padding; at least one row to draw from, wanted or not."""
@@ -166,10 +169,21 @@ class StepMemory:
         rows = PagedRows(numbers.slot_mapping, parts)
         return Batch(numbers.token_ids, numbers.positions, rows, {}, numbers.draw_rows[:num_draws])
 
-    def _decode_part(self, num_rows: int, out: StepRows) -> tuple[StepRows, PagedPart]:
-        sent = self._sent[:num_rows]
-        rows = step_rows(sent, self.last_token_ids, self._block_tables, block_size=self.block_size, out=out)
-        for work in self._works.values():
+    def _decode_part(
+        self, num_rows: int, out: StepRows, start: RowStart | None = None
+    ) -> tuple[StepRows, PagedPart, BegunRows | None]:
+        sent, works = self._sent[:num_rows], list(self._works.values())
+        rows, begun = begin_step(
+            sent,
+            self.last_token_ids,
+            self._block_tables,
+            block_size=self.block_size,
+            out=out,
+            work=works[0] if works else None,
+            num_kv_heads=self._num_kv_heads,
+            start=start,
+        )
+        for work in works[1:]:
             plan_decode_(work, rows.seq_lens, self._num_kv_heads, is_new=sent[:, IS_NEW])
         part = PagedPart(
             start=0,
@@ -181,7 +195,7 @@ class StepMemory:
             max_seq_len=self._max_model_len,
             works=self._works,
         )
-        return rows, part
+        return rows, part, begun
 
     # --- what it ends with ---
 
