@@ -1,13 +1,14 @@
 """Where each microsecond of a decode step on a GPU goes: kernels by name, gaps between them, and what the host costs.
 
     python bench/step_profile.py [--model llama3-8b] [--rows 1 32 256] [--context 640] [--steps 30] [--top 14]
-                                 [--prompts 512 512 512] [-q fp8] [--layers 8]
+                                 [--prompts 512 512 512] [-q fp8] [--layers 8] [-tp 2]
 
 Dummy weights of a shape. For each number of rows: the time of every kernel in a step (profiler), their sum, the wall
 time of the captured graph, which holds all of a decode step, and the period of whole steps launched one after the
 other, as the engine does; the differences are gaps between kernels, and between graphs. "launch" is the time that the
 host's thread needs for a step, which must stay below the period. ``--prompts``: steps that compute new prompts
-of these lengths beside the rows; "graph" is then theirs, if they have one.
+of these lengths beside the rows; "graph" is then theirs, if they have one. ``-tp``: the times of rank 0, whose sums
+wait for the others; its graph is not timed alone.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from ranks import Ranks, open_ranks
 from workloads import CEILINGS, MODELS, WEIGHT_BYTES
 
-from aphro_core.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
-from aphro_core.messages.steps import NewSequence, RowsAgain, ScheduledSequence, StartWorker, StepPlan
+from aphro_core.config import CacheConfig, EngineConfig, ModelConfig, ParallelConfig, SchedulerConfig
+from aphro_core.messages.steps import NewSequence, RowsAgain, ScheduledSequence, StepPlan
 from aphro_core.request import SamplingParams
 from aphro_core.worker.device_runner import DeviceRunner
 from aphro_core.worker.worker import Worker
@@ -39,7 +41,7 @@ BLOCK_SIZE = 16
 class Stepper:
     """Rows that decode behind a context that was never computed: what stands in the cache costs the same."""
 
-    def __init__(self, worker: Worker, rows: int, context: int, num_blocks: int) -> None:
+    def __init__(self, worker: Ranks, rows: int, context: int, num_blocks: int) -> None:
         self._worker = worker
         self._rows = rows
         self._position = context
@@ -83,32 +85,34 @@ class Stepper:
         return self._worker.launch(StepPlan(self._step, scheduled, new, released))
 
 
-def build_worker(model: str, max_rows: int, arguments: argparse.Namespace) -> tuple[Worker, int]:
-    with tempfile.TemporaryDirectory() as folder:
-        shape = MODELS[model] | ({"num_hidden_layers": arguments.layers} if arguments.layers else {})
-        (Path(folder) / "config.json").write_text(json.dumps(shape))
-        length = shape["max_position_embeddings"]
-        num_blocks = max_rows * (arguments.context // BLOCK_SIZE + 20) + 600
-        config = EngineConfig(
-            model=ModelConfig(
-                path=folder,
-                served_name=model,
-                dtype="bfloat16",
-                max_model_len=length,
-                load_format="dummy",
-                quantization=arguments.q,
-            ),
-            cache=CacheConfig(num_blocks=num_blocks),
-            scheduler=SchedulerConfig(max_num_seqs=max_rows, max_num_prefill_tokens=8192),
-            device="cuda",
-        )
-        worker = Worker(StartWorker(config, 0, 0, "", 0), lambda progress: None)
-        loaded = worker.load()
-        worker.allocate(num_blocks)
-    kept = loaded.weights_bytes + num_blocks * loaded.block_bytes
-    peak = torch.cuda.max_memory_reserved() - kept
+def configure(folder: str, max_rows: int, arguments: argparse.Namespace) -> EngineConfig:
+    shape = MODELS[arguments.model] | ({"num_hidden_layers": arguments.layers} if arguments.layers else {})
+    (Path(folder) / "config.json").write_text(json.dumps(shape))
+    most_tokens = max(8192, sum(arguments.prompts) + max_rows)
+    return EngineConfig(
+        model=ModelConfig(
+            path=folder,
+            served_name=arguments.model,
+            dtype="bfloat16",
+            max_model_len=shape["max_position_embeddings"],
+            load_format="dummy",
+            quantization=arguments.q,
+        ),
+        cache=CacheConfig(num_blocks=max_rows * (arguments.context // BLOCK_SIZE + 20) + 600),
+        parallel=ParallelConfig(tensor_parallel_size=arguments.tp),
+        scheduler=SchedulerConfig(max_num_seqs=max_rows, max_num_prefill_tokens=most_tokens),
+        device="cuda",
+    )
+
+
+def prepare_ranks(ranks: Ranks) -> int:
+    """The number of blocks."""
+    ranks.load()
+    num_blocks, _ = ranks.allocate()
+    loaded = ranks.loaded[0]
+    peak = torch.cuda.max_memory_reserved() - loaded.weights_bytes - num_blocks * loaded.block_bytes
     print(f"GiB besides weights and cache: planned {loaded.activation_bytes / 2**30:.2f}, taken {peak / 2**30:.2f}")
-    return worker, num_blocks
+    return num_blocks
 
 
 def seconds(run: Callable[[], object], times: int) -> tuple[float, float]:
@@ -175,17 +179,25 @@ def main() -> None:
     parser.add_argument("-q", choices=[name for name in WEIGHT_BYTES if name], help="quantise the weights")
     parser.add_argument("--host", action="store_true", help="also a profile of the thread that launches")
     parser.add_argument("--sampled", action="store_true", help="temperature 1 instead of greedy")
+    parser.add_argument("-tp", type=int, default=1)
     arguments = parser.parse_args()
+    max_rows = max(arguments.rows) + len(arguments.prompts)
+    with tempfile.TemporaryDirectory() as folder, open_ranks(configure(folder, max_rows, arguments)) as ranks:
+        show(ranks, prepare_ranks(ranks), arguments)
+
+
+def show(ranks: Ranks, num_blocks: int, arguments: argparse.Namespace) -> None:
     name = torch.cuda.get_device_name()
-    worker, num_blocks = build_worker(arguments.model, max(arguments.rows) + len(arguments.prompts), arguments)
+    worker = ranks.worker
     bandwidth = next((value[0] for key, value in CEILINGS.items() if key in name), CEILINGS["H200"][0])
-    print(f"{name}, {arguments.model}, context {arguments.context}")
+    print(f"{arguments.tp} x {name}, {arguments.model}, context {arguments.context}")
     for rows in arguments.rows:
-        stepper = Stepper(worker, rows, arguments.context, num_blocks)
+        stepper = Stepper(ranks, rows, arguments.context, num_blocks)
         stepper.begin(SamplingParams() if arguments.sampled else SamplingParams(temperature=0.0))
         stepper.lengths = arguments.prompts
         period, host = seconds(stepper.decode, arguments.steps)
-        graph = graph_seconds(worker, rows, arguments.prompts, arguments.steps)
+        alone = arguments.tp == 1
+        graph = graph_seconds(worker, rows, arguments.prompts, arguments.steps) if alone else float("nan")
         spent, count = kernels(stepper.decode, 8)
         if arguments.host:
             print_host_profile(stepper.decode, 8, arguments.top)

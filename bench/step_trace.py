@@ -1,10 +1,11 @@
 """What the steps of a whole scenario are, and where its seconds go: in mixed steps, in others, or between them.
 
     python bench/step_trace.py [--model llama3-8b] [--scenarios S3 S5] [--rounds 1] [--json FILE]
-                               [--sizes '{"max_num_batched_tokens": 2048}' ...]
+                               [--sizes '{"max_num_batched_tokens": 2048}' ...] [-tp 2]
 
-The real scheduler and worker on one GPU with dummy weights, driven as the engine does it (up to two plans in flight,
-answers on another thread) but without an API process: what bench/scenarios.py takes beyond this is that. Of each step:
+The real scheduler and workers with dummy weights, driven as the engine does it (up to two plans in flight, answers on
+another thread) but without an API process: what bench/scenarios.py takes beyond this is that. With ``-tp`` the times
+are those of rank 0, whose thread plans as well. Of each step:
 rows that decode, their context, prompt tokens, the GPU's time by events, what it waited before it, and what the host's
 thread took to plan and to launch it; "allocations" are those of the driver's memory, which wait for the GPU. "At the
 limits": the larger of the weights' bytes and the FLOPs of the rows, and the bytes of K and V, one after the other.
@@ -25,19 +26,18 @@ from typing import Any
 
 import msgspec
 import torch
+from ranks import Ranks, open_ranks
 from workloads import CEILINGS, MODELS, SCENARIOS, requests
 
 from aphro_core.config import EngineConfig, SchedulerConfig
-from aphro_core.engine.entry import fit_cache
 from aphro_core.messages.requests import AddSequence
-from aphro_core.messages.steps import StartWorker, StepPlan, StepResult
+from aphro_core.messages.steps import StepPlan, StepResult
 from aphro_core.parallel.memory import kv_block_bytes
-from aphro_core.prepare import EngineOptions, prepare
+from aphro_core.prepare import EngineOptions, Prepared, prepare
 from aphro_core.reporter import SilentReporter
 from aphro_core.request import SamplingParams
 from aphro_core.scheduler.scheduler import Scheduler
 from aphro_core.worker.results import Results
-from aphro_core.worker.worker import Worker
 
 _SHARES = (0, 50, 90, 99)  # percentiles of the steps' time
 
@@ -83,27 +83,20 @@ class Lengths:
 
 
 class Traced:
-    """One worker, ready for any number of runs."""
+    """Workers that are ready for any number of runs."""
 
-    def __init__(self, model: str) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "config.json").write_text(json.dumps(MODELS[model]))
-            asked = EngineOptions(
-                model=folder, load_format="dummy", skip_tokenizer_init=True, enable_prefix_caching=False
-            )
-            prepared = prepare(asked, SilentReporter())
-            self.config: EngineConfig = prepared.config
-            self.worker = Worker(StartWorker(self.config, 0, 0, "", 0), lambda progress: None)
-            loaded = self.worker.load()
-        self.num_blocks, self.max_model_len = fit_cache(self.config, [loaded])
-        self.worker.allocate(self.num_blocks)
+    def __init__(self, prepared: Prepared, ranks: Ranks) -> None:
+        self.config: EngineConfig = prepared.config
+        self.ranks = ranks
+        ranks.load()
+        self.num_blocks, self.max_model_len = ranks.allocate()
         self.vocab_size = prepared.spec.vocab_size
         element = 2  # bytes
         shard = prepared.plan.ranks[0]
-        self.kv_bytes = kv_block_bytes(prepared.spec, shard, 1, element)  # of a token
-        head_bytes = prepared.spec.vocab_size * prepared.spec.hidden_size * element
-        embedding = 0 if MODELS[model]["tie_word_embeddings"] else head_bytes
-        self.weights_bytes = loaded.weights_bytes - embedding  # read in each step, the head included
+        self.kv_bytes = kv_block_bytes(prepared.spec, shard, 1, element)  # of a token, on one rank
+        head_bytes = len(shard.vocab) * prepared.spec.hidden_size * element
+        embedding = 0 if prepared.spec.tie_word_embeddings else head_bytes
+        self.weights_bytes = ranks.loaded[0].weights_bytes - embedding  # read in each step, the head included
         self.head_bytes = head_bytes
 
     def run(self, scenario: str, repeat: int, scheduling: SchedulerConfig) -> tuple[float, list[Step], list[float]]:
@@ -121,10 +114,10 @@ class Traced:
         for number, (prompt, max_tokens) in enumerate(asked, 1):
             sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
             scheduler.add(AddSequence(number, prompt, sampling, seed=0, max_tokens=max_tokens, stop_token_ids=[]))
-        return _drive(self.worker, scheduler)
+        return _drive(self.ranks, scheduler)
 
 
-def _drive(worker: Worker, scheduler: Scheduler) -> tuple[float, list[Step], list[float]]:
+def _drive(worker: Ranks, scheduler: Scheduler) -> tuple[float, list[Step], list[float]]:
     answers: SimpleQueue[StepResult | BaseException] = SimpleQueue()
     steps: list[Step] = []
     marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -134,7 +127,7 @@ def _drive(worker: Worker, scheduler: Scheduler) -> tuple[float, list[Step], lis
     lengths = Lengths()
     allocations = torch.cuda.memory_stats()["num_device_alloc"]
     started = time.perf_counter()
-    with Results(answers.put, answers.put, worker.enter_thread) as waiting:
+    with Results(answers.put, answers.put, worker.worker.enter_thread) as waiting:
         while True:
             before = time.perf_counter()
             while plan := scheduler.schedule():
@@ -220,9 +213,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--sizes", nargs="+", default=["{}"], help="fields of SchedulerConfig as JSON")
     parser.add_argument("--json", help="file that gets every step")
+    parser.add_argument("-tp", type=int, default=1)
     arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(MODELS[arguments.model]))
+        asked = EngineOptions(
+            model=folder,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            enable_prefix_caching=False,
+            tensor_parallel_size=arguments.tp,
+        )
+        prepared = prepare(asked, SilentReporter())
+        with open_ranks(prepared.config) as ranks:
+            trace(arguments, Traced(prepared, ranks))
+
+
+def trace(arguments: argparse.Namespace, traced: Traced) -> None:
     name = torch.cuda.get_device_name()
-    traced = Traced(arguments.model)
     traced.run("S2", -1, traced.config.scheduler)
     kept: list[dict[str, Any]] = []
     for scenario in arguments.scenarios:
@@ -231,7 +239,7 @@ def main() -> None:
             changed = msgspec.structs.replace(traced.config.scheduler, **json.loads(sizes))
             for repeat in range(arguments.rounds):
                 took, steps, between = traced.run(scenario, repeat, changed)
-                print(f"\n{name}, {arguments.model}, {scenario}, {sizes}: ", end="")
+                print(f"\n{arguments.tp} x {name}, {arguments.model}, {scenario}, {sizes}: ", end="")
                 report(name, traced, took, steps, between, tokens)
                 kept.append({"scenario": scenario, "sizes": sizes, "seconds": took, "steps": list(map(asdict, steps))})
     if arguments.json:

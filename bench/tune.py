@@ -50,6 +50,8 @@ def layers_of(hidden: int, qkv: int, attended: int, intermediate: int, vocab: in
 MODELS = {
     "llama-3-8b": layers_of(4096, 6144, 4096, 14336, 128256),
     "llama-3-8b tp 2": layers_of(4096, 3072, 2048, 7168, 64128),
+    "qwen2.5-7b tp 2": layers_of(3584, 2304, 1792, 9472, 76032),
+    "qwen2.5-0.5b tp 2": layers_of(896, 576, 448, 2432, 75968),
     "qwen2.5-7b": layers_of(3584, 4608, 3584, 18944, 152064),
     "qwen2.5-0.5b": layers_of(896, 1152, 896, 4864, 151936),
 }
@@ -194,7 +196,7 @@ def main() -> int:
     layers = {layer: None for model in args.model or MODELS for layer in MODELS[model]}
     jobs = {
         (layer, bucket): list(candidates(layer, bucket, args.multiprocessors))
-        for layer, bucket in product(layers, args.rows or BUCKETS)
+        for bucket, layer in product(args.rows or BUCKETS, layers)
     }
     began = time.monotonic()
     kinds = {}  # what is compiled does not hang on the shape
@@ -211,7 +213,7 @@ def main() -> int:
     tuner = Tuner()
     for (layer, bucket), configs in jobs.items():
         tuner.tune(layer, bucket, configs)
-    write_table(args.output, tuner.rows)
+        write_table(args.output, tuner.rows)  # whoever ends this program keeps what it has found
     print(f"wrote {args.output} after {time.monotonic() - began:.0f} s")
     return 0
 
