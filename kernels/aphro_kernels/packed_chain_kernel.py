@@ -48,6 +48,7 @@ def packed_chain_kernel(
     QKV_GROUP: gl.constexpr,
     KIND: gl.constexpr,
     SLOTS: gl.constexpr,
+    IN_FLIGHT: gl.constexpr,
     TILES: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     CHAINED: gl.constexpr,
@@ -95,6 +96,7 @@ def packed_chain_kernel(
                 (
                     out_codes, gate_up_codes, down_codes, qkv_codes, out_scales, gate_up_scales, down_scales,
                     qkv_scales, slots, pairs, full, empty, ATTENDED, HIDDEN, INNER, QKV, STRIPES, QKV_STRIPES, KIND,
+                    IN_FLIGHT,
                 ),
             ),
             (open_phases, (arrivals, is_open, QKV, CHAINED)),

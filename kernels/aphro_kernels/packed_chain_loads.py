@@ -48,14 +48,15 @@ def stream_all(
     STRIPES: gl.constexpr,
     QKV_STRIPES: gl.constexpr,
     KIND: gl.constexpr,
+    IN_FLIGHT: gl.constexpr,
 ) -> None:
     """One warp: this program's stripes of all four weights in the order in which they will be multiplied."""
     used = 0
-    used = _stream(out, out_pairs, slots, pairs, full, empty, used, HIDDEN, ATTENDED, STRIPES, False, KIND)
-    used = _stream(gate_up, gate_up_pairs, slots, pairs, full, empty, used, INNER, HIDDEN, 2, True, KIND)
-    used = _stream(down, down_pairs, slots, pairs, full, empty, used, HIDDEN, INNER, STRIPES, False, KIND)
+    used = _stream(out, out_pairs, slots, pairs, full, empty, used, HIDDEN, ATTENDED, STRIPES, False, KIND, IN_FLIGHT)
+    used = _stream(gate_up, gate_up_pairs, slots, pairs, full, empty, used, INNER, HIDDEN, 2, True, KIND, IN_FLIGHT)
+    used = _stream(down, down_pairs, slots, pairs, full, empty, used, HIDDEN, INNER, STRIPES, False, KIND, IN_FLIGHT)
     if QKV > 0:
-        _stream(qkv, qkv_pairs, slots, pairs, full, empty, used, QKV, HIDDEN, QKV_STRIPES, False, KIND)
+        _stream(qkv, qkv_pairs, slots, pairs, full, empty, used, QKV, HIDDEN, QKV_STRIPES, False, KIND, IN_FLIGHT)
 
 
 @jit()
@@ -72,10 +73,10 @@ def _stream(
     STRIPES: gl.constexpr,
     IS_GATED: gl.constexpr,
     KIND: gl.constexpr,
+    IN_FLIGHT: gl.constexpr,
 ) -> tl.tensor:
     """Of STRIPES stripes of 16 outputs the same inputs, in one slot (fp8: in a slot each); IS_GATED: of the gate one,
     and of up, which stands N rows behind, the other. What lies past the end of a stripe is multiplied with zeros."""
-    SLOTS: gl.constexpr = slots.shape[0]
     FIT: gl.constexpr = 16 // STRIPES if KIND == "int4" else 8  # times 128 inputs
     GROUPS: gl.constexpr = K // 128
     STEPS: gl.constexpr = (GROUPS + FIT - 1) // FIT
@@ -85,8 +86,7 @@ def _stream(
         first = unit * EACH
         for step in range(STEPS):
             if KIND == "int4":
-                slot = used % SLOTS
-                hopper.mbarrier.wait(empty.index(slot), ((used // SLOTS) & 1) ^ 1)
+                slot = _wait_for_room(full, empty, used, IN_FLIGHT)
                 hopper.mbarrier.expect(full.index(slot), STRIPES * FIT * (1024 + 64))
                 code_boxes = slots.index(slot)._reinterpret(gl.int32, [STRIPES, FIT * 16, 16], slots.layout)
                 pair_boxes = pairs.index(slot)._reinterpret(gl.bfloat16, [STRIPES, FIT, 32], pairs.layout)
@@ -97,8 +97,7 @@ def _stream(
                 used += 1
             else:
                 for i in gl.static_range(STRIPES):
-                    slot = used % SLOTS
-                    hopper.mbarrier.wait(empty.index(slot), ((used // SLOTS) & 1) ^ 1)
+                    slot = _wait_for_room(full, empty, used, IN_FLIGHT)
                     hopper.mbarrier.expect(full.index(slot), FIT * 2048)
                     boxes = slots.index(slot)._reinterpret(gl.uint8, [FIT, 16, 128], slots.layout)
                     for chunk in gl.static_range(FIT):
@@ -106,3 +105,18 @@ def _stream(
                         hopper.tma.async_copy_global_to_shared(codes, at, full.index(slot), boxes.index(chunk))
                     used += 1
     return used
+
+
+@jit()
+def _wait_for_room(full: tl.tensor, empty: tl.tensor, used: tl.tensor, IN_FLIGHT: gl.constexpr) -> tl.tensor:
+    """The next slot of the ring, when it is empty and fewer than IN_FLIGHT others are being filled.
+
+    What waits in memory is in the way of what programs wait for: a longer queue brings no weight sooner.
+    """
+    SLOTS: gl.constexpr = full.shape[0]
+    slot = used % SLOTS
+    hopper.mbarrier.wait(empty.index(slot), ((used // SLOTS) & 1) ^ 1)
+    if used >= IN_FLIGHT:
+        before = used - IN_FLIGHT
+        hopper.mbarrier.wait(full.index(before % SLOTS), (before // SLOTS) & 1)
+    return slot

@@ -57,12 +57,12 @@ def multiply_all(
     )
     used = 0
     gains = load_gain(gain, HIDDEN)
-    hopper.mbarrier.wait(is_open.index(0), 0)
     read_row(attended, gains, row, units, sums, ATTENDED, False, KIND)
     used = _add_product(
         x, out_scales, slots, pairs, row, units, sums, full, empty, used, HIDDEN, ATTENDED, STRIPES, OUT_GROUP, KIND,
         OUTPUTS,
     )  # fmt: skip
+    hopper.mbarrier.wait(is_open.index(0), 0)  # the count has been read before this program adds to it
     _arrive(arrivals)
 
     hopper.mbarrier.wait(is_open.index(0), 1)
