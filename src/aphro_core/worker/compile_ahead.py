@@ -52,8 +52,8 @@ def compiling_ahead(num_processes: int) -> Iterator[Callable[[], None]]:
         with _active(notes):
             yield begin
         begin()
-        for group in processes:
-            group.wait(started + _SECONDS)
+        if not all(group.wait(started + _SECONDS) for group in processes):
+            _LOG.warning("not all kernels were compiled after %g s; the others follow, one after the other", _SECONDS)
     finally:
         for group in processes:
             group.end()
@@ -131,9 +131,9 @@ class _Processes:
         os.close(numbers)
         os.close(is_done)
 
-    def wait(self, deadline: float) -> None:
-        """For all to have ended, which they do when no job is left."""
-        select.select([self._done], [], [], max(deadline - time.monotonic(), 0.0))
+    def wait(self, deadline: float) -> bool:
+        """For all to have ended, which they do when no job is left; whether they have."""
+        return bool(select.select([self._done], [], [], max(deadline - time.monotonic(), 0.0))[0])
 
     def end(self) -> None:
         """Whatever they still do."""

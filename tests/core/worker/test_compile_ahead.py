@@ -72,7 +72,7 @@ def test_processes_that_do_not_end_are_ended(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(compile_ahead, "_build_launcher", lambda kernel: None)
     jobs = [lambda: os.getpid() == rank or os.read(wait[0], 1), lambda: None]
     processes = compile_ahead._Processes(jobs, 2)
-    processes.wait(time.monotonic() + 0.2)
+    assert not processes.wait(time.monotonic() + 0.2)
     processes.end()
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
