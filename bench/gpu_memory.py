@@ -187,10 +187,12 @@ def _outside(config: EngineConfig) -> int:
 
     parallel, scheduler = config.parallel, config.scheduler
     tp, pp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
-    hidden_size = load_spec(read_hf_config(Path(config.model.path))).hidden_size
+    spec = load_spec(read_hf_config(Path(config.model.path)))
     rows = max(scheduler.most_tokens, scheduler.max_num_seqs)
     element = 4 if config.model.dtype == "float32" else 2
-    return memory.outside_bytes(tp, pp) + memory.peer_bytes(hidden_size, tp, rows, element)
+    peers = memory.peer_bytes(spec.hidden_size, tp, rows, element)
+    peers += memory.peer_logits_bytes(spec.vocab_size, tp, scheduler.max_num_seqs, element)
+    return memory.outside_bytes(tp, pp) + peers
 
 
 def _least(number: int, device: Any) -> int:

@@ -24,9 +24,9 @@ from aphro_kernels.language import chain_options, jit, let_next_start, next_powe
 from aphro_kernels.peer_rows import allocate_shared
 from aphro_kernels.rms_norm import rms_norm_reference
 
-_PROGRAMS: Final = 64
+PROGRAMS: Final = 64  # at most, of a call
 _MAX_POLLS: Final = 60_000_000  # of a flag: about a minute and a half
-_FLAG_BYTES: Final = 128 * _PROGRAMS  # a line for each program: up to 32 ranks
+_LINE_BYTES: Final = 128  # of flags, a line for each program: up to 32 ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,7 @@ class PeerMemory:
     max_rows: int
     width: int
     dtype: torch.dtype
+    programs: int
     memory: Tensor  # [bytes] uint8, which the others write: flags, then slabs
     peers: Tensor  # [size] int64: addresses of every rank's ``memory`` as this rank sees them
     calls: Tensor  # [programs] int32: how many each program has taken part in
@@ -45,14 +46,20 @@ class PeerMemory:
     handle: Any  # keeps the mapping of the others' memory alive
 
 
-def peer_bytes(size: int, max_rows: int, width: int, dtype: torch.dtype) -> int:
+def peer_bytes(size: int, max_rows: int, width: int, dtype: torch.dtype, programs: int = PROGRAMS) -> int:
     """What :func:`build_peer_memory` takes of each rank's memory."""
-    rows = -(-max_rows // _PROGRAMS)
-    return _FLAG_BYTES + _PROGRAMS * 2 * size * rows * width * dtype.itemsize
+    rows = -(-max_rows // programs)
+    return programs * (_LINE_BYTES + 2 * size * rows * width * dtype.itemsize)
 
 
 def build_peer_memory(
-    group: Any, max_rows: int, width: int, dtype: torch.dtype, device: torch.device, memory: Tensor | None = None
+    group: Any,
+    max_rows: int,
+    width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    programs: int = PROGRAMS,
+    memory: Tensor | None = None,
 ) -> PeerMemory:
     """Map each rank's buffer into all ranks of ``group`` (a process group with NCCL). All ranks call it together, each
     with a ``memory`` of ``peer_rows.allocate_shared``, which is made here if it is not given."""
@@ -60,16 +67,24 @@ def build_peer_memory(
     from torch.distributed import _symmetric_memory as symmetric
 
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    memory = allocate_shared(peer_bytes(size, max_rows, width, dtype), device) if memory is None else memory
+    if memory is None:
+        memory = allocate_shared(peer_bytes(size, max_rows, width, dtype, programs), device)
     handle = symmetric.rendezvous(memory, group)
     memory.zero_()
     torch.cuda.synchronize(device)
     dist.barrier(group)  # none writes a flag that another has still to clear
-    return join_peer_memory(rank, memory, list(handle.buffer_ptrs), max_rows, width, dtype, handle)
+    return join_peer_memory(rank, memory, list(handle.buffer_ptrs), max_rows, width, dtype, handle, programs)
 
 
 def join_peer_memory(
-    rank: int, memory: Tensor, addresses: Sequence[int], max_rows: int, width: int, dtype: torch.dtype, handle: Any
+    rank: int,
+    memory: Tensor,
+    addresses: Sequence[int],
+    max_rows: int,
+    width: int,
+    dtype: torch.dtype,
+    handle: Any,
+    programs: int = PROGRAMS,
 ) -> PeerMemory:
     device = memory.device
     return PeerMemory(
@@ -78,9 +93,10 @@ def join_peer_memory(
         max_rows=max_rows,
         width=width,
         dtype=dtype,
+        programs=programs,
         memory=memory,
         peers=torch.tensor(addresses, dtype=torch.int64, device=device),
-        calls=torch.zeros(_PROGRAMS, dtype=torch.int32, device=device),
+        calls=torch.zeros(programs, dtype=torch.int32, device=device),
         status=torch.zeros(1, dtype=torch.int32, device=device),
         handle=handle,
     )
@@ -124,7 +140,7 @@ def peer_all_reduce(
         out = residual if residual is not None and gain is None else torch.empty_like(x)
     if num_rows:
         block = next_power_of_2(width)
-        _one_shot_kernel[(min(num_rows, _PROGRAMS),)](
+        _one_shot_kernel[(min(num_rows, memory.programs),)](
             x,
             x if residual is None else residual,
             x if gain is None else gain,
@@ -136,12 +152,12 @@ def peer_all_reduce(
             num_rows,
             width,
             x.stride(0),
-            -(-memory.max_rows // _PROGRAMS),
+            -(-memory.max_rows // memory.programs),
             max_polls,
             eps,
             RANK=memory.rank,
             SIZE=memory.size,
-            FLAG_BYTES=_FLAG_BYTES,
+            FLAG_BYTES=_LINE_BYTES * memory.programs,
             HAS_RESIDUAL=residual is not None,
             HAS_NORM=gain is not None,
             IS_FATAL=is_fatal,
@@ -194,6 +210,7 @@ def _one_shot_kernel(
         for rank in tl.static_range(SIZE):
             if rank != RANK:
                 peer = (tl.load(peers + rank) + FLAG_BYTES).to(tl.pointer_type(x.dtype.element_ty))
+                peer = tl.multiple_of(peer, 128)  # else two bytes are stored at a time
                 tl.store(peer + at, own, mask=is_inside)
     tl.debug_barrier()  # all threads have written before one of them says so
     for rank in tl.static_range(SIZE):

@@ -173,6 +173,7 @@ def _two_shot_kernel(
         for rank in tl.static_range(SIZE):
             if rank != RANK:
                 peer = (tl.load(peers + rank) + 4 * LINE * (PROGRAMS + 1)).to(tl.pointer_type(out.dtype.element_ty))
+                peer = tl.multiple_of(peer, 128)  # else two bytes are stored at a time
                 tl.store(peer + behind + at, told, mask=is_inside)
         if HAS_NORM or not HAS_RESIDUAL:
             tl.store(out + at, y, mask=is_inside)

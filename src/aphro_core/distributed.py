@@ -14,6 +14,8 @@ from typing import Final, TypeVar
 
 import torch
 import torch.distributed as dist
+from aphro_kernels.peer_columns import PeerColumns, build_peer_columns, peer_columns, peer_columns_bytes
+from aphro_kernels.peer_rows import allocate_shared
 from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]
 
@@ -37,6 +39,7 @@ class TensorParallelGroup:
         self.size = size
         self._group = process_group
         self._peers: PeerSums | None = None
+        self._columns: PeerColumns | None = None
         self.adds_in_order = False  # of the ranks, whatever the number of rows: a library may take another one for each
         self.begin_step()
 
@@ -65,12 +68,14 @@ class TensorParallelGroup:
         peers, failure = _attempt(lambda: build_peer_sums(self._group, buffers, *shape), device)
         return None if self._is_refused(failure, device) else peers
 
-    def _is_refused(self, objection: str | None, device: torch.device) -> bool:
+    def _is_refused(
+        self, objection: str | None, device: torch.device, what: str = "tensor-parallel sums all go"
+    ) -> bool:
         """Whether some rank objects to peer memory. The first of them says why, for all."""
         first = torch.tensor([self.size if objection is None else self.rank], dtype=torch.int64, device=device)
         dist.all_reduce(first, op=dist.ReduceOp.MIN, group=self._group)
         if objection is not None and first.item() == self.rank:
-            _LOG.warning("tensor-parallel sums all go by NCCL: %s", objection)
+            _LOG.warning("%s by NCCL: %s", what, objection)
         return bool(first.item() < self.size)
 
     def _unreached(self, device: torch.device) -> str | None:
@@ -84,6 +89,23 @@ class TensorParallelGroup:
         every = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(every, own, group=self._group)
         return [int(index) for index in every]
+
+    def connect_logits(self, max_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Let ranks whose sums go by peer memory write logits to where tp rank 0 draws from them, up to ``max_rows``.
+        All call it together."""
+        if self._peers is None:
+            return
+        num_bytes = peer_columns_bytes(max_rows, vocab_size, dtype)
+        memory, failure = _attempt(lambda: allocate_shared(num_bytes, device), device)
+        if self._is_refused(failure, device, "logits go") or memory is None:
+            return
+        columns, failure = _attempt(lambda: build_peer_columns(self._group, memory, vocab_size, dtype), device)
+        self._columns = None if self._is_refused(failure, device, "logits go") else columns
+
+    def place_of_logits(self, num_rows: int) -> Tensor | None:
+        """``[num_rows, vocab_size]``: the ``out`` of :meth:`gather_columns` for the rows that a step draws from; None:
+        any other is as good. Sums of the next step come before it is written again."""
+        return None if self._columns is None else self._columns.rows[:num_rows]
 
     def parts(self, num_rows: int) -> list[tuple[int, range]]:
         """In which order a summand of so many rows is best made: whose rows, and which, this rank's last. Empty: in one
@@ -169,9 +191,14 @@ class TensorParallelGroup:
 
     def gather_columns(self, x: Tensor, out: Tensor | None = None) -> Tensor | None:
         """``[rows, columns]`` of every rank side by side on tp rank 0, None on the others; equal shapes. Into ``out``
-        if it is given, which may have fewer columns."""
+        if it is given, by all ranks or none, which may have fewer columns."""
         if self.size == 1:
             return x if out is None else out.copy_(x[:, : out.shape[1]])
+        if out is not None and self._columns is not None:
+            rows = peer_columns(x.contiguous(), self._columns, is_fatal=True)
+            self.num_gathers += 1
+            assert self.rank != 0 or rows.data_ptr() == out.data_ptr(), "not the place of logits"
+            return rows if self.rank == 0 else None
         parts = self._gather(x.contiguous())
         self.num_gathers += 1
         if self.rank != 0:

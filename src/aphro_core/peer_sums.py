@@ -12,6 +12,7 @@ from aphro_kernels.peer_rows import PeerRows, allocate_shared, build_peer_rows, 
 from aphro_kernels.peer_two_shot import peer_two_shot
 from torch import Tensor
 
+_FEW_PROGRAMS: Final = 512  # of a sum of few rows, at most: a row each is fastest, and all run at once
 _FEW_BYTES: Final = 4 * 2**20  # that a rank sends in one sum of few rows, which everybody adds up
 _MANY_ROWS: Final = 512  # from here on each rank adds up some of the rows (bench/all_reduce.py),
 _PART_ROWS: Final = 512  # and the product that makes them is cut between the ranks' rows if each has so many
@@ -114,12 +115,16 @@ def _few_rows(size: int, width: int, dtype: torch.dtype) -> int:
     return _FEW_BYTES // (size - 1) // (width * dtype.itemsize)
 
 
+def _few_programs(rows: int) -> int:
+    return min(rows, _FEW_PROGRAMS)
+
+
 def allocate_peer_buffers(
     size: int, width: int, dtype: torch.dtype, device: torch.device, most_rows: int
 ) -> PeerBuffers:
     """For sums of ``[rows, width]``, up to ``most_rows``, over ``size`` ranks. RuntimeError where memory runs out."""
     rows = _few_rows(size, width, dtype)
-    few = allocate_shared(peer_bytes(size, rows, width, dtype), device) if rows else None
+    few = allocate_shared(peer_bytes(size, rows, width, dtype, _few_programs(rows)), device) if rows else None
     return PeerBuffers(few, allocate_shared(peer_rows_bytes(size, most_rows, width, dtype), device))
 
 
@@ -135,6 +140,6 @@ def build_peer_sums(
     waiting for it. Raises RuntimeError."""
     rows, few = _few_rows(dist.get_world_size(group), width, dtype), None
     if buffers.few is not None:
-        few = build_peer_memory(group, rows, width, dtype, device, memory=buffers.few)
+        few = build_peer_memory(group, rows, width, dtype, device, _few_programs(rows), memory=buffers.few)
     many = build_peer_rows(group, most_rows, width, dtype, device, memory=buffers.many)
     return PeerSums(few, many, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]

@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 from aphro_kernels.peer_all_reduce import join_peer_memory, peer_bytes
+from aphro_kernels.peer_columns import PeerColumns, join_peer_columns, peer_columns_bytes
 from aphro_kernels.peer_rows import join_peer_rows, peer_rows_bytes
 
 from aphro_core import distributed, peer_sums
@@ -178,6 +179,35 @@ def test_what_was_sent_of_a_step_that_failed_has_arrived_before_its_dues_are_sen
     sums.send(torch.zeros(600, 16), 1)
     sums.add(torch.full((600, 16), torch.nan))
     assert order == ["copies waits for layers", "a part", "layers waits for copies", "all rows"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_logits_that_are_drawn_from_go_by_peer_memory_if_there_is_any(
+    monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    written: list[int] = []
+
+    def by_peers(x: torch.Tensor, peers: PeerColumns, *, is_fatal: bool) -> torch.Tensor:
+        assert is_fatal, "a rank that is gone must not go unnoticed"
+        written.append(len(x))
+        return peers.rows[: len(x)]
+
+    monkeypatch.setattr(distributed, "peer_columns", by_peers)
+    group = TensorParallelGroup(rank, 2)
+    assert group.place_of_logits(3) is None
+    memory = torch.zeros(peer_columns_bytes(4, 10, torch.float32), dtype=torch.uint8)
+    group._columns = join_peer_columns(rank, 2, memory, 0, 10, torch.float32, None)
+    place = group.place_of_logits(3)
+    assert place is not None
+    assert place.shape == (3, 10)
+    found = group.gather_columns(torch.zeros(3, 8), place)
+    assert (found is None) == (rank == 1)
+    assert written == [3]
+    assert group.num_gathers == 1
+    monkeypatch.setattr(group, "_gather", lambda x: torch.stack([x, x]))
+    found = group.gather_columns(torch.zeros(2, 8))  # other rows, which nobody draws from
+    assert found is None if rank else found.shape == (2, 16)
+    assert written == [3]
 
 
 def connect(links: Links, rank: int) -> bool:

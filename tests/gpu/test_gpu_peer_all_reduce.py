@@ -19,8 +19,8 @@ WIDTH = 4096
 
 def _compare(rank: int, store: str) -> None:
     device = join(rank, store)
-    for dtype in (torch.bfloat16, torch.float32):
-        memory = build_peer_memory(dist.group.WORLD, 100, WIDTH, dtype, device)
+    for dtype, programs in ((torch.bfloat16, 64), (torch.float32, 64), (torch.bfloat16, 256)):
+        memory = build_peer_memory(dist.group.WORLD, 100, WIDTH, dtype, device, programs)
         gain = torch.randn(WIDTH, generator=torch.Generator().manual_seed(1)).to(device, dtype)
         tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
         for num_rows in (1, 7, 64, 100, 1, 65):  # 100 rows: programs with two each

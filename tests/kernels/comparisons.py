@@ -26,6 +26,7 @@ from aphro_kernels import (
     packed_linear,
     paged_attention,
     peer_all_reduce,
+    peer_columns,
     peer_rows,
     peer_two_shot,
     quantise_rows,
@@ -535,6 +536,29 @@ def compare_peer_all_reduce(num_rows: int, width: int, dtype: torch.dtype, *, is
         assert_close(found, peer_all_reduce.peer_all_reduce_reference(summands, residual, gain, 1e-5))
         if residual is not None:
             assert_close(copies[other], residual)
+
+
+def compare_peer_columns(num_rows: int, columns: int, size: int, dtype: torch.dtype) -> None:
+    """Ranks in one process, one after the other: what rank 0 has once the others have written, and that it waits."""
+    num_bytes = peer_columns.peer_columns_bytes(num_rows + 1, columns, dtype)
+    memories = [torch.zeros(num_bytes, dtype=torch.uint8) for _ in range(size)]
+    first = memories[0].data_ptr()
+    ends = [
+        peer_columns.join_peer_columns(rank, size, memories[rank], first, columns, dtype, None, 5)
+        for rank in range(size)
+    ]
+    width = -(-columns // size) + 3  # the last ranks have padding
+    for call in range(3):
+        parts = [random(num_rows, width, dtype=dtype, device="cpu", seed=10 * call + rank) for rank in range(size)]
+        found = ends[0].rows.fill_(math.nan)
+        for rank in range(1, size):
+            peer_columns.peer_columns(parts[rank], ends[rank], max_polls=2)
+        found = peer_columns.peer_columns(parts[0], ends[0], max_polls=2)
+        assert torch.equal(found, torch.cat(parts, dim=-1)[:, :columns])
+        assert bool(ends[0].rows[num_rows].isnan().all())
+        assert not any(int(end.status) for end in ends)
+    peer_columns.peer_columns(parts[0], ends[0], max_polls=2)
+    assert int(ends[0].status) == 1  # nobody else has come
 
 
 def compare_peer_two_shot(num_rows: int, width: int, size: int, dtype: torch.dtype, mode: str) -> None:

@@ -19,6 +19,7 @@ from tests.kernels.comparisons import (
     compare_list_tiles,
     compare_packed_linear,
     compare_peer_all_reduce,
+    compare_peer_columns,
     compare_peer_two_shot,
     compare_plan_tiles,
     compare_quantise_rows,
@@ -200,6 +201,11 @@ def test_sample(num_rows: int, vocab_size: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("is_added", "is_normed"), [(False, False), (True, False), (True, True)])
 def test_peer_all_reduce(num_rows: int, width: int, is_added: bool, is_normed: bool) -> None:
     compare_peer_all_reduce(num_rows, width, F32, is_added=is_added, is_normed=is_normed)
+
+
+@pytest.mark.parametrize(("num_rows", "columns", "size"), [(1, 64, 2), (17, 4100, 2), (3, 9, 4)])
+def test_peer_columns(num_rows: int, columns: int, size: int) -> None:
+    compare_peer_columns(num_rows, columns, size, F32)
 
 
 @pytest.mark.parametrize(("num_rows", "width", "size"), [(1, 64, 2), (17, 40, 2), (66, 40, 3)])

@@ -164,6 +164,12 @@ KERNELS["peer_all_reduce._one_shot_kernel"] = {
     },
 }
 
+KERNELS["peer_columns._columns_kernel"] = {
+    **{"x": "*bf16", "memory": "*u8", "first": "*i64", "calls": "*i32", "status": "*i32"},
+    **dict.fromkeys(["num_rows", "width", "kept", "start", "columns", "max_polls"], "i32"),
+    **{"RANK": 0, "SIZE": 3, "FLAG_BYTES": 128, "IS_FATAL": True, "BLOCK": 4096},
+}
+
 KERNELS["peer_two_shot._two_shot_kernel"] = {
     **dict.fromkeys(["x", "residual", "gain", "out"], "*bf16"),
     **{"memory": "*u8", "peers": "*i64", "calls": "*i32", "status": "*i32", "eps": "fp32"},

@@ -69,15 +69,17 @@ class AphroEngine:
         ranks = ranks if self.per_host is None else min(ranks, self.per_host)
         return int(self.device_bytes * sizes.utilization / ranks)
 
-    def overhead_bytes(self, sizes: Sizes, hidden_size: int) -> int:
-        """Inside the budget, on GPUs: the CUDA context, with several ranks communicators and peers' buffers too."""
+    def overhead_bytes(self, sizes: Sizes, hidden_size: int, vocab_size: int) -> int:
+        """Inside the budget, on GPUs: the CUDA context, with several ranks communicators and peers' buffers too.
+        ``vocab_size`` 0: of a rank without a head."""
         if not self.is_gpu:
             return 0
         outside = self.foreign_bytes + memory.outside_bytes(sizes.tp, sizes.pp)
         if sizes.tp > (self.devices_per_host or sizes.tp):  # over several hosts ranks have no memory of each other's
             return outside
-        rows = max(sizes.max_num_batched_tokens, sizes.max_num_seqs)
-        return outside + memory.peer_bytes(hidden_size, sizes.tp, rows, DTYPE_BYTES[sizes.dtype])
+        rows, element = max(sizes.max_num_batched_tokens, sizes.max_num_seqs), DTYPE_BYTES[sizes.dtype]
+        logits = memory.peer_logits_bytes(vocab_size, sizes.tp, sizes.max_num_seqs, element)
+        return outside + memory.peer_bytes(hidden_size, sizes.tp, rows, element) + logits
 
     def _balance(self, shard: RankShard, sizes: Sizes) -> RankBalance:
         spec, element = self.spec, DTYPE_BYTES[sizes.dtype]
@@ -104,7 +106,7 @@ class AphroEngine:
             budget_bytes=self.budget_bytes(sizes),
             weights_bytes=weights,
             activation_bytes=activations,
-            overhead_bytes=self.overhead_bytes(sizes, spec.hidden_size),
+            overhead_bytes=self.overhead_bytes(sizes, spec.hidden_size, spec.vocab_size * shard.has_head),
             layout=KvLayout(block_bytes, sizes.block_size, (Group("full", None, 1),)),
         )
 
@@ -125,7 +127,7 @@ class AphroEngine:
             budget_bytes=self.budget_bytes(sizes),
             weights_bytes=weight_bytes(facts, part, sizes.dtype, quantization) + rotary_bytes(facts, sizes.dtype),
             activation_bytes=self._general_activations(facts, sizes, run, samples=part.has_head),
-            overhead_bytes=self.overhead_bytes(sizes, facts.hidden_size),
+            overhead_bytes=self.overhead_bytes(sizes, facts.hidden_size, facts.vocab_size * part.has_head),
             layout=build_layout(
                 facts,
                 part.layers,

@@ -160,6 +160,12 @@ def peer_bytes(hidden_size: int, tp_size: int, most_tokens: int, dtype_bytes: in
     return (2 * tp_size - 1) * share * hidden_size * dtype_bytes if tp_size > 1 else 0
 
 
+def peer_logits_bytes(vocab_size: int, tp_size: int, max_num_seqs: int, dtype_bytes: int) -> int:
+    """Outside torch too, of the ranks that have a head: where all write the logits that rank 0 draws from, memory that
+    each of them has (aphro_kernels/peer_columns.py)."""
+    return max_num_seqs * vocab_size * dtype_bytes if tp_size > 1 else 0
+
+
 def activation_bytes(
     spec: DecoderSpec, shard: RankShard, max_num_batched_tokens: int, max_num_seqs: int, dtype_bytes: int
 ) -> int:

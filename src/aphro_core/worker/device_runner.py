@@ -72,7 +72,8 @@ class DeviceRunner:
         )
         self._inputs = PagedInputs(self._memory, self._shapes, keeps_tokens=shard.pp_size == 1)
         parts = (spec, shard, decoder, caches, self._memory, self._shapes)
-        self._padded = PaddedSteps(*parts, dtype=dtype, device=device)
+        place = links.tensor.place_of_logits(max_rows) if shard.has_head else None
+        self._padded = PaddedSteps(*parts, dtype=dtype, device=device, place_of_logits=place)
         self._mixed = MixedSteps(self._padded, decoder, caches, links)
         self._hidden, self._logits = self._padded.hidden, self._padded.logits
         self._samples = self._padded.samples

@@ -25,7 +25,7 @@ class Dues:
     """All collectives of one step of a rank, in order."""
 
     num_tokens: int  # rows of hidden states, padding included
-    gathers: Sequence[int]  # rows of logits of each
+    gathers: Sequence[int]  # rows of logits of each, those that are drawn from last
     num_handed_out: int = 0  # tokens that tp rank 0 tells the others, and the last stage the first
     num_kept: int | None = None  # rows that the last layer goes on with; None: all
 
@@ -53,8 +53,11 @@ def pay(dues: Dues, links: Links, shard: RankShard, hidden_size: int, dtype: tor
         if not stage.has_sent:
             stage.send(ruin)
         return
-    for rows in dues.gathers[tensor.num_gathers :]:
-        tensor.gather_columns(torch.full((rows, len(shard.vocab)), torch.nan, dtype=dtype, device=device))
+    for index in range(tensor.num_gathers, len(dues.gathers)):
+        rows = dues.gathers[index]
+        is_drawn_from = dues.num_handed_out > 0 and index == len(dues.gathers) - 1
+        ruin = torch.full((rows, len(shard.vocab)), torch.nan, dtype=dtype, device=device)
+        tensor.gather_columns(ruin, tensor.place_of_logits(rows) if is_drawn_from else None)
     if not dues.num_handed_out:
         return
     tokens = torch.zeros(dues.num_handed_out, dtype=torch.int64, device=device)

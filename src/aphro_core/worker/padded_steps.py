@@ -35,7 +35,9 @@ class PaddedSteps:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        place_of_logits: Tensor | None = None,
     ) -> None:
+        """``place_of_logits`` [>= max_rows, vocab_size]: where tp rank 0 gets them, if that is told."""
         self.shapes, self.memory = shapes, memory
         self.has_head, self.samples = shard.has_head, shard.has_head and shard.tp_rank == 0
         self.has_embedding = shard.has_embedding
@@ -48,7 +50,9 @@ class PaddedSteps:
         is_plain = spec.logits_scale == 1.0 and spec.logits_softcap is None
         logits_dtype = dtype if is_plain else torch.float32
         num_logits = memory.max_rows * self.samples
-        self.logits = torch.zeros(num_logits, spec.vocab_size, dtype=logits_dtype, device=device)
+        if place_of_logits is None:
+            place_of_logits = torch.zeros(num_logits, spec.vocab_size, dtype=logits_dtype, device=device)
+        self.logits = place_of_logits[:num_logits]
         self.sampler = DeviceSampler(spec.vocab_size, memory.max_rows, device)
         self.run: Callable[[StepShape], None] = self.launch
         self._kinds: Sequence[int] | None = None  # of layers

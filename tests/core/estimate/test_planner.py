@@ -48,9 +48,10 @@ def test_stages_across_hosts() -> None:
 
 
 def test_ranks_on_several_hosts_have_no_buffers_of_peers() -> None:
-    """Their sums go by NCCL (distributed.py)."""
+    """Their sums and logits go by NCCL (distributed.py)."""
     near, far = (estimate(asked_of(QWEN_72B, "4090", 16, per_host), 8, 1) for per_host in (8, 4))
     buffers = memory.peer_bytes(8192, 8, near.sizes.max_num_batched_tokens, 2)
+    buffers += memory.peer_logits_bytes(QWEN_72B["vocab_size"], 8, near.sizes.max_num_seqs, 2)
     assert near.ranks[0].overhead_bytes - far.ranks[0].overhead_bytes == buffers > 0
 
 
