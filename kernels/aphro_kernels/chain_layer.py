@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from aphro_kernels.chain_kernel import chain_kernel
-from aphro_kernels.chain_plan import MAX_ROWS, SLOT_ROWS, ChainShape, can_chain, chain_plan
+from aphro_kernels.chain_plan import MAX_ROWS, ChainShape, can_chain, chain_plan
 from aphro_kernels.hopper import TensorDescriptor, gl, num_multiprocessors, suits_hopper
 from aphro_kernels.language import chain_options, next_power_of_2
 
@@ -151,7 +151,7 @@ class ChainLayer:
             CHUNKS=plan.chunks,
             STAGES=plan.stages,
             SLOTS=plan.slots,
-            SLOT_ROWS=SLOT_ROWS,
+            SLOT_ROWS=plan.slot_rows,
             PARTS=max(next_power_of_2(plan.hidden.count), 32),
             HAS_BIAS=bias is not None,
             num_warps=4,

@@ -8,7 +8,8 @@ from typing import Final
 from aphro_kernels.language import next_power_of_2
 
 MAX_ROWS: Final = 64  # the tile of the tensor core
-SLOT_ROWS: Final = 128  # of a slot of the ring, 64 inputs each
+SLOT_ROWS: Final = 128  # of a slot of the ring, 64 inputs each, at most
+_FEWEST_SLOT_ROWS: Final = 64
 _CHUNK: Final = 64  # inputs: 128 bytes, the widest row that shared memory swizzles
 _SHARED_BYTES: Final = 227 * 1024  # of a program on Hopper
 _OTHER_BYTES: Final = 1024  # barriers and scales
@@ -60,6 +61,7 @@ class ChainPlan:
     chunks: int  # of 64 inputs in a stage of rows
     stages: int
     slots: int
+    slot_rows: int
 
 
 def stripes(n: int, programs: int, widest: int = SLOT_ROWS) -> Stripes:
@@ -86,9 +88,13 @@ def chain_plan(shape: ChainShape, num_rows: int, multiprocessors: int) -> ChainP
     row_bytes = rows * 2 * _CHUNK
     chunks = min(_STAGE_BYTES // row_bytes, _CHUNKS)
     stages = 8 if rows <= 16 else 6
+    slot_rows = SLOT_ROWS
+    if rows == 32:  # what was measured on an H100 (docs/kernels.md): small stages, and slots no larger than stripes are
+        chunks, stages = 2, 8
+        slot_rows = max(hidden.pad, GROUPS * inner.pad, qkv.pad, _FEWEST_SLOT_ROWS)
     behind = MAX_ROWS * 2 * _CHUNK - row_bytes  # a tile of the last rows reads so far
     halves = MAX_ROWS * 4 * max(hidden.pad, qkv.pad)
     left = _SHARED_BYTES - _OTHER_BYTES - halves - behind - stages * chunks * row_bytes
-    slots = left // (SLOT_ROWS * 2 * _CHUNK) // 2 * 2
+    slots = left // (slot_rows * 2 * _CHUNK) // 2 * 2
     programs = min(max(hidden.count, -(-inner.count // GROUPS), qkv.count), multiprocessors)
-    return ChainPlan(hidden, inner, qkv, programs, rows, chunks, stages, slots)
+    return ChainPlan(hidden, inner, qkv, programs, rows, chunks, stages, slots, slot_rows)

@@ -24,14 +24,15 @@ def test_plan(shape: ChainShape, num_rows: int, multiprocessors: int) -> None:
     assert can_chain(shape, multiprocessors) == (min(shape.attended, shape.hidden, shape.inner) >= 64)
     assert plan.programs <= multiprocessors
     assert max(plan.hidden.count, plan.qkv.count) <= plan.programs  # one stripe a program
-    assert GROUPS * plan.inner.pad <= SLOT_ROWS  # gate and up in one slot
+    assert max(GROUPS * plan.inner.pad, plan.hidden.pad, plan.qkv.pad) <= plan.slot_rows  # gate and up in one slot
     assert num_rows <= plan.rows <= MAX_ROWS
     # the groups' buffers alternate, and each group holds one while it waits for its next
     assert plan.stages % GROUPS == plan.slots % GROUPS == 0
     assert min(plan.stages, plan.slots) >= 2 * GROUPS
     rows = plan.stages * plan.chunks * plan.rows + MAX_ROWS - plan.rows
     halves = MAX_ROWS * max(plan.hidden.pad, plan.qkv.pad)
-    assert (rows + plan.slots * SLOT_ROWS) * 128 + 4 * halves + 1024 <= 227 * 1024
+    barriers = 8 * (2 * plan.slots + 2 * plan.stages + 5) + 4 * MAX_ROWS
+    assert (rows + plan.slots * plan.slot_rows) * 128 + 4 * halves + max(barriers, 1024) <= 227 * 1024
 
 
 @pytest.mark.parametrize(
