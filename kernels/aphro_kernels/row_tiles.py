@@ -13,6 +13,7 @@ from aphro_kernels.language import chain_options, jit, next_power_of_2, runs_ker
 
 _BLOCK: Final = 8192  # tokens times experts that one program keeps in registers
 _MOST_TOKENS: Final = 256  # of them
+_MANY_EXPERTS: Final = 128
 _MOST_SLOTS: Final = {16: 10, 32: 40}  # rows of a tile -> slots an expert, on average
 
 
@@ -84,15 +85,21 @@ def _launch(chosen: Tensor, first: int, num_experts: int, rows: int) -> RowTiles
     blocks = -(-num_tokens // tokens)
     sizes = (capacity, capacity // rows, num_tokens * top, 1, blocks * width)
     slots, experts, places, used, counts = (torch.empty(n, dtype=torch.int32, device=chosen.device) for n in sizes)
-    options: dict[str, Any] = {"TOP": top, "TOKENS": tokens, "EXPERTS": width, "num_warps": 4}
+    options: dict[str, Any] = {"TOP": top, "TOKENS": tokens, "EXPERTS": width, "num_warps": _warps(width)}
     options |= chain_options(chosen)
     if blocks > 1:
         _count_kernel[(blocks,)](chosen, counts, first, num_tokens, num_experts, **options)
     _place_kernel[(blocks,)](
         chosen, counts, slots, experts, places, used, first, num_tokens, num_experts, capacity, ROWS=rows,
-        IS_ALONE=blocks == 1, **options,
+        PADS=min(rows, max(_BLOCK // width, 1)), IS_ALONE=blocks == 1, **options,
     )  # fmt: skip
     return RowTiles(slots, experts, places.view(chosen.shape), used, rows, num_tokens * top)
+
+
+def _warps(width: int) -> int:
+    """Of a program that holds several tensors of a row of experts a token: beside many of them four have too few
+    registers (measured on an H100, docs/kernels.md)."""
+    return 4 if width < _MANY_EXPERTS else 16
 
 
 @jit()
@@ -152,6 +159,7 @@ def _place_kernel(
     TOKENS: tl.constexpr,
     EXPERTS: tl.constexpr,
     ROWS: tl.constexpr,
+    PADS: tl.constexpr,
     IS_ALONE: tl.constexpr,
     CHAINED: tl.constexpr,
 ) -> None:
@@ -188,9 +196,10 @@ def _place_kernel(
         tl.store(slots + place, slot, mask=is_here)
     if block == 0:
         num_slots = num_tokens * TOP
-        row = tl.arange(0, ROWS)
-        pad = (starts + total)[:, None] + row[None, :]
-        tl.store(slots + pad, num_slots, mask=pad < ends[:, None])
+        row = tl.arange(0, PADS)
+        for begin in tl.static_range(0, ROWS, PADS):
+            pad = (starts + total + begin)[:, None] + row[None, :]
+            tl.store(slots + pad, num_slots, mask=pad < ends[:, None])
         last = tl.max(ends, axis=0)
         rest = tl.arange(0, 1024)
         for start in range(last, capacity, 1024):

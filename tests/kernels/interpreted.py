@@ -166,7 +166,13 @@ def test_route(num_tokens: int, num_experts: int, top: int, dtype: torch.dtype) 
 
 @pytest.mark.parametrize(
     ("num_tokens", "top", "num_experts", "here", "rows"),
-    [(1, 2, 8, range(8), 16), (5, 4, 60, range(20, 60), 16), (300, 2, 8, range(3, 6), 128), (2, 2, 4, range(4, 4), 16)],
+    [
+        (1, 2, 8, range(8), 16),
+        (5, 4, 60, range(20, 60), 16),
+        (300, 2, 8, range(3, 6), 128),
+        (2, 2, 4, range(4, 4), 16),
+        (20, 8, 128, range(128), 128),
+    ],
 )
 def test_plan_tiles(num_tokens: int, top: int, num_experts: int, here: range, rows: int) -> None:
     compare_plan_tiles(num_tokens, top, num_experts, here, rows, "cpu")

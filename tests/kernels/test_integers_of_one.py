@@ -41,7 +41,7 @@ _PLAN = {
     **{"chosen": "*i64", "shares": "*fp32", "x": "*bf16", "out": "*bf16"},
     **dict.fromkeys(["counts", "slots", "experts", "places", "used"], "*i32"),
     **dict.fromkeys(["first", "num_tokens", "num_experts", "capacity", "width", "x_stride"], "i32"),
-    **{"TOP": 2, "TOKENS": 64, "EXPERTS": 8, "ROWS": 16, "IS_ALONE": False, "BLOCK": 1024},
+    **{"TOP": 2, "TOKENS": 64, "EXPERTS": 8, "ROWS": 16, "PADS": 16, "IS_ALONE": False, "BLOCK": 1024},
 }
 _ATTENTION = {
     **dict.fromkeys(["q", "k_cache", "v_cache", "out"], "*bf16"),
