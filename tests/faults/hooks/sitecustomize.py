@@ -48,7 +48,10 @@ def _arm_unpickler(module: ModuleType) -> None:
 
 
 def _run_out_of_memory_in_the_middle(runner: Any) -> None:
-    """On one rank alone: when it comes to its second sum of this step. In a graph it does not come to one."""
+    """On one rank alone: when it comes to its second sum of this step, or, where that is in a graph, to the graph."""
+    padded: Any = getattr(runner, "_padded", None)
+    if runner._shard.tp_rank == 1 and type(getattr(padded, "run", None)).__name__ == "CudaGraphs":
+        padded.graphs, padded.run = padded.run, lambda shape: _fail("memory")
     tensor, num_sums = runner._links.tensor, 0
     all_reduce = tensor.all_reduce_
 
@@ -88,6 +91,8 @@ def _wrap_runner(module: ModuleType) -> None:
             return launch(self, plan)
         finally:  # another step must not meet it
             self._links.tensor.__dict__.pop("all_reduce_", None)
+            if hasattr(getattr(self, "_padded", None), "graphs"):
+                self._padded.run = self._padded.__dict__.pop("graphs")
 
     runner.launch = launch_or_fail
     if "nan" in _FAULTS.values():
