@@ -22,16 +22,17 @@ _MOST_PROCESSES: Final = 12
 def bytecode_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """What to change in an environment so that Python finds bytecode of torch, or leaves it for the next time: nothing
     where torch has its own, or Python may write it beside torch; else a folder of ours."""
-    if environment.get("PYTHONPYCACHEPREFIX") or (torch := _torch()) is None or _bytecode_of(torch, "").exists():
+    if environment.get("PYTHONPYCACHEPREFIX") or (torch := _torch()) is None or _is_there(torch, ""):
         return {}
     if not environment.get("PYTHONDONTWRITEBYTECODE") and os.access(torch.parent, os.W_OK):
         return {}
-    folder = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aphro" / "bytecode"
     try:
+        folder = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aphro" / "bytecode"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:
+        is_ours = _is_of_this_user(folder)
+    except (OSError, RuntimeError):  # it cannot be made; there is no home
         return {}
-    return {"PYTHONPYCACHEPREFIX": str(folder), "PYTHONDONTWRITEBYTECODE": ""}
+    return {"PYTHONPYCACHEPREFIX": str(folder), "PYTHONDONTWRITEBYTECODE": ""} if is_ours else {}
 
 
 @contextmanager
@@ -40,7 +41,7 @@ def compiling_beside() -> Iterator[None]:
     keeps what it compiles. They end with the block, or with this process."""
     num_processes = min(len(os.sched_getaffinity(0)) - _SPARE_CORES, _MOST_PROCESSES)
     torch, prefix = _torch(), sys.pycache_prefix or ""
-    if sys.dont_write_bytecode or num_processes < 2 or torch is None or _bytecode_of(torch, prefix).exists():
+    if torch is None or _is_there(torch, prefix) or num_processes < 2 or not _keeps(_bytecode_of(torch, prefix)):
         yield
         return
     words = [sys.executable, "-m", "aphro_core.bytecode.compiler", str(os.getpid()), str(num_processes)]
@@ -55,6 +56,23 @@ def compiling_beside() -> Iterator[None]:
 def _torch() -> Path | None:
     spec = PathFinder.find_spec("torch")
     return None if spec is None or spec.origin is None else Path(spec.origin)
+
+
+def _is_of_this_user(folder: Path) -> bool:
+    """Whether nobody else may write there: what stands in it is executed. And whether this user may."""
+    state = folder.stat()
+    return state.st_uid == os.geteuid() and not state.st_mode & 0o022 and os.access(folder, os.W_OK)
+
+
+def _is_there(source: Path, prefix: str) -> bool:
+    """Whether this user finds bytecode of it: a folder of another one may have no door."""
+    return os.path.exists(_bytecode_of(source, prefix))
+
+
+def _keeps(file: Path) -> bool:
+    """Whether this Python may write such a file."""
+    there = next(folder for folder in file.parents if os.path.exists(folder))
+    return not sys.dont_write_bytecode and os.access(there, os.W_OK)
 
 
 def _bytecode_of(source: Path, prefix: str) -> Path:

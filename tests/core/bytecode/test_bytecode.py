@@ -107,7 +107,7 @@ def test_where_bytecode_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert bytecode_environment(writes_none) == ours
     assert Path(folder).stat().st_mode & 0o777 == 0o700
     assert bytecode_environment({**writes_none, "PYTHONPYCACHEPREFIX": "/elsewhere"}) == {}
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != torch.parent)
     assert bytecode_environment({"XDG_CACHE_HOME": str(tmp_path / "cache")}) == ours
     (tmp_path / "file").touch()
     assert bytecode_environment({**writes_none, "XDG_CACHE_HOME": str(tmp_path / "file")}) == {}
@@ -120,10 +120,53 @@ def test_where_bytecode_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert bytecode_environment(writes_none) == {}
 
 
-@pytest.mark.parametrize(("writes_none", "num_cores", "expected"), [(False, 8, 1), (True, 8, 0), (False, 3, 0)])
+def test_bytecode_is_only_kept_where_nobody_else_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bytecode, "_torch", lambda: tmp_path / "torch" / "__init__.py")
+    environment = {"PYTHONDONTWRITEBYTECODE": "1", "XDG_CACHE_HOME": str(tmp_path)}
+    folder = Path(bytecode_environment(environment)["PYTHONPYCACHEPREFIX"])
+    for mode in (0o720, 0o702, 0o777):
+        folder.chmod(mode)
+        assert bytecode_environment(environment) == {}
+    folder.chmod(0o755)
+    assert bytecode_environment(environment)
+    monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+    assert bytecode_environment(environment) == {}
+
+
+def test_without_a_home_a_start_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(bytecode, "_torch", lambda: tmp_path / "torch" / "__init__.py")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert bytecode_environment({"PYTHONDONTWRITEBYTECODE": "1"}) == {}
+
+
+def test_a_folder_that_may_not_be_read_has_no_bytecode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another user, say: Python itself passes over it."""
+
+    def stat(*arguments: object, **options: object) -> os.stat_result:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "stat", stat)
+    is_there = bytecode._is_there(Path("/site/torch/__init__.py"), "/of/another")
+    monkeypatch.undo()
+    assert not is_there
+
+
+@pytest.mark.parametrize(
+    ("writes_none", "is_writable", "num_cores", "expected"),
+    [(False, True, 8, 1), (True, True, 8, 0), (False, False, 8, 0), (False, True, 3, 0)],
+)
 def test_processes_beside_end_with_the_block(
-    writes_none: bool, num_cores: int, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    writes_none: bool,
+    is_writable: bool,
+    num_cores: int,
+    expected: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: is_writable)
     monkeypatch.setattr(sys, "dont_write_bytecode", writes_none)
     monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path))
     monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path))
