@@ -110,6 +110,16 @@ async def test_gpus(check: Any, commands: dict[str, str | Output], status: Statu
     assert found.remedy or status not in (WARN, FAIL)
 
 
+@pytest.mark.anyio
+async def test_mps_does_not_hide_who_holds_the_memory(tmp_path: Path) -> None:
+    holders = [{"pid": 77, "bytes": 39 << 30}, {"pid": 88, "bytes": 30 << 20}]
+    host = recorded(tmp_path, GPU_FILES, nvml(gpu(0, used_bytes=40 << 30, processes=holders), gpu(1)))
+    found = await gpu_busy.check(host)
+    assert "shared by MPS (pid 88)" in found.title
+    assert "1 of 2 hold memory of others" in found.title
+    assert any("pid 77" in line.text for line in found.evidence)
+
+
 SOFT = "Max {}    {}    unlimited    units\n"
 ACS = "0000:00:01.0 PCI bridge: x\n\tACSCtl:\tSrcValid{} TransBlk- ReqRedir{} CmpltRedir{}\n"
 TWO_GPUS = pci_device("/sys/devices/pci0000:00/0000:00:01.0/0000:01:00.0", "0x10de", "0x030200", 0) | pci_device(

@@ -25,11 +25,14 @@ async def check(host: Host) -> Finding:
     gpus = await read_gpus(host)
     if gpus.error:
         return Finding(ID, Status.SKIP, gpus.error)
-    if (server := await _mps_server(host, gpus.gpus)) is not None:
-        title = f"GPUs are shared by MPS (pid {server}): decode steps of few rows are slower"
-        return Finding(ID, Status.WARN, title, remedy="echo quit | nvidia-cuda-mps-control, if nothing else needs it")
     busy = [gpu for gpu in gpus.gpus if gpu.used_bytes > _SHARE * gpu.total_bytes]
     evidence = [line for gpu in busy for line in await _holders(host, gpu)]
+    if (server := await _mps_server(host, gpus.gpus)) is not None:
+        title = f"GPUs are shared by MPS (pid {server}): decode steps of few rows are slower"
+        if busy:
+            title += f"; {len(busy)} of {len(gpus.gpus)} hold memory of others"
+        remedy = "echo quit | nvidia-cuda-mps-control, if nothing else needs it"
+        return Finding(ID, Status.WARN, title, evidence=tuple(evidence), remedy=remedy)
     if not busy:
         free = min((gpu.total_bytes - gpu.used_bytes for gpu in gpus.gpus), default=0)
         return Finding(ID, Status.PASS, f"all GPUs are free, {free / 2**30:.1f} GiB or more each")
