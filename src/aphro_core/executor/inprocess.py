@@ -54,8 +54,8 @@ class InProcessExecutor:
         # between two steps the loop speaks to the API process, and the worker must not wait for all of that
         sys.setswitchinterval(_SWITCH_SECONDS)
         self._thread.start()
-        self._waiting.start()
         self.ranks = [await self._call(self._worker.load)]
+        self._waiting.start()  # only now: it enters the device, and why that fails is told once
 
     async def allocate(self, num_blocks: int) -> None:
         await self._call(lambda: self._worker.allocate(num_blocks))

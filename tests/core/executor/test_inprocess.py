@@ -54,6 +54,31 @@ async def test_nothing_is_computed_behind_what_the_worker_died_of() -> None:
     assert worker.launched == [1]
 
 
+class RefusedWorker(DyingWorker):
+    """On a GPU that nobody may use."""
+
+    is_asynchronous = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered = 0
+
+    def load(self) -> None:
+        raise RuntimeError("no such device")
+
+    def enter_thread(self) -> None:
+        self.entered += 1
+
+
+async def test_why_a_device_cannot_be_used_is_told_once() -> None:
+    worker = RefusedWorker()
+    executor = InProcessExecutor(cast("Worker", worker), asyncio.get_running_loop())
+    with pytest.raises(RuntimeError, match="no such device"):
+        await executor.load()
+    await executor.aclose()
+    assert worker.entered == 0, "the other thread does not try it, too"
+
+
 class BusyWorker(DyingWorker):
     """Computes until it is told to end. A GPU launches at once, and whoever wants the result waits."""
 
