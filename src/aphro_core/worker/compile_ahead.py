@@ -91,9 +91,16 @@ class _Notes:
 def _longest_first(jobs: list[Callable[[], Any]]) -> list[Callable[[], Any]]:
     """What takes longest must not begin last. Which kernel a job is of stands in its closure; where a Triton has it
     elsewhere, jobs stay in the order of their launches."""
-    names = [getattr(inspect.getclosurevars(job).nonlocals.get("src"), "name", "") for job in jobs]
-    seconds = [_LONG.get(name, 0.5) for name in names]
+    seconds = [_LONG.get(_kernel_of(job), 0.5) for job in jobs]
     return [jobs[number] for number in sorted(range(len(jobs)), key=lambda number: -seconds[number])]
+
+
+def _kernel_of(job: Callable[[], Any]) -> str:
+    try:
+        source = inspect.getclosurevars(job).nonlocals.get("src")
+    except (TypeError, ValueError):  # no function of Python's; one with an empty cell
+        return ""
+    return str(getattr(source, "name", ""))
 
 
 @contextmanager
@@ -125,7 +132,12 @@ class _Processes:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of forking where there are threads: these end here
             for _ in range(num_processes):
-                if (pid := os.fork()) == 0:
+                try:
+                    pid = os.fork()
+                except OSError as error:  # a limit of processes; those that are there do it all, or this one does
+                    _LOG.warning("%d of %d processes compile kernels: %s", len(self._pids), num_processes, error)
+                    break
+                if pid == 0:
                     _serve_jobs(numbers, jobs, parent)
                 self._pids.append(pid)
         os.close(numbers)

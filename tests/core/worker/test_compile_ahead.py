@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -128,3 +129,34 @@ def test_long_ones_come_first() -> None:
     names = ["_rms_norm_kernel", "chain_kernel", "draw_kernel", "hopper_attention_kernel"]
     found = [one() for one in compile_ahead._longest_first([job(name) for name in names] + [lambda: "another's"])]
     assert found == ["hopper_attention_kernel", "chain_kernel", "_rms_norm_kernel", "draw_kernel", "another's"]
+
+
+def test_jobs_that_cannot_be_looked_into_keep_their_order() -> None:
+    jobs = [partial(str, "a"), partial(str, "b")]
+    assert compile_ahead._longest_first(jobs) == jobs
+
+
+@pytest.mark.parametrize("num_forked", [0, 1])
+def test_a_limit_of_processes_is_no_end_of_a_start(
+    num_forked: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compile_ahead, "_build_launcher", lambda kernel: None)
+    fork, forked = os.fork, list[int]()
+
+    def fork_some() -> int:
+        if len(forked) == num_forked:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        forked.append(fork())
+        return forked[-1]
+
+    monkeypatch.setattr(os, "fork", fork_some)
+    made: dict[str, Any] = {}
+    here: list[str] = []
+    with compiling_ahead(3):
+        for name in "abc":
+            launch(tmp_path, name, made, here)
+    assert here == list("abc")
+    assert made == {name: name for name in "abc"}
+    assert f"{num_forked} of 3 processes compile kernels" in caplog.text
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
