@@ -17,6 +17,7 @@ from typing import Final
 
 _SPARE_CORES: Final = 2  # for the command line and the one that imports
 _MOST_PROCESSES: Final = 12
+_DATED_FROM: Final = 1_262_300_000.0  # 2010, in seconds; before it are the times that builds give to every file
 
 
 def bytecode_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -29,10 +30,10 @@ def bytecode_environment(environment: Mapping[str, str]) -> dict[str, str]:
     try:
         folder = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aphro" / "bytecode"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        is_ours = _is_of_this_user(folder)
+        is_good = _is_of_this_user(folder) and _is_dated(torch)
     except (OSError, RuntimeError):  # it cannot be made; there is no home
         return {}
-    return {"PYTHONPYCACHEPREFIX": str(folder), "PYTHONDONTWRITEBYTECODE": ""} if is_ours else {}
+    return {"PYTHONPYCACHEPREFIX": str(folder), "PYTHONDONTWRITEBYTECODE": ""} if is_good else {}
 
 
 @contextmanager
@@ -62,6 +63,12 @@ def _is_of_this_user(folder: Path) -> bool:
     """Whether nobody else may write there: what stands in it is executed. And whether this user may."""
     state = folder.stat()
     return state.st_uid == os.geteuid() and not state.st_mode & 0o022 and os.access(folder, os.W_OK)
+
+
+def _is_dated(source: Path) -> bool:
+    """Whether files have times of their own: Python tells bytecode of another version by time and size alone, and the
+    folder outlives the image that torch is in."""
+    return source.stat().st_mtime >= _DATED_FROM
 
 
 def _is_there(source: Path, prefix: str) -> bool:

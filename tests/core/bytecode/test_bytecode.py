@@ -99,6 +99,7 @@ def test_which_modules_are_python(package: Path) -> None:
 def test_where_bytecode_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = tmp_path / "torch" / "__init__.py"
     torch.parent.mkdir()
+    torch.touch()
     monkeypatch.setattr(bytecode, "_torch", lambda: torch)
     writes_none = {"PYTHONDONTWRITEBYTECODE": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     assert bytecode_environment({}) == {}, "Python itself writes it beside torch"
@@ -121,13 +122,19 @@ def test_where_bytecode_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_bytecode_is_only_kept_where_nobody_else_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bytecode, "_torch", lambda: tmp_path / "torch" / "__init__.py")
+    (tmp_path / "torch.py").touch()
+    monkeypatch.setattr(bytecode, "_torch", lambda: tmp_path / "torch.py")
     environment = {"PYTHONDONTWRITEBYTECODE": "1", "XDG_CACHE_HOME": str(tmp_path)}
     folder = Path(bytecode_environment(environment)["PYTHONPYCACHEPREFIX"])
     for mode in (0o720, 0o702, 0o777):
         folder.chmod(mode)
         assert bytecode_environment(environment) == {}
     folder.chmod(0o755)
+    assert bytecode_environment(environment)
+    for seconds in (0, 946_684_800):  # of images whose files all have one time: a later torch would not be seen
+        os.utime(tmp_path / "torch.py", (seconds, seconds))
+        assert bytecode_environment(environment) == {}
+    os.utime(tmp_path / "torch.py")
     assert bytecode_environment(environment)
     monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
     assert bytecode_environment(environment) == {}
