@@ -71,7 +71,7 @@ class AphroEngine:
 
     def overhead_bytes(self, sizes: Sizes, hidden_size: int, vocab_size: int) -> int:
         """Inside the budget, on GPUs: the CUDA context, with several ranks communicators and peers' buffers too.
-        ``vocab_size`` 0: of a rank without a head."""
+        ``vocab_size`` 0: of a rank whose logits, if it has any, go by NCCL."""
         if not self.is_gpu:
             return 0
         outside = self.foreign_bytes + memory.outside_bytes(sizes.tp, sizes.pp)
@@ -96,6 +96,7 @@ class AphroEngine:
             enforce_eager=sizes.enforce_eager,
         )
         block_bytes = memory.kv_block_bytes(spec, shard, sizes.block_size, sizes.cache_bytes)
+        vocab_size = spec.vocab_size if shard.has_head and spec.has_plain_logits else 0
         return RankBalance(
             rank=shard.rank,
             stage=shard.pp_rank,
@@ -106,7 +107,7 @@ class AphroEngine:
             budget_bytes=self.budget_bytes(sizes),
             weights_bytes=weights,
             activation_bytes=activations,
-            overhead_bytes=self.overhead_bytes(sizes, spec.hidden_size, spec.vocab_size * shard.has_head),
+            overhead_bytes=self.overhead_bytes(sizes, spec.hidden_size, vocab_size),
             layout=KvLayout(block_bytes, sizes.block_size, (Group("full", None, 1),)),
         )
 

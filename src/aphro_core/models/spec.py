@@ -92,6 +92,11 @@ class DecoderSpec:
         """Query heads per KV head."""
         return self.num_heads // self.num_kv_heads
 
+    @property
+    def has_plain_logits(self) -> bool:
+        """Whether they are what the head's product gives."""
+        return self.logits_scale == 1.0 and self.logits_softcap is None
+
     def window_of(self, layer: int) -> int | None:
         """The sliding window of one layer, None where it sees everything."""
         if self.sliding_window is None or (self.sliding_layers is not None and not self.sliding_layers[layer]):

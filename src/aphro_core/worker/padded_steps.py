@@ -47,8 +47,7 @@ class PaddedSteps:
         # the way in and out of the layers
         self.hidden = torch.zeros(shapes.max_tokens, spec.hidden_size, dtype=dtype, device=device)
         # whatever is done to logits is done in float32, else they stay as the product gives them
-        is_plain = spec.logits_scale == 1.0 and spec.logits_softcap is None
-        logits_dtype = dtype if is_plain else torch.float32
+        logits_dtype = dtype if spec.has_plain_logits else torch.float32
         num_logits = memory.max_rows * self.samples
         if place_of_logits is None:
             place_of_logits = torch.zeros(num_logits, spec.vocab_size, dtype=logits_dtype, device=device)

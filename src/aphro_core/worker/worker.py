@@ -94,7 +94,7 @@ class Worker:
         scheduler = self._config.scheduler
         most_rows = max(scheduler.most_tokens, scheduler.max_num_seqs)
         self._links.tensor.connect(self._spec.hidden_size, self._dtype, self._device, most_rows)
-        if self._shard.has_head and self._spec.logits_scale == 1.0 and self._spec.logits_softcap is None:
+        if self._shard.has_head and self._spec.has_plain_logits:
             self._links.tensor.connect_logits(scheduler.max_num_seqs, self._spec.vocab_size, self._dtype, self._device)
         self._links.tensor.adds_in_order = is_deterministic = self._config.deterministic
         cache_format = CacheFormat(self._cache_dtype, cache_scales)

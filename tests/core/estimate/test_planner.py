@@ -55,6 +55,17 @@ def test_ranks_on_several_hosts_have_no_buffers_of_peers() -> None:
     assert near.ranks[0].overhead_bytes - far.ranks[0].overhead_bytes == buffers > 0
 
 
+@pytest.mark.parametrize("changes", [{"logits_softcap": 30.0}, {"logits_scale": 0.125}])
+def test_logits_that_are_scaled_have_no_place_of_their_own(changes: dict[str, float]) -> None:
+    """The worker asks for none (worker.py)."""
+    asked = asked_of(LLAMA_8B, "H100", 2, 8)
+    assert asked.source.spec is not None
+    scaled = replace(asked, source=replace(asked.source, spec=replace(asked.source.spec, **changes)))
+    plain, other = (estimate(one, 2, 1) for one in (asked, scaled))
+    logits = memory.peer_logits_bytes(LLAMA_8B["vocab_size"], 2, plain.sizes.max_num_seqs, 2)
+    assert plain.ranks[0].overhead_bytes - other.ranks[0].overhead_bytes == logits > 0
+
+
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("config", [LLAMA_8B, MIXTRAL, QWEN_32B, QWEN_72B, QWEN_30B_A3B])
 def test_general_laws_count_what_a_step_takes_as_the_engine_does(config: dict[str, Any], tp: int) -> None:
