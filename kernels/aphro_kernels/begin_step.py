@@ -21,6 +21,7 @@ from aphro_kernels.step_rows import ROW_FIELDS, StepRows, begin_row, step_rows_r
 
 _BLOCKS_AT_ONCE: Final = 256
 _COLUMNS_AT_ONCE: Final = 1024
+_FEWEST_PLACES: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,12 @@ def begin_rows_reference(rows: StepRows, start: RowStart, begun: BegunRows) -> N
     begun.sin.copy_(sin)
 
 
+def places_of(num_rows: int) -> int:
+    """Rows that the kernel is compiled for. The smallest padded step with chunks has 32: of fewer, beside a prompt too
+    long for a padded step, no step before serving would have compiled the kernel that makes no start."""
+    return max(next_power_of_2(num_rows), _FEWEST_PLACES)
+
+
 def launch(
     rows: Tensor,
     last_token_ids: Tensor,
@@ -129,7 +136,7 @@ def launch(
         NUM_KV_HEADS=num_kv_heads,
         KEYS=1 if work is None else work.keys,
         WINDOW=0 if work is None else work.window,
-        ROWS=max(next_power_of_2(num_rows), 16),
+        ROWS=places_of(num_rows),
         AT_ONCE=decode_work.AT_ONCE,
         FIELDS=decode_work.FIELDS,
         num_warps=4,  # not chained: attention and rotation read what it writes before they wait for others

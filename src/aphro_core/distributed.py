@@ -81,7 +81,9 @@ class TensorParallelGroup:
     def _unreached(self, device: torch.device) -> str | None:
         """What to say where this rank's GPU does not reach that of another one."""
         others = sorted(set(self._gpus_of_all(device)) - {device.index})
-        found = next((other for other in others if not torch.cuda.can_device_access_peer(device, other)), None)
+        count = torch.cuda.device_count()  # another container's processes may see more GPUs than this one's
+        reaches = (other < count and torch.cuda.can_device_access_peer(device, other) for other in others)
+        found = next((other for other, is_reached in zip(others, reaches, strict=True) if not is_reached), None)
         return None if found is None else f"GPU {device.index} does not reach the memory of GPU {found}"
 
     def _gpus_of_all(self, device: torch.device) -> list[int]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import pytest
 import torch
@@ -265,6 +266,7 @@ def test_what_forbids_peer_memory_is_told_of_once(
     unreached = 2 if "GPU" in why else 1
     monkeypatch.setattr(TensorParallelGroup, "_is_on_one_host", lambda self, device: "hosts" not in why)
     monkeypatch.setattr(TensorParallelGroup, "_gpus_of_all", lambda self, device: [0, 2])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda device, other: other != unreached)
     monkeypatch.setattr(distributed, "allocate_peer_buffers", lambda *shape: object())
     build = fail_in_rendezvous if "permitted" in why else lambda *shape: object()
@@ -274,6 +276,15 @@ def test_what_forbids_peer_memory_is_told_of_once(
     lines = [line for _, lines in answers for line in lines]
     assert len(lines) == bool(why)
     assert all(line.startswith("tensor-parallel sums all go by NCCL: ") and line.endswith(why) for line in lines)
+
+
+def test_a_gpu_that_a_rank_does_not_see_is_none_that_it_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in containers of one host with different numbers of GPUs: torch would raise on that rank alone."""
+    group = TensorParallelGroup(1, 2)
+    monkeypatch.setattr(group, "_gpus_of_all", lambda device: [3, 0])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", mock.Mock(side_effect=AssertionError("Invalid peer")))
+    assert group._unreached(CPU) == "GPU 0 does not reach the memory of GPU 3"
 
 
 def test_peers_buffers_come_when_all_agree_and_what_loading_left_is_free(

@@ -62,5 +62,7 @@ class ReturningTokens:
             self._receive()
 
     def _receive(self) -> None:
-        _, slots = self._due.popleft()
-        self._last_token_ids.index_copy_(0, slots, self._link.receive(len(slots), self._last_token_ids.device))
+        _, slots = self._due[0]
+        tokens = self._link.receive(len(slots), self._last_token_ids.device)
+        self._due.popleft()  # not before: where memory runs out they are still to come, and all behind them
+        self._last_token_ids.index_copy_(0, slots, tokens)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from typing import Any, cast
+from unittest import mock
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -70,6 +72,21 @@ def test_tokens_are_in_place_before_they_are_read(steps: list[tuple[set[int], bo
         assert 0 < len(line.sent) <= _MOST_DUE
     returning.forget_all()
     assert not line.sent
+
+
+def test_tokens_that_found_no_memory_are_still_to_come() -> None:
+    """Else each step behind them would read those of the step before it."""
+    line, last = Line(), torch.zeros(SLOTS, dtype=torch.int64)
+    returning = ReturningTokens(cast(Any, line), last)
+    sequences = {seq_id: State() for seq_id in range(SLOTS)}
+    for token in (5, 6):
+        line.sent.append(torch.tensor([token]))
+        returning.expect([token - 5], torch.tensor([token - 5]))
+    with mock.patch.object(line, "receive", side_effect=torch.OutOfMemoryError), pytest.raises(torch.OutOfMemoryError):
+        returning.take_for(plan_of([0], sequences, {0}), cast(Any, sequences))
+    returning.forget_all()
+    assert not line.sent
+    assert last[:2].tolist() == [5, 6]
 
 
 def test_a_step_that_has_told_its_tokens_is_no_void_one() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from aphro_kernels.begin_step import places_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,6 +49,17 @@ def test_shapes_are_few_and_each_stands_once(max_rows: int, graph_tokens: int) -
     assert all(size <= graph_tokens for size in token_buckets(graph_tokens))
     assert set(shapes.kinds) <= set(shapes.padded)
     assert shapes.max_tokens == max(shape.num_tokens for shape in shapes.padded)
+
+
+@given(st.integers(1, 600), st.integers(256, 9000))
+def test_what_begins_a_longer_step_is_compiled_for_a_padded_one(max_rows: int, graph_tokens: int) -> None:
+    """Rows of one token beside chunks have a kernel without embeddings, which decode steps do not compile."""
+    shapes = StepShapes(max_rows, graph_tokens, 192, lambda num_tokens: True)
+    compiled = {places_of(shape.num_rows) for shape in shapes.padded if shape.num_seqs}
+    for num_rows in range(1, min(max_rows, graph_tokens) + 1):
+        shape = shapes.with_chunks(graph_tokens + num_rows + 1, num_rows, 1)
+        assert not shapes.has(shape)
+        assert places_of(shape.num_rows) in compiled
 
 
 @given(steps())
