@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from aphro_kernels import decode_work
-from aphro_kernels.decode_work import DecodeWork, programs_of, share_out
+from aphro_kernels.decode_work import DecodeWork, places_of, programs_of, share_out
 from aphro_kernels.language import jit, next_power_of_2, runs_kernels, tl
 from aphro_kernels.rotary_angles import rotary_angles_reference
 from aphro_kernels.step_rows import ROW_FIELDS, StepRows, begin_row, step_rows_reference
 
 _BLOCKS_AT_ONCE: Final = 256
 _COLUMNS_AT_ONCE: Final = 1024
-_FEWEST_PLACES: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +76,6 @@ def begin_rows_reference(rows: StepRows, start: RowStart, begun: BegunRows) -> N
     cos, sin = rotary_angles_reference(rows.positions, start.frequencies, start.scale)
     begun.cos.copy_(cos)
     begun.sin.copy_(sin)
-
-
-def places_of(num_rows: int) -> int:
-    """Rows that the kernel is compiled for. The smallest padded step with chunks has 32: of fewer, beside a prompt too
-    long for a padded step, no step before serving would have compiled the kernel that makes no start."""
-    return max(next_power_of_2(num_rows), _FEWEST_PLACES)
 
 
 def launch(

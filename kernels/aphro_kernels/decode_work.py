@@ -22,6 +22,7 @@ from aphro_kernels.language import jit, next_power_of_2, tl
 
 FIELDS: Final = 8  # of a program's stretch
 _HOPPER_TILES: Final = {64: (128, 3, 2), 128: (64, 3, 2)}  # head_dim: keys, stages, programs a multiprocessor
+_FEWEST_PLACES: Final = 32
 AT_ONCE: Final = 8  # programs whose stretch one program of the plan kernel finds
 
 
@@ -95,6 +96,12 @@ def programs_of(work: DecodeWork, num_rows: int) -> int:
     return work.num_programs // 2 if is_half else work.num_programs
 
 
+def places_of(num_rows: int) -> int:
+    """Rows that what makes a plan is compiled for. The smallest padded step with chunks has 32: for fewer, beside a
+    prompt too long for a padded step, no step before serving would have compiled what begins it (begin_step.py)."""
+    return max(next_power_of_2(num_rows), _FEWEST_PLACES)
+
+
 def _tile(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
     """Keys of a tile, and programs that a multiprocessor has room for (measured on an H100)."""
     head_bytes = max(next_power_of_2(head_dim), 16) * dtype.itemsize
@@ -122,7 +129,7 @@ def plan_decode_(work: DecodeWork, seq_lens: Tensor, num_kv_heads: int, *, is_ne
         NUM_KV_HEADS=num_kv_heads,
         KEYS=work.keys,
         WINDOW=work.window,
-        ROWS=max(next_power_of_2(num_rows), 16),
+        ROWS=places_of(num_rows),
         AT_ONCE=AT_ONCE,
         FIELDS=FIELDS,
         num_warps=4,  # not chained: attention reads the plan before it waits for the kernel before it

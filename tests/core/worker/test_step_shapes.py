@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from aphro_kernels.begin_step import places_of
+from aphro_kernels.decode_work import places_of
 from hypothesis import given
 from hypothesis import strategies as st
 
