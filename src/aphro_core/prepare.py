@@ -62,9 +62,7 @@ class EngineOptions:
     max_model_len: int | Literal["auto"] | None = None
     max_num_seqs: int | None = None  # None: 512 on GPUs, 256 on CPUs
     max_num_batched_tokens: int | None = None  # of a step in which sequences decode; None: by the model's size on GPUs
-    max_num_prefill_tokens: int | None = (
-        None  # of one in which none does; None: 8192 or more on GPUs, with stages and on CPUs the same
-    )
+    max_num_prefill_tokens: int | None = None  # of one in which none does; None: on GPUs without stages 8192 or more
     gpu_memory_utilization: float = 0.90
     cpu_memory_utilization: float = 0.50
     block_size: int = 16
@@ -254,15 +252,15 @@ def _check_deterministic(spec: DecoderSpec, device: Device, dtype: DType, report
 def _choose_steps(
     options: EngineOptions, spec: DecoderSpec, plan: ShardingPlan, device: Device, reporter: Reporter
 ) -> SchedulerConfig:
-    default = default_step_sizes(device, parameters_on_the_way(spec, plan), plan.pp_size)
-    tokens = options.max_num_batched_tokens or default.decode_tokens
+    parameters = parameters_on_the_way(spec, plan)
+    default = default_step_sizes(device, parameters, plan.pp_size, options.max_num_batched_tokens)
+    tokens = default.decode_tokens
     is_gpu = device == "cuda"
     room = context_room(spec, plan, 2 if options.kv_cache_dtype == "auto" else 1)
     steps = SchedulerConfig(
         max_num_seqs=options.max_num_seqs or default.max_num_seqs,
         max_num_batched_tokens=tokens,
-        max_num_prefill_tokens=options.max_num_prefill_tokens
-        or (max(default.prefill_tokens, tokens) if is_gpu else None),
+        max_num_prefill_tokens=options.max_num_prefill_tokens or (default.prefill_tokens if is_gpu else None),
         context_per_token=room.context_per_token if is_gpu else None,
         free_context=room.free_context if is_gpu else 0,
         tokens_unit=GPU_TOKENS_UNIT if is_gpu else 1,

@@ -137,8 +137,8 @@ def resolve(question: Question, tp: int, pp: int) -> Sizes:
         tokens, seqs = batch_defaults(question.version, generation, question.device.card, length)
         utilization = generation.utilization
     tokens, seqs = question.max_num_batched_tokens or tokens, question.max_num_seqs or seqs
-    if question.version is None:  # the largest of any step
-        tokens = max(tokens, question.max_num_prefill_tokens or _largest_step(question, tp, pp))
+    if question.version is None:
+        tokens = _largest_step(question, tp, pp)
     if question.max_num_batched_tokens is None and question.version is not None:
         tokens = min(tokens, seqs * length)
     cache_bytes = CACHE_DTYPES.get(question.kv_cache_dtype, 0)
@@ -171,17 +171,25 @@ def resolve(question: Question, tp: int, pp: int) -> Sizes:
 
 
 def _largest_step(question: Question, tp: int, pp: int) -> int:
-    """Tokens of aphro's largest step on GPUs, unless somebody says; 0 on CPUs, which have one size."""
-    spec = question.source.spec
-    if question.device.kind != "cuda":
-        return 0
-    if spec is None:
-        return GPU_PREFILL_TOKENS
+    """Tokens of any of aphro's steps."""
+    asked, device = question.max_num_batched_tokens, question.device.kind
+    parameters = _parameters(question, tp, pp) if device == "cuda" else 0
+    if parameters is None:
+        return max(asked or 0, question.max_num_prefill_tokens or GPU_PREFILL_TOKENS)
+    sizes = default_step_sizes(device, parameters, pp, asked)
+    return max(sizes.decode_tokens, question.max_num_prefill_tokens or sizes.prefill_tokens)
+
+
+def _parameters(question: Question, tp: int, pp: int) -> int | None:
+    """That a token meets one after the other; None of a model without a spec, or of ranks that it cannot have, which
+    whoever asks for their balance is told."""
+    if question.source.spec is None:
+        return None
     try:
-        plan = build_plan(spec, tp, pp, question.pp_layers, expert_parallel=question.expert_parallel)
-    except PlacementError:  # whoever asks for the balance of these ranks is told
-        return GPU_PREFILL_TOKENS
-    return default_step_sizes("cuda", parameters_on_the_way(spec, plan), pp).most_tokens
+        plan = build_plan(question.source.spec, tp, pp, question.pp_layers, expert_parallel=question.expert_parallel)
+    except PlacementError:
+        return None
+    return parameters_on_the_way(question.source.spec, plan)
 
 
 def _dtype(question: Question) -> str:

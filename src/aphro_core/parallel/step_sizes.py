@@ -39,8 +39,11 @@ def parameters_on_the_way(spec: DecoderSpec, plan: ShardingPlan) -> int:
     return sum(weights_bytes(spec, shard, 1) for shard in plan.ranks if not shard.tp_rank)
 
 
-def default_step_sizes(device: str, parameters: int, num_stages: int = 1) -> StepSizes:
+def default_step_sizes(
+    device: str, parameters: int, num_stages: int = 1, decode_tokens: int | None = None
+) -> StepSizes:
     """For ``parameters`` that a token meets one after the other, in ``num_stages``, on ``cpu`` or ``cuda``.
+    ``decode_tokens``: of a step in which anything decodes, where somebody has asked for so many.
 
     While anything decodes its streams wait for the whole of a step, its own attention included, and no more than 60 ms:
     so as many tokens as a GPU computes in 50, in inverse proportion to the parameters. Where nothing decodes, nobody
@@ -48,10 +51,11 @@ def default_step_sizes(device: str, parameters: int, num_stages: int = 1) -> Ste
     first one for the last: with stages no step is larger.
     """
     if device == "cpu":
-        return StepSizes(MAX_NUM_SEQS["cpu"], CPU_TOKENS, CPU_TOKENS)
+        return StepSizes(MAX_NUM_SEQS["cpu"], decode_tokens or CPU_TOKENS, decode_tokens or CPU_TOKENS)
     fitting = int(_GPU_PARAMETER_TOKENS / max(parameters, 1)) // GPU_TOKENS_UNIT * GPU_TOKENS_UNIT
-    decode_tokens = min(max(fitting, GPU_TOKENS[0]), GPU_TOKENS[1])
-    prefill_tokens = decode_tokens if num_stages > 1 else max(decode_tokens, GPU_PREFILL_TOKENS)
+    fitting = min(max(fitting, GPU_TOKENS[0]), GPU_TOKENS[1])
+    decode_tokens = decode_tokens or fitting
+    prefill_tokens = decode_tokens if num_stages > 1 else max(decode_tokens, fitting, GPU_PREFILL_TOKENS)
     return StepSizes(MAX_NUM_SEQS["cuda"], decode_tokens, prefill_tokens)
 
 

@@ -55,6 +55,13 @@ def test_ranks_on_several_hosts_have_no_buffers_of_peers() -> None:
     assert near.ranks[0].overhead_bytes - far.ranks[0].overhead_bytes == buffers > 0
 
 
+@pytest.mark.parametrize(("pp", "asked", "tokens"), [(1, None, 8192), (2, None, 1024), (2, 512, 512), (1, 512, 8192)])
+def test_the_largest_step_is_that_of_a_start(pp: int, asked: int | None, tokens: int) -> None:
+    """72 GB of parameters: with stages, no step is larger than those beside decoding rows."""
+    question = replace(asked_of(QWEN_72B, "H100", 8, 8), max_num_batched_tokens=asked)
+    assert estimate(question, 4, pp).sizes.max_num_batched_tokens == tokens
+
+
 @pytest.mark.parametrize("changes", [{"logits_softcap": 30.0}, {"logits_scale": 0.125}])
 def test_logits_that_are_scaled_have_no_place_of_their_own(changes: dict[str, float]) -> None:
     """The worker asks for none (worker.py)."""

@@ -28,6 +28,15 @@ def test_bounds_and_order(first: int, second: int) -> None:
     assert staged.decode_tokens == staged.prefill_tokens == more.decode_tokens
 
 
+@given(st.integers(0, 10**11), st.integers(1, 20_000))
+def test_whoever_asks_for_a_size_gets_it(parameters: int, asked: int) -> None:
+    default, alone = (default_step_sizes("cuda", parameters, decode_tokens=tokens) for tokens in (None, asked))
+    assert alone.decode_tokens == asked
+    assert alone.prefill_tokens == max(default.prefill_tokens, asked)
+    for sizes in (default_step_sizes("cuda", parameters, 2, asked), default_step_sizes("cpu", parameters, 2, asked)):
+        assert sizes.decode_tokens == sizes.prefill_tokens == asked, "with stages, and on CPUs, no step is larger"
+
+
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (1, 2), (2, 4), (3, 2)])
 def test_stages_are_on_the_way_and_ranks_beside_each_other_are_not(tp: int, pp: int) -> None:
     spec, whole, plan = LLAMA_8B, build_plan(LLAMA_8B, 1, 1), build_plan(LLAMA_8B, tp, pp)
