@@ -26,7 +26,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aphro_core.checkpoint.open import open_checkpoint
-from aphro_core.distributed import Links, StageLink, TensorParallelGroup
+from aphro_core.distributed.links import Links
+from aphro_core.distributed.stage_links import StageLink
+from aphro_core.distributed.tensor_group import TensorParallelGroup
 from aphro_core.layers import gathered_attention
 from aphro_core.layers.attention import Attention
 from aphro_core.layers.block import Block

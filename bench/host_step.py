@@ -27,7 +27,9 @@ import torch
 
 from aphro_core.channel import Channel
 from aphro_core.config import SchedulerConfig
-from aphro_core.distributed import Links, StageLink, TensorParallelGroup
+from aphro_core.distributed.links import Links
+from aphro_core.distributed.stage_links import StageLink
+from aphro_core.distributed.tensor_group import TensorParallelGroup
 from aphro_core.engine.engine import Engine
 from aphro_core.engine.step_watch import StepWatch
 from aphro_core.executor.inprocess import InProcessExecutor

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-from aphro_core import distributed
-from aphro_core.distributed import Links
+from aphro_core.distributed.links import Links, join
 from aphro_core.parallel.shard import ShardingPlan
 
 
@@ -57,7 +56,7 @@ def _enter(
     torch.set_num_threads(1)  # a forked process has none of its parent's OpenMP threads, and would wait for them
     try:
         size = plan.tp_size * plan.pp_size
-        links = distributed.join(plan, rank, lambda: FileStore(store, size), torch.device("cpu"), timeout_seconds)
+        links = join(plan, rank, lambda: FileStore(store, size), torch.device("cpu"), timeout_seconds)
         send.send(body(links, rank))
     except BaseException:
         send.send(traceback.format_exc())

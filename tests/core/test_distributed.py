@@ -15,8 +15,10 @@ from aphro_kernels.peer_all_reduce import join_peer_memory, peer_bytes
 from aphro_kernels.peer_columns import PeerColumns, join_peer_columns, peer_columns_bytes
 from aphro_kernels.peer_rows import join_peer_rows, peer_rows_bytes
 
-from aphro_core import distributed, peer_sums
-from aphro_core.distributed import Links, TensorParallelGroup
+from aphro_core import peer_sums
+from aphro_core.distributed import tensor_group
+from aphro_core.distributed.links import Links
+from aphro_core.distributed.tensor_group import TensorParallelGroup
 from aphro_core.parallel.shard import build_plan
 from tests.core.ranks import run_ranks
 from tests.core.worker.test_batch import SPEC
@@ -136,7 +138,7 @@ def test_sums_go_by_peer_memory_if_there_is_any(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(peer_sums, "peer_all_reduce", by_peers("few"))
     monkeypatch.setattr(peer_sums, "peer_two_shot", by_peers("many"))
-    monkeypatch.setattr(distributed.dist, "all_reduce", lambda x, group: sums.append("library"))
+    monkeypatch.setattr(tensor_group.dist, "all_reduce", lambda x, group: sums.append("library"))
     group = TensorParallelGroup(0, 2)
     x = torch.zeros(4, 16)
     assert group.all_reduce_(x) is x
@@ -193,7 +195,7 @@ def test_logits_that_are_drawn_from_go_by_peer_memory_if_there_is_any(
         written.append(len(x))
         return peers.rows[: len(x)]
 
-    monkeypatch.setattr(distributed, "peer_columns", by_peers)
+    monkeypatch.setattr(tensor_group, "peer_columns", by_peers)
     group = TensorParallelGroup(rank, 2)
     assert group.place_of_logits(3) is None
     memory = torch.zeros(peer_columns_bytes(4, 10, torch.float32), dtype=torch.uint8)
@@ -244,8 +246,8 @@ def test_a_rank_without_memory_keeps_nobody_waiting(
 ) -> None:
     """No rank goes to a rendezvous that another one will not come to; the first one without memory says so, alone."""
     monkeypatch.setattr(TensorParallelGroup, "_unreached", lambda self, device: None)
-    monkeypatch.setattr(distributed, "allocate_peer_buffers", lose_memory(1))
-    monkeypatch.setattr(distributed, "build_peer_sums", lambda *shape: torch.distributed.barrier())
+    monkeypatch.setattr(tensor_group, "allocate_peer_buffers", lose_memory(1))
+    monkeypatch.setattr(tensor_group, "build_peer_sums", lambda *shape: torch.distributed.barrier())
     answers = run_ranks(tmp_path, build_plan(SPEC, 3, 1), lambda *place: refusals(*place, caplog), answer_seconds=20)
     assert [is_refused for is_refused, _ in answers] == [True] * 3
     (line,) = (line for _, lines in answers for line in lines)
@@ -268,9 +270,9 @@ def test_what_forbids_peer_memory_is_told_of_once(
     monkeypatch.setattr(TensorParallelGroup, "_gpus_of_all", lambda self, device: [0, 2])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda device, other: other != unreached)
-    monkeypatch.setattr(distributed, "allocate_peer_buffers", lambda *shape: object())
+    monkeypatch.setattr(tensor_group, "allocate_peer_buffers", lambda *shape: object())
     build = fail_in_rendezvous if "permitted" in why else lambda *shape: object()
-    monkeypatch.setattr(distributed, "build_peer_sums", build)
+    monkeypatch.setattr(tensor_group, "build_peer_sums", build)
     answers = run_ranks(tmp_path, build_plan(SPEC, 2, 1), lambda *place: refusals(*place, caplog))
     assert [is_refused for is_refused, _ in answers] == [bool(why)] * 2
     lines = [line for _, lines in answers for line in lines]
@@ -292,8 +294,8 @@ def test_peers_buffers_come_when_all_agree_and_what_loading_left_is_free(
 ) -> None:
     done: list[str] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
-    monkeypatch.setattr(distributed, "allocate_peer_buffers", lambda *shape: done.append("allocated") or object())
-    monkeypatch.setattr(distributed, "build_peer_sums", lambda *shape: done.append("built"))
+    monkeypatch.setattr(tensor_group, "allocate_peer_buffers", lambda *shape: done.append("allocated") or object())
+    monkeypatch.setattr(tensor_group, "build_peer_sums", lambda *shape: done.append("built"))
 
     def connect(links: Links, rank: int) -> list[str]:
         links.tensor._connected(*SHAPE)

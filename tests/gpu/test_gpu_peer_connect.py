@@ -8,7 +8,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from aphro_core.distributed import TensorParallelGroup
+from aphro_core.distributed.tensor_group import TensorParallelGroup
 from tests.gpu.all_gpus import NUM_GPUS, join, needs_two, run_over_all_gpus
 
 pytestmark = needs_two

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from aphro_core.distributed import TensorParallelGroup
+from aphro_core.distributed.tensor_group import TensorParallelGroup
 from aphro_core.layers.attention import Attention
 from aphro_core.layers.batch import GatheredRows, PagedRows
 from aphro_core.layers.chained import LayerParts

@@ -9,7 +9,7 @@ import torch
 from aphro_kernels.begin_step import RowStart
 from torch import Tensor
 
-from aphro_core.distributed import TensorParallelGroup
+from aphro_core.distributed.tensor_group import TensorParallelGroup
 from aphro_core.layers.alike import one_of_each
 from aphro_core.layers.batch import Batch, GatheredRows, PagedRows
 from aphro_core.layers.block import Delta

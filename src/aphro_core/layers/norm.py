@@ -10,7 +10,7 @@ from aphro_kernels.rms_norm import add_rms_norm_, rms_norm
 from torch import Tensor
 from torch.nn import functional
 
-from aphro_core.distributed import TensorParallelGroup
+from aphro_core.distributed.tensor_group import TensorParallelGroup
 from aphro_core.peer_sums import Summand
 
 _FEW_ROWS: Final = 4  # up to here a norm on a CPU costs its calls, above it its memory

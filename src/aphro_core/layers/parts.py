@@ -9,7 +9,7 @@ import torch
 from aphro_kernels.skinny_linear import build_skinny_workspace
 from torch import Tensor
 
-from aphro_core.distributed import TensorParallelGroup
+from aphro_core.distributed.tensor_group import TensorParallelGroup
 from aphro_core.layers.attention import Attention
 from aphro_core.layers.block import Block
 from aphro_core.layers.cache_format import CacheFormat

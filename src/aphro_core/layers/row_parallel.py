@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from aphro_core.distributed import TensorParallelGroup
+from aphro_core.distributed.tensor_group import TensorParallelGroup
 from aphro_core.layers.linear import AnyLinear, Linear
 from aphro_core.peer_sums import Scattered, Summand
 

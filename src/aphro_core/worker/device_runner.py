@@ -16,7 +16,7 @@ from aphro_kernels.decode_work import DecodeWork, build_decode_work
 from aphro_kernels.step_rows import end_rows_
 from torch import Tensor
 
-from aphro_core.distributed import Links
+from aphro_core.distributed.links import Links
 from aphro_core.layers.decoder import Decoder
 from aphro_core.messages.steps import PromptLogprobs, ScheduledSequence, StepPlan
 from aphro_core.models.spec import DecoderSpec

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from aphro_core.distributed import Links
+from aphro_core.distributed.links import Links
 from aphro_core.messages.steps import StepPlan
 from aphro_core.parallel.shard import RankShard
 from aphro_core.worker.prompt_logprobs import PROMPT_ROWS, asking_entries

@@ -9,7 +9,7 @@ from typing import Final
 
 import torch
 
-from aphro_core.distributed import TensorParallelGroup
+from aphro_core.distributed.tensor_group import TensorParallelGroup
 from aphro_core.messages.steps import LinkCost
 
 _SMALL_SUMS: Final = 16

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import functional
 
-from aphro_core.distributed import Links
+from aphro_core.distributed.links import Links
 from aphro_core.layers.decoder import Decoder
 from aphro_core.messages.steps import PromptLogprobs, ScheduledSequence
 from aphro_core.worker.padded_steps import PaddedSteps

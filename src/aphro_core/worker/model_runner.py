@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from aphro_core.distributed import Links
+from aphro_core.distributed.links import Links
 from aphro_core.layers.batch import Batch
 from aphro_core.layers.decoder import Decoder
 from aphro_core.messages.steps import ScheduledSequence, StepPlan, StepResult

@@ -8,7 +8,7 @@ from typing import Final
 
 from torch import Tensor
 
-from aphro_core.distributed import TokenLink
+from aphro_core.distributed.stage_links import TokenLink
 from aphro_core.messages.steps import StepPlan
 from aphro_core.worker.sequences import SequenceState
 

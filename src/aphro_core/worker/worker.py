@@ -14,10 +14,10 @@ import torch
 from aphro_kernels.float8 import FLOAT8
 from torch.distributed import FileStore, Store  # type: ignore[attr-defined]
 
-from aphro_core import distributed
 from aphro_core.checkpoint.cache_scales import read_cache_scales
 from aphro_core.checkpoint.checkpoint import Checkpoint
 from aphro_core.checkpoint.open import open_checkpoint, read_hf_config
+from aphro_core.distributed.links import join
 from aphro_core.layers.cache_format import CacheFormat
 from aphro_core.layers.decoder import Decoder
 from aphro_core.messages.steps import LinkCost, StartWorker, StepPlan, StepResult, WorkerLoaded, WorkerProgress
@@ -76,7 +76,7 @@ class Worker:
         timeout = self._config.distributed_timeout_seconds
         # hand-overs between stages do follow each other on their communicator, as this warns; nothing else uses it
         os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
-        self._links = distributed.join(plan, rank, self._open_store, self._device, timeout)
+        self._links = join(plan, rank, self._open_store, self._device, timeout)
         self._progress("rendezvous", 1, 1)
         self._link = self._measure_link() if self._start.measures_links else None
         bytes_read, cache_scales = 0, dict[int, tuple[float, float]]()

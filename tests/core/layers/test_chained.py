@@ -14,7 +14,7 @@ from aphro_kernels.packed_linear import PackedWeight
 from torch import Tensor
 
 from aphro_core import host
-from aphro_core.distributed import TensorParallelGroup
+from aphro_core.distributed.tensor_group import TensorParallelGroup
 from aphro_core.layers import chained
 from aphro_core.layers.attention import Attention
 from aphro_core.layers.batch import PagedPart, PagedRows

@@ -7,7 +7,7 @@ import torch
 from aphro_kernels.rms_norm import add_rms_norm_reference_
 from torch import Tensor
 
-from aphro_core.distributed import TensorParallelGroup
+from aphro_core.distributed.tensor_group import TensorParallelGroup
 from aphro_core.layers.block import Delta
 from aphro_core.layers.norm import LayerNorm, Norm, RMSNorm
 from aphro_core.peer_sums import Summand

@@ -10,7 +10,7 @@ from aphro_kernels.begin_step import begin_rows_reference, new_rows
 from aphro_kernels.step_rows import build_step_rows
 
 from aphro_core.checkpoint.open import open_checkpoint
-from aphro_core.distributed import TensorParallelGroup
+from aphro_core.distributed.tensor_group import TensorParallelGroup
 from aphro_core.layers.batch import Batch, PagedRows
 from aphro_core.layers.decoder import Decoder
 from aphro_core.models.registry import load_spec

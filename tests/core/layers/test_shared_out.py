@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from aphro_core.distributed import Links, TensorParallelGroup
+from aphro_core.distributed.links import Links
+from aphro_core.distributed.tensor_group import TensorParallelGroup
 from aphro_core.parallel import memory
 from aphro_core.peer_sums import PeerSums, Summand
 from aphro_core.request import SamplingParams

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from aphro_core.checkpoint.open import open_checkpoint
-from aphro_core.distributed import Links, StageLink, TensorParallelGroup
+from aphro_core.distributed.links import Links
+from aphro_core.distributed.stage_links import StageLink
+from aphro_core.distributed.tensor_group import TensorParallelGroup
 from aphro_core.layers.decoder import Decoder
 from aphro_core.messages.steps import NewSequence, ScheduledSequence, StepPlan, StepResult
 from aphro_core.models.registry import load_spec

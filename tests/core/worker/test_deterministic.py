@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from aphro_core import host
-from aphro_core.distributed import Links
+from aphro_core.distributed.links import Links
 from aphro_core.layers.row_invariant import multiply_rows, safe_sizes
 from aphro_core.request import SamplingParams
 from aphro_core.worker.model_runner import ModelRunner

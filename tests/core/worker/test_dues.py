@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from aphro_core.distributed import Links
+from aphro_core.distributed.links import Links
 from aphro_core.messages.steps import StepPlan
 from aphro_core.request import SamplingParams
 from aphro_core.worker.device_runner import DeviceRunner

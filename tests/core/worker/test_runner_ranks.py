@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from aphro_core.distributed import Links
+from aphro_core.distributed.links import Links
 from aphro_core.messages.steps import StepPlan
 from aphro_core.request import SamplingParams
 from tests.core.ranks import run_ranks

@@ -184,7 +184,7 @@ if _LOADS:
     _WRAPPERS["aphro_core.worker.worker"] = _wrap_worker
 if _IS_LIKE_A_GPU:
     _WRAPPERS["aphro_core.config"] = _let_steps_run_ahead
-    _WRAPPERS["aphro_core.distributed"] = _link_last_to_first_stage
+    _WRAPPERS["aphro_core.distributed.links"] = _link_last_to_first_stage
     _WRAPPERS["aphro_core.worker.worker"] = _run_like_a_gpu
 
 

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from aphro_core.distributed import StageLink, TensorParallelGroup
+from aphro_core.distributed.stage_links import StageLink
+from aphro_core.distributed.tensor_group import TensorParallelGroup
 from aphro_core.doctor.live.protocol import Measure, Timing, Work
 
 _PERIOD: Final = 251  # of the pattern that is summed: prime, so that a shifted or repeated piece shows

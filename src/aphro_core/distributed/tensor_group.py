@@ -1,14 +1,11 @@
-"""Groups and collectives of one rank, as objects handed to layers: tensor-parallel sums, logits, stage hand-over."""
+"""The ranks of one stage: sums, logits and what one of them tells the others, as an object handed to layers."""
 
 from __future__ import annotations
 
 import logging
 import socket
 import zlib
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -17,9 +14,7 @@ import torch.distributed as dist
 from aphro_kernels.peer_columns import PeerColumns, build_peer_columns, peer_columns, peer_columns_bytes
 from aphro_kernels.peer_rows import allocate_shared
 from torch import Tensor
-from torch.distributed import Store  # type: ignore[attr-defined]
 
-from aphro_core.parallel.shard import RankShard, ShardingPlan
 from aphro_core.peer_sums import PeerSums, Scattered, Summand, allocate_peer_buffers, build_peer_sums
 
 T = TypeVar("T")
@@ -240,157 +235,3 @@ def _attempt(make: Callable[[], T], device: torch.device) -> tuple[T | None, str
         return make(), None
     except RuntimeError as error:
         return None, f"no peer memory on {device} of {socket.gethostname()}: {error}"
-
-
-class StageLink:
-    """The neighbours of a rank in the pipeline: the same tp rank, one stage before and one behind."""
-
-    def __init__(self, previous_rank: int | None, next_rank: int | None, max_sends: int = 1) -> None:
-        """``max_sends`` hand-overs may be under way at once: as many as plans are in flight, then none ever waits."""
-        self._previous = previous_rank
-        self._next = next_rank
-        self._max_sends = max_sends
-        self._sending: deque[tuple[dist.Work, Tensor]] = deque()
-        self.begin_step()
-
-    def begin_step(self) -> None:
-        self.has_received = self.has_sent = False
-
-    def receive(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """What the stage before sent, in its order. Raises RuntimeError when it is gone or silent too long."""
-        x = torch.empty(shape, dtype=dtype, device=device)
-        dist.recv(x, src=self._previous)
-        self.has_received = True
-        return x
-
-    def send(self, x: Tensor) -> None:
-        """Hand ``x`` on without waiting for its receiver; it must not be written again."""
-        while len(self._sending) >= self._max_sends:
-            # Gloo calls a send complete only when somebody has waited for it, and holds its tensor until then
-            self._sending.popleft()[0].wait()
-        x = x.contiguous()
-        work = dist.isend(x, dst=self._next)
-        self.has_sent = True
-        assert work is not None
-        self._sending.append((work, x))
-
-
-class TokenLink:
-    """The way of drawn tokens back, from the last stage of a pipeline to the first, past their hosts.
-
-    It has a communicator of its own: on that of the hidden states a token and the next rows would wait for each other.
-    """
-
-    def __init__(self, peer: int, group: dist.ProcessGroup) -> None:
-        self._peer = peer
-        self._group = group
-        self._sending: deque[tuple[dist.Work, Tensor]] = deque()
-        self.begin_step()
-
-    def begin_step(self) -> None:
-        self.has_passed = False  # this step's tokens have been sent, or are expected
-
-    def send(self, tokens: Tensor) -> None:
-        """Without waiting; ``tokens`` must not be written again. The first stage receives each in this order."""
-        while self._sending and self._sending[0][0].is_completed():
-            self._sending.popleft()
-        work = dist.isend(tokens, dst=self._peer, group=self._group)
-        self.has_passed = True
-        assert work is not None
-        self._sending.append((work, tokens))
-
-    def receive(self, count: int, device: torch.device) -> Tensor:
-        """The next tokens that come; on a GPU its stream waits for them, not the host.
-
-        Not sooner than they are needed: a program of NCCL waits for them on a multiprocessor, which products that want
-        all of these at once do not get, and then take a third longer.
-        """
-        tokens = torch.empty(count, dtype=torch.int64, device=device)
-        dist.recv(tokens, src=self._peer, group=self._group)
-        return tokens
-
-
-@dataclass(frozen=True)
-class Links:
-    """All that ties a rank to others. ``tokens`` only on the first and last of several stages of GPUs."""
-
-    tensor: TensorParallelGroup
-    stage: StageLink
-    tokens: TokenLink | None = None
-    store: Store | None = None  # the groups go on asking it, and torch alone does not keep one made in Python
-
-    def begin_step(self) -> None:
-        """Count its collectives from here on."""
-        self.tensor.begin_step()
-        self.stage.begin_step()
-        if self.tokens is not None:
-            self.tokens.begin_step()
-
-    def close(self) -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def join(
-    plan: ShardingPlan, rank: int, open_store: Callable[[], Store], device: torch.device, timeout_seconds: float
-) -> Links:
-    """Meet the other ranks in a store. Returns when all have come; raises after ``timeout_seconds``."""
-    shard = plan.ranks[rank]
-    previous = rank - plan.tp_size if shard.pp_rank > 0 else None
-    following = rank + plan.tp_size if shard.pp_rank < plan.pp_size - 1 else None
-    world_size = plan.tp_size * plan.pp_size
-    if world_size == 1:
-        return Links(TensorParallelGroup(0, 1), StageLink(None, None))
-    store = open_store()
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=timeout_seconds),
-        device_id=device if device.type == "cuda" else None,
-    )
-    # of a single stage the group of all: another communicator would hold memory of its own
-    group = dist.group.WORLD if plan.pp_size == 1 else _stage_group(plan, rank)
-    stage = StageLink(previous, following, max_sends=plan.pp_size)
-    tokens = _token_link(plan, rank) if device.type == "cuda" and plan.pp_size > 1 else None
-    links = Links(TensorParallelGroup(shard.tp_rank, plan.tp_size, group), stage, tokens, store)
-    if device.type == "cuda" and plan.pp_size > 1:
-        _open_lines(links, shard, device)
-    return links
-
-
-def _open_lines(links: Links, shard: RankShard, device: torch.device) -> None:
-    """NCCL makes the buffers of a line of messages with the first one: here, before the KV cache is sized."""
-    token = torch.zeros(1, dtype=torch.int64, device=device)
-    if not shard.has_embedding:
-        links.stage.receive((1,), token.dtype, device)
-    if not shard.has_head:
-        links.stage.send(token)
-    if links.tokens is not None and shard.has_embedding:
-        links.tokens.receive(1, device)
-    elif links.tokens is not None:
-        links.tokens.send(token)
-    torch.cuda.synchronize(device)
-
-
-def _stage_group(plan: ShardingPlan, rank: int) -> dist.ProcessGroup | None:
-    """Of the ranks of one stage; None where that is one."""
-    group = None
-    for pp_rank in range(plan.pp_size if plan.tp_size > 1 else 0):  # every rank makes every group, in one order
-        made = dist.new_group([pp_rank * plan.tp_size + tp_rank for tp_rank in range(plan.tp_size)])
-        if pp_rank == plan.ranks[rank].pp_rank:
-            group = made
-    return group
-
-
-def _token_link(plan: ShardingPlan, rank: int) -> TokenLink | None:
-    """Between the ranks of the first and the last stage that have the same tp rank."""
-    link = None
-    last = (plan.pp_size - 1) * plan.tp_size
-    for tp_rank in range(plan.tp_size):  # every rank takes part in the making of every group, in one order
-        ends = [tp_rank, last + tp_rank]
-        made = dist.new_group(ends)
-        if rank in ends:
-            link = TokenLink(ends[0] if rank == ends[1] else ends[1], made)
-    return link
