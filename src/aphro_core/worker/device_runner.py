@@ -83,7 +83,7 @@ class DeviceRunner:
         self._needs_host = False
         self._returning: ReturningTokens | None = None
         if links.tokens is not None and shard.has_embedding:
-            self._returning = ReturningTokens(links.tokens, self._memory.last_token_ids)
+            self._returning = ReturningTokens(links.tokens, self._memory.last_token_ids, shard.pp_size)
 
     @property
     def graph_tokens(self) -> int:

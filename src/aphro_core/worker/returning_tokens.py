@@ -19,8 +19,9 @@ class ReturningTokens:
     """Tokens are received when a plan has a row whose token only the device has, for which its stream waits; those of
     other steps behind them, or when as many are due as may be."""
 
-    def __init__(self, link: TokenLink, last_token_ids: Tensor) -> None:
+    def __init__(self, link: TokenLink, last_token_ids: Tensor, num_stages: int) -> None:
         self._link = link
+        self._most_due = max(_MOST_DUE, num_stages)  # fewer would not fill that many stages
         self._last_token_ids = last_token_ids
         self._due: deque[tuple[int, Tensor]] = deque()  # step number, slots of its tokens
         self._num_steps = 0
@@ -58,7 +59,7 @@ class ReturningTokens:
             self._drawn_in.pop(seq_id, None)
         unknown = [e.seq_id for e in plan.scheduled if e.start >= len(sequences[e.seq_id].row.token_ids)]
         wanted = max((self._drawn_in.get(seq_id, 0) for seq_id in unknown), default=0)
-        while self._due and (self._due[0][0] <= wanted or len(self._due) >= _MOST_DUE):
+        while self._due and (self._due[0][0] <= wanted or len(self._due) >= self._most_due):
             self._receive()
 
     def _receive(self) -> None:

@@ -51,7 +51,7 @@ def plan_of(seq_ids: list[int], sequences: dict[int, State], ahead: set[int]) ->
 def test_tokens_are_in_place_before_they_are_read(steps: list[tuple[set[int], bool, bool]]) -> None:
     """Sequence i has slot i. Of each step: its rows, whether they are on the device alone, whether it fails here."""
     line, last = Line(), torch.zeros(SLOTS, dtype=torch.int64)
-    returning = ReturningTokens(cast(Any, line), last)
+    returning = ReturningTokens(cast(Any, line), last, 2)
     sequences = {seq_id: State() for seq_id in range(SLOTS)}
     drawn: dict[int, int] = {}
     for number, (rows, reads_device, fails) in enumerate(steps, 1):
@@ -77,7 +77,7 @@ def test_tokens_are_in_place_before_they_are_read(steps: list[tuple[set[int], bo
 def test_tokens_that_found_no_memory_are_still_to_come() -> None:
     """Else each step behind them would read those of the step before it."""
     line, last = Line(), torch.zeros(SLOTS, dtype=torch.int64)
-    returning = ReturningTokens(cast(Any, line), last)
+    returning = ReturningTokens(cast(Any, line), last, 2)
     sequences = {seq_id: State() for seq_id in range(SLOTS)}
     for token in (5, 6):
         line.sent.append(torch.tensor([token]))
@@ -89,9 +89,25 @@ def test_tokens_that_found_no_memory_are_still_to_come() -> None:
     assert last[:2].tolist() == [5, 6]
 
 
+@pytest.mark.parametrize("num_stages", [2, 7, 8, 12])
+def test_no_step_waits_for_tokens_of_steps_that_fill_the_stages(num_stages: int) -> None:
+    """One row a stage, each of which reads the token that it drew when all other stages had theirs."""
+    line, last = Line(), torch.zeros(num_stages + 1, dtype=torch.int64)
+    returning = ReturningTokens(cast(Any, line), last, num_stages)
+    sequences = {seq_id: State() for seq_id in range(num_stages)}
+    for step in range(3 * num_stages):
+        seq_id = step % num_stages
+        ahead = {seq_id} if step >= num_stages else set()
+        returning.take_for(plan_of([seq_id], sequences, ahead), cast(Any, sequences))
+        assert len(line.sent) == min(step, num_stages - 1)
+        assert not ahead or last[seq_id] == step - num_stages
+        line.sent.append(torch.tensor([step]))
+        returning.expect([seq_id], torch.tensor([seq_id]))
+
+
 def test_a_step_that_has_told_its_tokens_is_no_void_one() -> None:
     line = Line()
-    returning = ReturningTokens(cast(Any, line), torch.zeros(SLOTS, dtype=torch.int64))
+    returning = ReturningTokens(cast(Any, line), torch.zeros(SLOTS, dtype=torch.int64), 2)
     returning.expect([1], torch.tensor([1]))
     returning.expect_void(1)
     line.sent.append(torch.tensor([5]))
