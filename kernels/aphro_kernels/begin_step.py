@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aphro_kernels import decode_work
 from aphro_kernels.decode_work import DecodeWork, places_of, programs_of, share_out
-from aphro_kernels.language import jit, next_power_of_2, runs_kernels, tl
+from aphro_kernels.language import chain_options, jit, make_seen, next_power_of_2, runs_kernels, tl
 from aphro_kernels.rotary_angles import rotary_angles_reference
 from aphro_kernels.step_rows import ROW_FIELDS, StepRows, begin_row, step_rows_reference
 
@@ -132,6 +132,7 @@ def launch(
         ROWS=places_of(num_rows),
         AT_ONCE=decode_work.AT_ONCE,
         FIELDS=decode_work.FIELDS,
+        CHAINED=chain_options(rows)["CHAINED"],
         num_warps=4,  # not chained: attention and rotation read what it writes before they wait for others
     )
 
@@ -170,6 +171,7 @@ def _begin_step_kernel(
     ROWS: tl.constexpr,
     AT_ONCE: tl.constexpr,
     FIELDS: tl.constexpr,
+    CHAINED: tl.constexpr,
 ) -> None:
     program = tl.program_id(0)
     if program < num_plans:
@@ -201,3 +203,4 @@ def _begin_step_kernel(
                 columns = start + tl.arange(0, COLUMNS)
                 values = tl.load(embedding + tl.maximum(token, 0) * WIDTH + columns, mask=columns < WIDTH, other=0.0)
                 tl.store(x + row * WIDTH + columns, values, mask=columns < WIDTH)
+    make_seen(CHAINED)

@@ -20,6 +20,7 @@ __all__ = [
     "fetch",
     "jit",
     "let_next_start",
+    "make_seen",
     "next_power_of_2",
     "runs_kernels",
     "start_in_chain",
@@ -82,6 +83,14 @@ def wait_for_last(CHAINED: tl.constexpr) -> None:  # noqa: N803
     """The second half: from here on everything may be read and written."""
     if CHAINED:
         tl.extra.cuda.gdc_wait()
+
+
+@jit()
+def make_seen(CHAINED: tl.constexpr) -> None:  # noqa: N803
+    """Last in a kernel that is not chained, of what the chain behind it reads before its wait: the end of a program
+    lets the next kernel start, and says nothing of where its stores are by then."""
+    if CHAINED:
+        tl.inline_asm_elementwise("fence.acq_rel.gpu; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @jit()
