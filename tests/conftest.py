@@ -22,6 +22,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # a shell's background jobs ignore SIGINT, and so would every process that a test starts and interrupts
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# under nohup they would ignore SIGHUP; a handler is not inherited, and lets the tests themselves go on
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 settings.register_profile("busy", deadline=None)  # cores have other things to do, and a deadline tests only them
 settings.load_profile("busy")
