@@ -318,11 +318,11 @@ def test_a_member_that_was_killed_is_cleaned_up_after(nodes: list[Node]) -> None
     done = nodes[1].run("down")
     assert done.returncode == 0, done.stderr
     assert nodes[1].left() == NOTHING
+    done = nodes[1].run("join", "--head", nodes[0].host.address)  # at once
+    assert done.returncode == 0, done.stderr
 
 
 def test_down_on_the_head_ends_every_node(nodes: list[Node]) -> None:
-    done = nodes[1].run("join", "--head", nodes[0].host.address)  # at once after it was killed
-    assert done.returncode == 0, done.stderr
     folders = [Path(json.loads((node.state / "aphro/cluster/member.json").read_text())["temp_dir"]) for node in
                (nodes[0], nodes[1])]  # fmt: skip
     assert all(folder.is_dir() and folder.stat().st_mode & 0o777 == 0o700 for folder in folders)
