@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Final
 
 import torch
@@ -27,6 +26,7 @@ _SHARED_BYTES: Final = 225 * 1024  # of a program on Hopper, less barriers and w
 _SLOT_BYTES: Final = {"int4": 17 * 1024, "fp8": 16 * 1024}
 _MOST_INPUTS: Final = 2**15  # of a row in shared memory, with room for some slots
 _TILE_BYTES: Final = {"int4": 276, "fp8": 260}  # of 128 inputs of the row
+_IN_FLIGHT: Final = 2  # slots on their way to a multiprocessor, at most: more queue before what it waits for
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,20 +149,13 @@ class PackedChainLayer:
             **{f"{name}_GROUP": weight.tile_group for name, weight in zip(named, self._weights, strict=True)},
             KIND=kind,
             SLOTS=slots,
-            IN_FLIGHT=_in_flight(x.device.index),
+            IN_FLIGHT=_IN_FLIGHT,
             TILES=tiles,
             HAS_BIAS=bias is not None,
             num_warps=8,
             **chain_options(x),
         )
         return qkv
-
-
-@cache
-def _in_flight(index: int) -> int:
-    """Slots of 16 KiB that a multiprocessor may have on their way: what memory brings while one access takes its time.
-    Two measured on an H100; an H200 (141 GB) brings 1.4 times as much."""
-    return 3 if torch.cuda.get_device_properties(index).total_memory > 100e9 else 2
 
 
 def stripes_of(n: int, programs: int) -> int:
