@@ -14,6 +14,7 @@ from aphro_core.config import ServerConfig
 from aphro_core.errors import first_cause
 from aphro_core.frontend.recovery_budget import RecoveryBudget
 from aphro_core.frontend.supervisor import engine_environment
+from aphro_core.keeper.interruption import interruptible
 from aphro_core.keeper.keeper import Kept, keep
 from aphro_core.lifeline import STACKS_SIGNAL
 from aphro_core.prepare import EngineOptions, Prepared, prepare
@@ -39,7 +40,8 @@ class ServeOptions(EngineOptions):
 def serve(options: ServeOptions, reporter: Reporter) -> int:
     """Serve until SIGINT or SIGTERM (then drain; a second one ends at once). Returns the exit code.
 
-    Raises AphroError: whatever forbids a start, or the first cause of the engine's death.
+    Raises AphroError: whatever forbids a start, or the first cause of the engine's death; StartInterruptedError
+    where a signal came before it served.
     """
     stderr.never_block()
     server_config = ServerConfig(
@@ -54,10 +56,12 @@ def serve(options: ServeOptions, reporter: Reporter) -> int:
     )
     sockets = bind(server_config.host, server_config.port)  # a busy port is known before anything loads
     try:
-        prepared = _with_url(prepare(options, reporter), url_of(sockets))
+        with interruptible("model, host and nodes were being looked at, nothing had been started"):
+            prepared = _with_url(prepare(options, reporter), url_of(sockets))
         server_config = replace(server_config, max_num_seqs=prepared.config.scheduler.max_num_seqs)
         budget = RecoveryBudget(options.max_recoveries, time.monotonic)
-        with open_fork_server(engine_environment(prepared.config)) as fork_server:
+        starting = interruptible("the processes below this one were being started")
+        with starting, open_fork_server(engine_environment(prepared.config)) as fork_server:
             from aphro_core import serving  # only now: beside the fork server's imports, which take longer
 
             def run_api(kept: Kept) -> int:

@@ -20,6 +20,7 @@ class ExitCode(IntEnum):
     SERVER = 9  # the server that was asked cannot be reached, or refuses, or fails a request
     CLUSTER = 10  # no cluster here, the head does not answer or refuses, or nodes are missing
     INTERRUPTED = 130  # Ctrl-C before the server was up
+    TERMINATED = 143  # SIGTERM before the server was up
 
 
 class AphroError(Exception):
@@ -92,6 +93,14 @@ class EngineDeadError(AphroError):
         super().__init__(message, hint=hint, exit_code=exit_code)
         self.is_external = is_external
         self.lost_host = lost_host
+
+
+class StartInterruptedError(AphroError):
+    """SIGINT or SIGTERM came before the server was up; ``phase`` is what was going on."""
+
+    def __init__(self, signal_name: str, phase: str) -> None:
+        code = ExitCode.INTERRUPTED if signal_name == "SIGINT" else ExitCode.TERMINATED
+        super().__init__(f"{signal_name} before the server was up; interrupted: {phase}", exit_code=code)
 
 
 class RequestFailedError(Exception):

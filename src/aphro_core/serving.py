@@ -14,6 +14,7 @@ from pathlib import Path
 import anyio
 
 from aphro_core.config import ServerConfig
+from aphro_core.errors import StartInterruptedError
 from aphro_core.keeper.heartbeat import BEAT_SECONDS
 from aphro_core.keeper.keeper import Kept
 from aphro_core.messages.requests import EngineReady
@@ -55,9 +56,10 @@ async def _serve(
         orphan=kept.engine,
         hand_on=kept.hand_on,
     )
-    async with _beating(kept), opened as session, anyio.create_task_group() as tasks:
+    stopping = _Stopping(kept, reporter)
+    async with _beating(kept), stopping.on_signals(), opened as session, anyio.create_task_group() as tasks:
         server = Server(build_app(session.frontend, config), sockets, config)
-        tasks.start_soon(_stop_on_signals, server, session, reporter)
+        stopping.hand(session, server)
         tasks.start_soon(_announce, session, server, config, prepared, kept, reporter)
         await server.run()
         tasks.cancel_scope.cancel()
@@ -99,16 +101,43 @@ async def _announce(
     raise await session.wait_dead()
 
 
-async def _stop_on_signals(server: Server, session: Session, reporter: Reporter) -> None:
-    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+class _Stopping:
+    """What SIGINT and SIGTERM do: end a start, drain a server, and end it at once."""
+
+    def __init__(self, kept: Kept, reporter: Reporter) -> None:
+        self._has_served = kept.is_replacement
+        self._reporter = reporter
+        self._served: tuple[Session, Server] | None = None
+
+    def hand(self, session: Session, server: Server) -> None:
+        """What there is to end, once there is."""
+        self._served = session, server
+
+    @asynccontextmanager
+    async def on_signals(self) -> AsyncIterator[None]:
+        """Raises StartInterruptedError, in a group, where the start ends."""
+        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._take_all, signals)
+                yield
+                tasks.cancel_scope.cancel()
+
+    async def _take_all(self, signals: AsyncIterator[signal.Signals]) -> None:
         async for number in signals:
-            name = signal.Signals(number).name
-            if server.is_draining or session.ready is None:
-                reporter.line(f"{name}: stopping at once.")
-                server.stop_now()
-            else:
-                reporter.line(f"{name}: finishing open requests (a second signal stops at once).")
-                server.drain()
+            self._take(signal.Signals(number).name)
+
+    def _take(self, name: str) -> None:
+        if self._served is None:
+            raise StartInterruptedError(name, "the tokenizer was being read")
+        session, server = self._served
+        if session.ready is None and not self._has_served:
+            raise StartInterruptedError(name, session.phase)
+        if server.is_draining or session.ready is None:
+            self._reporter.line(f"{name}: stopping at once.")
+            server.stop_now()
+        else:
+            self._reporter.line(f"{name}: finishing open requests (a second signal stops at once).")
+            server.drain()
 
 
 def _write_ready(file: Path, url: str, ready: EngineReady, kept: Kept, block_size: int) -> None:

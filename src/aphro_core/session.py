@@ -65,6 +65,7 @@ class Session:
     def _begin(self) -> None:
         self._started_at = time.monotonic()
         self._phases = StartPhases(self._started_at)
+        self.phase = "processes were being started"  # where the engine is that starts
 
     async def wait_ready(self) -> EngineReady:
         """Return when the model serves. Raises the first cause if it never will."""
@@ -127,6 +128,7 @@ class Session:
 
     def _report_progress(self, progress: EngineProgress) -> None:
         text = f"rank {progress.rank}: {progress.phase}"
+        self.phase = f"{text}, {progress.done / progress.total:.0%}" if progress.total > 1 else text
         self._reporter.progress(f"{progress.rank}:{progress.phase}", progress.done, progress.total, text)
 
     def _report_capacity(self, ready: EngineReady) -> None:

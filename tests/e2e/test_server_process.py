@@ -68,6 +68,33 @@ def test_a_signal_drains_and_leaves_nothing(tmp_path: Path, tiny: Path, number: 
         assert server.port_is_free()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_model_loads_ends_the_start_and_says_where_it_was(
+    tmp_path: Path, tiny: Path, number: signal.Signals
+) -> None:
+    hooks = Path(__file__).parents[1] / "faults" / "hooks"
+    environment = os.environ | {"PYTHONPATH": f"{hooks}:{os.environ.get('PYTHONPATH', '')}", "FAULTS": "load=0:sleep60"}
+    line = command(tiny, [*SMALL, "-tp", "2", "--port", "0"])
+    log = tmp_path / "log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(line, stdout=out, stderr=out, env=environment)
+    try:
+        deadline = time.monotonic() + 60
+        while "rank 1: rendezvous" not in log.read_text():
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        started = descendants_of(process.pid)
+        process.send_signal(number)
+        assert process.wait(5) == 128 + number, log.read_text()
+        time.sleep(0.5)
+        assert not [pid for pid in started if is_running(pid)]
+    finally:
+        process.kill()
+    words = log.read_text()
+    assert f"error: {number.name} before the server was up; interrupted: rank 1: rendezvous\n" in words
+    assert "Traceback" not in words
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_an_api_process_that_dies_or_hangs_is_replaced(tmp_path: Path, tiny: Path, number: signal.Signals) -> None:
     with running_server(tmp_path, tiny, *SMALL, "-tp", "2") as server:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from aphro_core.errors import AphroError, ExitCode
+from aphro_core.errors import AphroError, ExitCode, StartInterruptedError
 from aphro_core.frontend.recovery_budget import WINDOW_SECONDS, RecoveryBudget
 from aphro_core.held_engine import HeldEngine
 from aphro_core.host import process_state
@@ -86,10 +86,13 @@ class _End:
     text: str
     is_final: bool
     signal: int = 0  # that killed it before it served
+    stopped_by: str = ""  # the signal that was passed on before it served, where it has not spoken of it itself
 
 
 def _check_start(end: _End) -> None:
     """One that says itself what it ends with has said so; one that was killed has not."""
+    if end.stopped_by:
+        raise StartInterruptedError(end.stopped_by, "the API process, which had no time to say more")
     if end.signal:
         raise AphroError(
             f"the API process {end.text} before it served",
@@ -135,7 +138,7 @@ class _ApiProcess:
         self._pidfd = os.pidfd_open(pid)
         self.reports = reports
         self._heartbeat = Heartbeat(time.monotonic)
-        self._is_stopping = False
+        self._stopped_by = ""  # the first signal that was passed on
         self._hang = ""
         self._deadline: float | None = None  # to be gone by itself
 
@@ -167,22 +170,25 @@ class _ApiProcess:
     def _stop(self, number: int) -> None:
         """Pass it on. One that serves drains as long as it may; before that, and at a second signal, it is hurried."""
         self.reports.take()
-        if self._is_stopping or not self.reports.is_ready:
+        if self._stopped_by or not self.reports.is_ready:
             self._deadline = time.monotonic() + _STOP_SECONDS
-        self._is_stopping = True
         # a terminal that was closed (SIGHUP) is a reason to end in order, like any other
-        signal.pidfd_send_signal(self._pidfd, signal.SIGTERM if number == signal.SIGHUP else number)
+        number = signal.SIGTERM if number == signal.SIGHUP else number
+        self._stopped_by = self._stopped_by or signal.Signals(number).name
+        signal.pidfd_send_signal(self._pidfd, number)
 
     def _poll(self) -> int | None:
         pid, status = os.waitpid(self._pid, os.WNOHANG)
         return status if pid else None
 
     def _explain(self, code: int, has_served: bool) -> _End:
+        if self._stopped_by and not has_served and code <= 0:
+            return _End(ExitCode.INTERNAL, "was stopped", is_final=True, stopped_by=self._stopped_by)
         if code >= 0:
             # it says itself what it ends with; an end that nobody asked for is a death
-            is_final = self._is_stopping or not has_served or code not in (ExitCode.OK, ExitCode.INTERNAL)
+            is_final = bool(self._stopped_by) or not has_served or code not in (ExitCode.OK, ExitCode.INTERNAL)
             return _End(code, f"exited with code {code}", is_final)
-        if self._is_stopping:
+        if self._stopped_by:
             return _End(ExitCode.OK, "was stopped", is_final=True)
         how = self._hang or f"was killed by signal {-code} ({signal.Signals(-code).name})"
         return _End(ExitCode.INTERNAL, f"(pid {self._pid}) {how}", not has_served, 0 if has_served else -code)

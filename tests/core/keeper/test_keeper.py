@@ -109,25 +109,37 @@ DRAIN = "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), os._exit(0))
 DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
 
 
+SPEAKS = "signal.signal(signal.SIGTERM, lambda *_: os._exit(143)); time.sleep(60)"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("kept", [READY + DRAIN, DRAIN], indirect=True)
-def test_a_signal_is_passed_on_and_its_end_is_ours(kept: Kept, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("kept", "code", "has_line"),
+    [(READY + DRAIN, 0, False), (SPEAKS, 143, False), (DRAIN, 143, True), ("time.sleep(60)", 143, True)],
+    indirect=["kept"],
+)
+def test_a_signal_is_passed_on_and_its_end_is_ours(
+    kept: Kept, code: int, has_line: bool, number: signal.Signals
+) -> None:
     kept.wait_runs(1)
     time.sleep(0.2)
     kept.process.send_signal(number)
-    assert kept.process.wait(5) == 0
+    assert kept.process.wait(5) == code
     assert kept.num_runs == 1
+    assert ("SIGTERM before the server was up" in kept.words.read_text()) == has_line
 
 
-@pytest.mark.parametrize(("kept", "num_signals"), [(DEAF, 1), (READY + DEAF, 2)], indirect=["kept"])
-def test_one_that_does_not_listen_is_ended(kept: Kept, num_signals: int) -> None:
+@pytest.mark.parametrize(
+    ("kept", "num_signals", "code"), [(DEAF, 1, ExitCode.TERMINATED), (READY + DEAF, 2, 0)], indirect=["kept"]
+)
+def test_one_that_does_not_listen_is_ended(kept: Kept, num_signals: int, code: int) -> None:
     kept.wait_runs(1)
     time.sleep(0.2)
     began = time.monotonic()
     for _ in range(num_signals):
         kept.process.send_signal(signal.SIGTERM)
         time.sleep(0.1)
-    assert kept.process.wait(10) == 0
+    assert kept.process.wait(10) == code
     assert 1.0 < time.monotonic() - began < 3.0
     assert kept.num_runs == 1
 
