@@ -23,6 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from aphro_core.host import num_cores
+
 VOCAB = 49_000  # ids below every special token's end of the vocabulary are not needed: ids are only counted
 NEW_TOKENS = 64
 SCENARIOS: dict[str, tuple[int, int, int]] = {  # requests, prompt tokens, new tokens
@@ -198,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a .gguf file")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=num_cores())
     parser.add_argument("--llama-cpp", metavar="PYTHON", help="an interpreter that has llama-cpp-python (compared too)")
     parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
     parser.add_argument("--child", help=argparse.SUPPRESS)

@@ -6,6 +6,8 @@ import importlib.metadata
 import os
 import re
 import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Final
 
 _MEMINFO: Final = Path("/proc/meminfo")
 _CGROUP: Final = Path("/sys/fs/cgroup")
+_OWN_CGROUPS: Final = Path("/proc/self/cgroup")
 _MPS_PIPES: Final = "/tmp/nvidia-mps"  # the driver's own default
 _PRODUCT_FLAGS: Final = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni"}
 _BF16_FLAGS: Final = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}
@@ -29,8 +32,40 @@ def available_memory_bytes() -> int:
 
 
 def num_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
+    """Cores that this process may keep busy: those it may run on, or as many whole ones as the quotas of its control
+    groups are worth, if that is less; one at least."""
+    return max(1, min(len(os.sched_getaffinity(0)), *map(int, _cpu_quotas()), sys.maxsize))
+
+
+def _cpu_quotas() -> Iterator[float]:
+    """In cores: of each control group that this process is in and that it can see, the innermost last."""
+    try:
+        lines = _OWN_CGROUPS.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        version, controllers, path = line.split(":", 2)
+        if version != "0" and "cpu" not in controllers.split(","):
+            continue
+        folder = _CGROUP if version == "0" else _CGROUP / "cpu"
+        for name in ("", *path.strip("/").split("/")):
+            folder /= name
+            quota, period = _v2_quota(folder) if version == "0" else _v1_quota(folder)
+            if quota and period:
+                yield quota / period
+
+
+def _v2_quota(folder: Path) -> tuple[int | None, int | None]:
+    """Microseconds of processor time, and in how many; None where there is no limit."""
+    try:
+        quota, period = (folder / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return None, None
+    return (int(quota) if quota.isdigit() else None), int(period)
+
+
+def _v1_quota(folder: Path) -> tuple[int | None, int | None]:
+    return _read_number(folder / "cpu.cfs_quota_us"), _read_number(folder / "cpu.cfs_period_us")
 
 
 @cache

@@ -15,6 +15,8 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Final
 
+from aphro_core.host import num_cores
+
 _SPARE_CORES: Final = 2  # for the command line and the one that imports
 _MOST_PROCESSES: Final = 12
 _DATED_FROM: Final = 1_262_300_000.0  # 2010, in seconds; before it are the times that builds give to every file
@@ -40,7 +42,7 @@ def bytecode_environment(environment: Mapping[str, str]) -> dict[str, str]:
 def compiling_beside() -> Iterator[None]:
     """While the block imports, processes compile what it will import, if this Python finds no bytecode of torch and
     keeps what it compiles. They end with the block, or with this process."""
-    num_processes = min(len(os.sched_getaffinity(0)) - _SPARE_CORES, _MOST_PROCESSES)
+    num_processes = min(num_cores() - _SPARE_CORES, _MOST_PROCESSES)
     torch, prefix = _torch(), sys.pycache_prefix or ""
     if torch is None or _is_there(torch, prefix) or num_processes < 2 or not _keeps(_bytecode_of(torch, prefix)):
         yield

@@ -35,7 +35,14 @@ async def open_multiprocess(
         with theirs:
             process = await anyio.to_thread.run_sync(spawner.fork, "worker", f"aphro-rank-{rank}", theirs)
         channel = await Channel[ToWorker, FromWorker].over(ours, codec.engine_side_of_worker())
-        start = StartWorker(config=config, rank=rank, local_rank=rank, store=store, memory_bytes=memory_bytes)
+        start = StartWorker(
+            config=config,
+            rank=rank,
+            local_rank=rank,
+            store=store,
+            memory_bytes=memory_bytes,
+            num_ranks_here=config.parallel.world_size,
+        )
         return Launched(process, channel, start)
 
     try:

@@ -143,4 +143,5 @@ def _start_message(config: EngineConfig, rank: int, nodes: Nodes, model: ServedM
         address=node.host.address,
         measures_links=splits_a_group(nodes.places, config.parallel.tensor_parallel_size),
         source=model.source if model and node.fetches else None,
+        num_ranks_here=num_ranks,
     )

@@ -29,6 +29,7 @@ class StartWorker(msgspec.Struct, frozen=True, tag="start_worker"):
     measures_links: bool = False  # a tensor-parallel group spans hosts: what its sums cost is to be measured
     source: ModelSource | None = None  # of a model that this host reads from the engine's
     log_file: str = ""  # on the worker's host, where what it prints is kept as well
+    num_ranks_here: int = 1  # that share this rank's host
 
 
 class StoreCall(msgspec.Struct, frozen=True, tag="store_call"):

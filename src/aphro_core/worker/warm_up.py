@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from itertools import count
@@ -22,12 +21,16 @@ _DIALS = (SamplingParams(temperature=0.0), SamplingParams(), SamplingParams(top_
 
 
 def warm_up(
-    runner: DeviceRunner, config: EngineConfig, num_blocks: int, on_progress: Callable[[str, int, int], None]
+    runner: DeviceRunner,
+    config: EngineConfig,
+    num_blocks: int,
+    num_processes: int,
+    on_progress: Callable[[str, int, int], None],
 ) -> None:
     """Runs steps of every kind through the runner, in cache blocks that are given back, then captures its graphs.
 
-    Before that all their kernels are compiled, by as many processes as this rank has cores for. Where layers are made
-    alike few of them run until graphs are captured: the others launch the same kernels.
+    Before that all their kernels are compiled, by ``num_processes``. Where layers are made alike few of them run until
+    graphs are captured: the others launch the same kernels.
     """
     on_progress("kernels", 0, 1)
     steps = count(1)
@@ -35,9 +38,8 @@ def warm_up(
         config.scheduler.most_tokens, config.model.max_model_len - 2, (num_blocks - 1) * config.cache.block_size - 2
     )
     num_short = min(config.scheduler.max_num_seqs, config.scheduler.most_tokens // max(min(_SHORT, most), 1))
-    cores = len(os.sched_getaffinity(0)) // config.parallel.world_size
     if can_compile_ahead():
-        with compiling_ahead(cores) as begin, runner.rehearsing():
+        with compiling_ahead(num_processes) as begin, runner.rehearsing():
             if not config.enforce_eager:
                 runner.run_every_kind()
                 begin()

@@ -18,6 +18,7 @@ from aphro_core.checkpoint.cache_scales import read_cache_scales
 from aphro_core.checkpoint.checkpoint import Checkpoint
 from aphro_core.checkpoint.open import open_checkpoint, read_hf_config
 from aphro_core.distributed.links import join
+from aphro_core.host import num_cores
 from aphro_core.layers.cache_format import CacheFormat
 from aphro_core.layers.decoder import Decoder
 from aphro_core.messages.steps import LinkCost, StartWorker, StepPlan, StepResult, WorkerLoaded, WorkerProgress
@@ -133,7 +134,8 @@ class Worker:
             device=self._device,
             graph_tokens=self._graph_tokens,
         )
-        warm_up(runner, self._config, num_blocks, self._progress)
+        cores = num_cores() // self._start.num_ranks_here
+        warm_up(runner, self._config, num_blocks, cores, self._progress)
         self._runner = runner
 
     def launch(self, plan: StepPlan) -> LaunchedStep | None:

@@ -177,7 +177,7 @@ def test_processes_beside_end_with_the_block(
     monkeypatch.setattr(sys, "dont_write_bytecode", writes_none)
     monkeypatch.setattr(sys, "pycache_prefix", str(tmp_path))
     monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(num_cores)))
+    monkeypatch.setattr(bytecode, "num_cores", lambda: num_cores)
     started: list[subprocess.Popen[bytes]] = []
     popen = subprocess.Popen
 

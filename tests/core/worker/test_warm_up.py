@@ -41,7 +41,7 @@ def test_steps_of_every_kind_leave_nothing_behind(
     monkeypatch.setattr(module, "_reserve_pinned_memory", lambda: None)
     monkeypatch.setattr(module, "_SHORT", 33)
     with mock.patch.object(torch.cuda, "synchronize"):
-        module.warm_up(runner, config, NUM_BLOCKS, lambda phase, done, total: None)
+        module.warm_up(runner, config, NUM_BLOCKS, 2, lambda phase, done, total: None)
     lengths = [sorted(entry.num_tokens for entry in plan.scheduled) for plan in plans if plan.scheduled]
     assert ([33, 33, 33] in lengths) == (max_num_seqs == 3)  # as many short prompts as a step may have
     assert [20] in lengths
@@ -72,5 +72,5 @@ def test_lengths_that_graphs_have_are_not_run_again(
     monkeypatch.setattr(module, "_run_short", lambda runner, steps, num_prompts, length, block_size: run.append(length))
     monkeypatch.setattr(module, "_reserve_pinned_memory", lambda: None)
     with mock.patch.object(torch.cuda, "synchronize"):
-        module.warm_up(runner, config, NUM_BLOCKS, lambda phase, done, total: None)
+        module.warm_up(runner, config, NUM_BLOCKS, 2, lambda phase, done, total: None)
     assert run == expected

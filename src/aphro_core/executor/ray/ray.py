@@ -135,6 +135,7 @@ def _start_message(config: EngineConfig, rank: int, group: Group, model: ServedM
         source=model.source if model and seat.node.id in group.fetching else None,
         peers=sorted({each.node.address for each in group.seats} - {seat.node.address}),
         log_file=str(Path(report.log_dir) / f"rank-{rank}.log") if report.log_dir else "",
+        num_ranks_here=num_ranks,
     )
 
 

@@ -47,6 +47,7 @@ def test_shares() -> None:
     first, second, last = (_start_message(config(), rank, group(), None) for rank in range(3))
     assert [each.local_rank for each in (first, second, last)] == [0, 1, 0]
     assert first.memory_bytes * 2 == second.memory_bytes * 2 == last.memory_bytes == 2**29
+    assert [each.num_ranks_here for each in (first, second, last)] == [2, 2, 1]
     assert (first.peers, last.peers) == (["10.0.0.1"], ["10.0.0.0"])
     assert (first.log_file, last.log_file) == ("", "/logs/rank-2.log")
 
