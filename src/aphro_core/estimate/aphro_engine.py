@@ -93,6 +93,8 @@ class AphroEngine:
             max_num_seqs=sizes.max_num_seqs,
             dtype_bytes=element,
             is_gpu=self.is_gpu,
+            max_model_len=sizes.max_model_len,
+            block_size=sizes.block_size,
             enforce_eager=sizes.enforce_eager,
         )
         block_bytes = memory.kv_block_bytes(spec, shard, sizes.block_size, sizes.cache_bytes)
@@ -145,14 +147,16 @@ class AphroEngine:
         step = activation_peak(facts, run, _LAW, samples=samples).total
         if not self.is_gpu:
             return step
-        if sizes.enforce_eager:
-            return memory.held_bytes(step)
+        rows, element = sizes.max_num_seqs, DTYPE_BYTES[sizes.dtype]
         tokens = memory.fitting_graph_tokens(_layer_parameters(facts), sizes.tp, sizes.max_num_batched_tokens)
-        tokens = max(tokens, sizes.max_num_seqs)
+        tokens = max(tokens, rows)
+        tables = memory.tables_bytes(rows, sizes.max_model_len, sizes.block_size)
+        fixed = memory.fixed_bytes(tokens, rows, facts.hidden_size, facts.vocab_size * samples, element) + 2 * tables
+        held = memory.held_bytes(step + tables) + fixed
+        if sizes.enforce_eager:
+            return held
         pool = activation_peak(facts, replace(run, max_num_batched_tokens=tokens), _LAW, samples=False).total
-        logits = sizes.max_num_seqs * facts.vocab_size * 4 if samples else 0
-        fixed = tokens * facts.hidden_size * DTYPE_BYTES[sizes.dtype] + logits
-        return memory.held_bytes(step) + pool + fixed + memory.graph_node_bytes(sizes.max_num_seqs)
+        return held + pool + tables + memory.graph_node_bytes(rows)
 
 
 def _layer_parameters(facts: ModelFacts) -> int:

@@ -29,6 +29,7 @@ _LINES_BYTES: Final = round(0.33 * _GIB)
 _STAGE_GROUP_BYTES: Final = round(0.48 * _GIB)
 _MODULE_BYTES: Final = round(0.08 * _GIB)
 _ALLOCATOR_SHARE: Final = 1.4  # of the bound below, which is 1.07 times the peak
+_TABLE_UNIT: Final = 16
 _GRAPH_BYTES: Final = 2 * 2**20  # of the driver, a graph of 16 rows
 _MOST_MIXED_GRAPHS: Final = 45
 GRAPH_TOKENS: Final = (256, 16384)  # of a step with prompts that is a CUDA graph, at least and at most
@@ -120,12 +121,14 @@ def working_bytes(
     max_num_seqs: int,
     dtype_bytes: int,
     is_gpu: bool,
+    max_model_len: int,
+    block_size: int,
     enforce_eager: bool = False,
 ) -> int:
     """All that a rank keeps free beside weights and cache: what engine and estimate alike call its activations.
 
-    A step's activations; on GPUs with what the allocator holds unused, a dequantised matrix, modules, and what captured
-    graphs keep.
+    A step's activations; on GPUs with its block tables, what the allocator holds unused, a dequantised matrix, modules,
+    what padded steps begin and end in, and what captured graphs keep.
 
     Not counted of a CPU rank, which leaves half of the free memory alone (``cpu_memory_utilization``): its recorded
     decode steps, at most ``REPLAYED_BYTES``; and the last huge page of each mapping that weights are copied to, less
@@ -134,10 +137,14 @@ def working_bytes(
     step = activation_bytes(spec, shard, max_num_batched_tokens, max_num_seqs, dtype_bytes)
     if not is_gpu:
         return step
-    graphs = 0 if enforce_eager else graph_bytes(spec, shard, max_num_batched_tokens, max_num_seqs, dtype_bytes)
+    tables = tables_bytes(max_num_seqs, max_model_len, block_size)
+    padded = max(max_num_seqs, graph_tokens(spec, shard.tp_size, max_num_batched_tokens))
+    vocab_size = len(shard.vocab) * shard.tp_size if shard.has_head else 0
+    fixed = fixed_bytes(padded, max_num_seqs, spec.hidden_size, vocab_size, dtype_bytes) + 2 * tables
+    graphs = 0 if enforce_eager else graph_bytes(spec, shard, padded, max_num_seqs, dtype_bytes) + tables
     copies = 1 if enforce_eager else 2  # of a step's and, in their pool, of the graphs'
     dequantised = copies * dequantised_bytes(spec, shard, dtype_bytes)
-    return held_bytes(step) + dequantised + graphs
+    return held_bytes(step + tables) + dequantised + fixed + graphs
 
 
 def held_bytes(step_bytes: int) -> int:
@@ -227,18 +234,33 @@ def fitting_graph_tokens(layer_parameters: int, tp_size: int, most_tokens: int) 
     return min(max(fitting, least), GRAPH_TOKENS[1], most_tokens)
 
 
-def graph_bytes(
-    spec: DecoderSpec, shard: RankShard, max_num_batched_tokens: int, max_num_seqs: int, dtype_bytes: int
-) -> int:
+def table_width(max_model_len: int, block_size: int) -> int:
+    """Blocks of a sequence that its row of a block table has room for. Rows are whole multiples of 16 bytes: Triton
+    compiles a kernel again for a pointer that is none."""
+    return -(-max_model_len // (block_size * _TABLE_UNIT)) * _TABLE_UNIT
+
+
+def tables_bytes(max_num_seqs: int, max_model_len: int, block_size: int) -> int:
+    """Of a GPU's block tables: two stand in fixed memory, by slot and by row, and a step with chunks makes a third."""
+    return (max_num_seqs + 1) * table_width(max_model_len, block_size) * 4
+
+
+def fixed_bytes(padded_tokens: int, max_num_seqs: int, hidden_size: int, vocab_size: int, dtype_bytes: int) -> int:
+    """Upper bound of what padded steps of a GPU begin and end in, captured or not, besides block tables: hidden states
+    of as many tokens as the largest has, its numbers, and on a rank that draws from rows of ``vocab_size`` logits
+    these, float32, and what the draw keeps of their parts. ``vocab_size`` 0: another rank draws."""
+    numbers = padded_tokens * 24 + max_num_seqs * 512 + 4096
+    draws = max_num_seqs * (vocab_size * 4 + vocab_size // 12)
+    return padded_tokens * hidden_size * dtype_bytes + numbers + draws
+
+
+def graph_bytes(spec: DecoderSpec, shard: RankShard, padded_tokens: int, max_num_seqs: int, dtype_bytes: int) -> int:
     """Upper bound of what captured graphs keep besides: their own activations, and each graph's nodes.
 
     All graphs share one pool, as large as the largest needs: the step of ``max_num_seqs`` rows or :func:`graph_tokens`.
-    Beside it stand the fixed hidden states and the rows' logits, float32, and the driver's memory for the graphs.
+    Beside it stands the driver's memory for the graphs.
     """
-    tokens = max(max_num_seqs, graph_tokens(spec, shard.tp_size, max_num_batched_tokens))
-    logits = max_num_seqs * len(shard.vocab) * shard.tp_size * 4 if shard.has_head else 0
-    pool = activation_bytes(spec, shard, tokens, 0, dtype_bytes)
-    return pool + tokens * spec.hidden_size * dtype_bytes + logits + graph_node_bytes(max_num_seqs)
+    return activation_bytes(spec, shard, padded_tokens, 0, dtype_bytes) + graph_node_bytes(max_num_seqs)
 
 
 def graph_node_bytes(max_num_seqs: int) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final
 
 import numpy as np
 import torch
@@ -28,11 +27,9 @@ from torch import Tensor
 
 from aphro_core.layers.batch import Batch, PagedPart, PagedRows
 from aphro_core.messages.steps import ScheduledSequence
+from aphro_core.parallel.memory import table_width
 from aphro_core.worker.chunk_numbers import ChunkNumbers, chunk_block_size, chunk_numbers
 from aphro_core.worker.step_shapes import StepShape, StepShapes
-
-# Triton compiles a kernel again for a pointer that is not a multiple of 16 bytes: sections begin at multiples of this
-_ALIGNED: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +66,7 @@ class StepMemory:
         what a decoder lets be made of its rows. ``answers``
         [steps, max_rows] int64: where tokens are told to the host; None: nobody asks."""
         self.max_rows, self.block_size = max_rows, block_size
-        self.max_blocks = -(-max_model_len // (block_size * _ALIGNED)) * _ALIGNED
+        self.max_blocks = table_width(max_model_len, block_size)
         self.last_token_ids = torch.zeros(max_rows + 1, dtype=torch.int64, device=device)  # by slot, and of padding
         self._block_tables = torch.zeros(max_rows + 1, self.max_blocks, dtype=torch.int32, device=device)
         self._sent = torch.zeros(max_rows, ROW_FIELDS, dtype=torch.int64, device=device)

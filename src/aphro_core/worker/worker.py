@@ -208,6 +208,8 @@ class Worker:
             max_num_seqs=scheduler.max_num_seqs,
             dtype_bytes=element,
             is_gpu=self._device.type == "cuda",
+            max_model_len=self._config.model.max_model_len,
+            block_size=cache.block_size,
             enforce_eager=self._config.enforce_eager,
         )
         kv_bytes = self._memory_budget() - self._weights_bytes - activation_bytes

@@ -73,16 +73,30 @@ def test_the_head_dominates_many_sequences_and_the_mlp_many_tokens() -> None:
 
 def test_gpus_keep_room_for_allocator_and_modules_and_for_graphs_where_they_are_captured() -> None:
     (rank,) = build_plan(LLAMA_8B, 1, 1).ranks
-    sizes = {"max_num_batched_tokens": 8192, "max_num_seqs": 512, "dtype_bytes": 2}
 
-    def working(is_gpu: bool, enforce_eager: bool) -> int:
-        return memory.working_bytes(LLAMA_8B, rank, is_gpu=is_gpu, enforce_eager=enforce_eager, **sizes)
+    def working(is_gpu: bool, enforce_eager: bool, max_model_len: int = 8192) -> int:
+        return memory.working_bytes(
+            LLAMA_8B,
+            rank,
+            max_num_batched_tokens=8192,
+            max_num_seqs=512,
+            dtype_bytes=2,
+            is_gpu=is_gpu,
+            max_model_len=max_model_len,
+            block_size=16,
+            enforce_eager=enforce_eager,
+        )
 
     step = memory.activation_bytes(LLAMA_8B, rank, 8192, 512, 2)
     assert working(False, False) == working(False, True) == step
     held = 1.67 * GIB  # by torch after steps of 8,192 tokens of this shape, on an H100
-    assert held < working(True, True) < 1.15 * held
-    assert working(True, False) == working(True, True) + memory.graph_bytes(LLAMA_8B, rank, 8192, 512, 2)
+    fixed = memory.fixed_bytes(2048, 512, 4096, 128_256, 2)
+    tables = memory.tables_bytes(512, 8192, 16)
+    assert held < working(True, True) - fixed - 2 * tables < 1.15 * held
+    assert working(True, False) == working(True, True) + memory.graph_bytes(LLAMA_8B, rank, 2048, 512, 2) + tables
+    long = memory.tables_bytes(512, 131_072, 16)
+    assert long == 513 * 8192 * 4
+    assert working(True, True, 131_072) - working(True, True) > 3 * (long - tables)
 
 
 @given(st.integers(-(2**40), 2**40), st.integers(1, 2**24))
