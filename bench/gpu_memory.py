@@ -149,7 +149,7 @@ def measure(folder: Path, rank: int, expected: int, foreign: int) -> dict[str, s
 
     context = outside()
     share = 0 if on_gpu else int(available_memory_bytes() * config.cache.cpu_memory_utilization / size)
-    worker = Worker(StartWorker(config, rank, rank, str(folder / "store"), share), follow)
+    worker = Worker(StartWorker(config, rank, rank, str(folder / "store"), share, num_ranks_here=size), follow)
     loaded = worker.load()
     groups = outside() - context
     blocks = loaded.num_blocks

@@ -129,8 +129,9 @@ def estimate(question: Question, tp: int, pp: int) -> Estimate:
     sizes = resolve(question, tp, pp)
     found = _estimate(question, sizes)
     if question.max_model_len == "auto" and found.num_blocks:
-        length = min(max(found.longest_request, 1), sizes.max_model_len)
-        found = _estimate(question, replace(sizes, max_model_len=length))
+        fitted = replace(sizes, max_model_len=min(max(found.longest_request, 1), sizes.max_model_len))
+        # aphro's block tables are of the length that was asked for
+        found = replace(found, sizes=fitted) if question.version is None else _estimate(question, fitted)
     return found
 
 
