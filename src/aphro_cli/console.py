@@ -47,10 +47,16 @@ class Console:
 
     def progress(self, key: str, done: int, total: int, text: str) -> None:
         share = min(done / total, 1.0) if total > 0 else 1.0
-        if self._is_due(key, share):
+        if total == 1 and share == 1.0 and self._was_quick(key):
+            self._reported[key] = (self._clock(), share)
+        elif self._is_due(key, share):
             self._reported[key] = (self._clock(), share)
             in_one_go = " ..." if share < 1 else ": done"
             self.line(f"{text}: {share:.0%}" if total > 1 else f"{text}{in_one_go}")
+
+    def _was_quick(self, key: str) -> bool:
+        """Of work in one go: that it is over need not be said."""
+        return key in self._reported and self._clock() - self._reported[key][0] < _QUIET_SECONDS
 
     def _is_due(self, key: str, share: float) -> bool:
         if key not in self._reported:

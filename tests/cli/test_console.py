@@ -85,14 +85,23 @@ def test_finished_progress_is_said_once_and_work_may_begin_again() -> None:
 
 
 def test_work_in_one_go_has_no_share() -> None:
-    console, stream = plain()
+    """Nor a line at its end where that comes soon: there are many ranks."""
+    clock, stream = Clock(), io.StringIO()
+    console = Console(stream, clock=clock)
     console.progress("meet", 0, 1, "rank 0: rendezvous")
+    console.progress("quick", 0, 1, "rank 0: cache")
+    clock.now = 1
+    console.progress("quick", 1, 1, "rank 0: cache")
+    clock.now = 5
     console.progress("meet", 1, 1, "rank 0: rendezvous")
     console.progress("empty", 0, 0, "nothing")
+    console.progress("quick", 0, 1, "rank 0: cache")
     assert [line[20:] for line in stream.getvalue().splitlines()] == [
         "rank 0: rendezvous ...",
+        "rank 0: cache ...",
         "rank 0: rendezvous: done",
         "nothing: done",
+        "rank 0: cache ...",
     ]
 
 

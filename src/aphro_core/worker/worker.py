@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -73,13 +74,12 @@ class Worker:
         sizes = (parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
         plan = build_plan(self._spec, *sizes, parallel.pp_layers, expert_parallel=parallel.expert_parallel)
         self._shard = plan.ranks[rank]
-        self._progress("rendezvous", 0, 1)
         timeout = self._config.distributed_timeout_seconds
         # hand-overs between stages do follow each other on their communicator, as this warns; nothing else uses it
         os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
-        self._links = join(plan, rank, self._open_store, self._device, timeout)
-        self._progress("rendezvous", 1, 1)
-        self._link = self._measure_link() if self._start.measures_links else None
+        with self._phase("rendezvous"):
+            self._links = join(plan, rank, self._open_store, self._device, timeout)
+            self._link = self._measure_link() if self._start.measures_links else None
         bytes_read, cache_scales = 0, dict[int, tuple[float, float]]()
         if model.load_format == "dummy":
             weights = dummy_weights(self._spec, self._shard, self._dtype, self._device, model.seed)
@@ -92,15 +92,14 @@ class Worker:
                 if self._cache_dtype == FLOAT8:
                     cache_scales = read_cache_scales(checkpoint, self._shard.layers)
                 bytes_read = checkpoint.bytes_read
-        scheduler = self._config.scheduler
-        most_rows = max(scheduler.most_tokens, scheduler.max_num_seqs)
-        self._links.tensor.connect(self._spec.hidden_size, self._dtype, self._device, most_rows)
-        if self._shard.has_head and self._spec.has_plain_logits:
-            self._links.tensor.connect_logits(scheduler.max_num_seqs, self._spec.vocab_size, self._dtype, self._device)
+        if self._links.tensor.size > 1 and self._device.type == "cuda":
+            with self._phase("peer memory"):
+                self._connect_peers()
         self._links.tensor.adds_in_order = is_deterministic = self._config.deterministic
         cache_format = CacheFormat(self._cache_dtype, cache_scales)
         parts = (self._spec, self._shard, weights, self._links.tensor)
-        self._decoder = Decoder(*parts, cache_format, is_deterministic=is_deterministic)
+        with self._phase("layers"):  # on CPUs weights are packed or put in another order
+            self._decoder = Decoder(*parts, cache_format, is_deterministic=is_deterministic)
         self._weights_bytes = self._decoder.weights_bytes
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # what loading took besides the weights
@@ -114,7 +113,8 @@ class Worker:
         """
         assert self._decoder is not None, "load() comes first"
         block_size = self._config.cache.block_size
-        caches = allocate_kv_cache(self._shard, self._spec, num_blocks, block_size, self._cache_dtype, self._device)
+        with self._phase("cache"):
+            caches = allocate_kv_cache(self._shard, self._spec, num_blocks, block_size, self._cache_dtype, self._device)
         parts = (self._spec, self._shard, self._decoder, caches, self._links)
         if self._device.type == "cpu":
             self._runner = ModelRunner(
@@ -236,6 +236,13 @@ class Worker:
         most_tokens = min(scheduler.most_tokens, scheduler.max_num_seqs * self._config.model.max_model_len)
         return memory.graph_tokens(self._spec, tp_size, most_tokens)
 
+    def _connect_peers(self) -> None:
+        scheduler, tensor = self._config.scheduler, self._links.tensor
+        most_rows = max(scheduler.most_tokens, scheduler.max_num_seqs)
+        tensor.connect(self._spec.hidden_size, self._dtype, self._device, most_rows)
+        if self._shard.has_head and self._spec.has_plain_logits:
+            tensor.connect_logits(scheduler.max_num_seqs, self._spec.vocab_size, self._dtype, self._device)
+
     def _measure_link(self) -> LinkCost | None:
         group = self._links.tensor
         return measure_link(group, self._spec.hidden_size, self._dtype, self._device) if group.size > 1 else None
@@ -264,6 +271,13 @@ class Worker:
 
     def _weights_progress(self, done: int, total: int) -> None:
         self._progress("weights", done, total)
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        """What has no parts that could be counted."""
+        self._progress(name, 0, 1)
+        yield
+        self._progress(name, 1, 1)
 
     def _progress(self, phase: str, done: int, total: int) -> None:
         self._on_progress(WorkerProgress(rank=self._start.rank, phase=phase, done=done, total=total))
