@@ -60,12 +60,14 @@ class GpuPair(msgspec.Struct, frozen=True):
 
 
 class Gpus(msgspec.Struct, frozen=True):
-    """``error``: why nothing is known; ``is_present``: there is a GPU or a driver, so the error is a fault."""
+    """``error``: why nothing is known; ``is_present``: there is a GPU or a driver, so the error is a fault. ``mps``:
+    what shows that a process there shares them by MPS."""
 
     driver: str = ""
     cuda: int | None = None
     gpus: list[Gpu] = []
     pairs: list[GpuPair] = []
+    mps: str | None = None
     error: str = ""
     is_present: bool = True
 

@@ -35,9 +35,11 @@ from aphro_core.doctor.checks import (
     shm_stale,
 )
 from aphro_core.doctor.finding import Finding, Status
+from aphro_core.doctor.probes import gpus
 from aphro_core.doctor.probes.gpus import FabricInfo
 from aphro_core.doctor.probes.network import interfaces, route
 from aphro_core.doctor.socket_filter import default_choice, selects
+from aphro_core.host import sign_of_mps
 from aphro_core.remote.remote import Output
 from tests.core.doctor.rdma_trees import dgx, pci_device
 from tests.core.doctor.recorded import RecordedHost, write_tree
@@ -46,7 +48,6 @@ PASS, WARN, FAIL, SKIP = Status.PASS, Status.WARN, Status.FAIL, Status.SKIP
 GPUS = "python -m aphro_core.doctor.probes.gpus"
 VERSIONS = "python -m aphro_core.doctor.probes.versions"
 GPU_FILES = {"/dev/nvidia0": "", "/dev/nvidia1": "", "/proc/driver/nvidia/version": "NVRM version: 570.86.15\n"}
-GPU_FILES |= {"/proc/77/comm": "python\n", "/proc/88/comm": "nvidia-cuda-mps\n"}
 
 
 @pytest.fixture
@@ -70,9 +71,9 @@ def gpu(index: int, **values: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def nvml(*gpus: dict[str, Any], **pair: Any) -> dict[str, str]:
+def nvml(*gpus: dict[str, Any], mps: str | None = None, **pair: Any) -> dict[str, str]:
     link = {"first": 0, "second": 1, "level": "SYS", "num_nvlinks": 0, "p2p": {"nvlink": True}, **pair}
-    return {GPUS: json.dumps({"driver": "570.86.15", "cuda": 12080, "gpus": gpus, "pairs": [link]})}
+    return {GPUS: json.dumps({"driver": "570.86.15", "cuda": 12080, "gpus": gpus, "mps": mps, "pairs": [link]})}
 
 
 GPU_CASES: list[tuple[Any, dict[str, str | Output], Status, str]] = [
@@ -92,7 +93,7 @@ GPU_CASES: list[tuple[Any, dict[str, str | Output], Status, str]] = [
     (gpu_throttle, nvml(gpu(0), gpu(1, throttling=["power brake"])), WARN, "GPU 1 (power brake)"),
     (gpu_busy, nvml(gpu(0), gpu(1)), PASS, "all GPUs are free"),
     (gpu_busy, nvml(gpu(0, used_bytes=40 << 30, processes=[{"pid": 77, "bytes": 39 << 30}])), WARN, "pid 77"),
-    (gpu_busy, nvml(gpu(0, processes=[{"pid": 88, "bytes": 30 << 20}])), WARN, "shared by MPS (pid 88)"),
+    (gpu_busy, nvml(gpu(0), mps="/tmp/nvidia-mps/control"), WARN, "shared by MPS (/tmp/nvidia-mps/control)"),
     (gpu_topology, nvml(gpu(0), gpu(1)), PASS, "NVLink between all 2 GPUs"),
     (gpu_topology, nvml(gpu(0), gpu(1), p2p={}), WARN, "the slowest is GPU 0 - GPU 1 by SYS"),
     (gpu_fabric, nvml(gpu(0), gpu(1)), PASS, "2 GPUs have joined"),
@@ -113,11 +114,20 @@ async def test_gpus(check: Any, commands: dict[str, str | Output], status: Statu
 @pytest.mark.anyio
 async def test_mps_does_not_hide_who_holds_the_memory(tmp_path: Path) -> None:
     holders = [{"pid": 77, "bytes": 39 << 30}, {"pid": 88, "bytes": 30 << 20}]
-    host = recorded(tmp_path, GPU_FILES, nvml(gpu(0, used_bytes=40 << 30, processes=holders), gpu(1)))
+    host = recorded(tmp_path, GPU_FILES, nvml(gpu(0, used_bytes=40 << 30, processes=holders), gpu(1), mps="a share"))
     found = await gpu_busy.check(host)
-    assert "shared by MPS (pid 88)" in found.title
+    assert "shared by MPS (a share)" in found.title
     assert "1 of 2 hold memory of others" in found.title
     assert any("pid 77" in line.text for line in found.evidence)
+
+
+def test_mps_is_what_ranks_ask_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule of layers/chained.py, in the process that looks at the GPUs."""
+    for name in ("nvmlInit", "nvmlDeviceGetCount", "nvmlSystemGetDriverVersion"):
+        monkeypatch.setattr(gpus.pynvml, name, lambda name=name: "570" if "Driver" in name else 0)
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+    (tmp_path / "control").touch()
+    assert gpus.everything()["mps"] == sign_of_mps() == str(tmp_path / "control")
 
 
 SOFT = "Max {}    {}    unlimited    units\n"

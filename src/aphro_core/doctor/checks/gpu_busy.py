@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Final
 
 from aphro_core.doctor.finding import Evidence, Finding, Status
@@ -14,10 +13,11 @@ TITLE: Final = "GPU memory in use"
 EXPLAIN: Final = """
 Lists the processes that hold memory of each GPU, as NVML sees them, with their command lines. PASS when less than 3 %
 of a GPU is in use; WARN with the holders otherwise. Processes of other containers have no name here, and a process
-that died may leave memory behind for a moment. WARN, too, where an MPS server holds a GPU: processes run on it side by
-side then, and aphro leaves out the kernels whose programs must all run at once (a layer in one launch, for few rows).
+that died may leave memory behind for a moment. WARN, too, where a process that starts there shares its GPUs by MPS (the
+daemon's pipe in CUDA_MPS_PIPE_DIRECTORY or /tmp/nvidia-mps, or a share of threads): processes run on a GPU side by side
+then, and aphro, which asks the same, leaves out the kernels whose programs must all run at once (a layer in one launch,
+for few rows). An MPS server whose pipe is elsewhere is a holder like any other.
 """
-_MPS_SERVER: Final = "nvidia-cuda-mps"  # the kernel keeps 15 characters of a name
 _SHARE: Final = 0.03  # what driver and display take by themselves
 
 
@@ -27,8 +27,8 @@ async def check(host: Host) -> Finding:
         return Finding(ID, Status.SKIP, gpus.error)
     busy = [gpu for gpu in gpus.gpus if gpu.used_bytes > _SHARE * gpu.total_bytes]
     evidence = [line for gpu in busy for line in await _holders(host, gpu)]
-    if (server := await _mps_server(host, gpus.gpus)) is not None:
-        title = f"GPUs are shared by MPS (pid {server}): decode steps of few rows are slower"
+    if gpus.mps is not None:
+        title = f"GPUs are shared by MPS ({gpus.mps}): decode steps of few rows are slower"
         if busy:
             title += f"; {len(busy)} of {len(gpus.gpus)} hold memory of others"
         remedy = "echo quit | nvidia-cuda-mps-control, if nothing else needs it"
@@ -39,12 +39,6 @@ async def check(host: Host) -> Finding:
     title = f"{len(busy)} of {len(gpus.gpus)} GPUs hold memory of others; {evidence[0].text}"
     remedy = "end the holders by their pid, or leave those GPUs out with CUDA_VISIBLE_DEVICES"
     return Finding(ID, Status.WARN, title, evidence=tuple(evidence), remedy=remedy)
-
-
-async def _mps_server(host: Host, gpus: Sequence[Gpu]) -> int | None:
-    pids = {process.pid for gpu in gpus for process in gpu.processes}
-    names = {pid: await read(host, f"/proc/{pid}/comm") or "" for pid in sorted(pids)}
-    return next((pid for pid, name in names.items() if name.startswith(_MPS_SERVER)), None)
 
 
 async def _holders(host: Host, gpu: Gpu) -> list[Evidence]:

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import pynvml
 
+from aphro_core.host import sign_of_mps
 from aphro_core.lifeline import die_with_parent
 
 # NVML_TOPOLOGY_*: what two GPUs have in common, as `nvidia-smi topo -m` writes it
@@ -122,6 +123,7 @@ def everything() -> dict[str, Any]:
         "driver": text(pynvml.nvmlSystemGetDriverVersion()),
         "cuda": ask(pynvml.nvmlSystemGetCudaDriverVersion_v2),
         "gpus": [describe(index, gpu) for index, gpu in enumerate(gpus)],
+        "mps": sign_of_mps(),
         "pairs": [{"first": a, "second": b, **relate(gpus[a], gpus[b])} for b in range(len(gpus)) for a in range(b)],
     }
 
