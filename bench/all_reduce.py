@@ -53,6 +53,7 @@ def measure(rank: int, store: str, size: int, width: int) -> None:
     memory = build_peer_memory(dist.group.WORLD, 512, width, torch.bfloat16, device)
     gain = torch.ones(width, device=device, dtype=torch.bfloat16)
     peers = build_peer_rows(dist.group.WORLD, MANY[-1], width, torch.bfloat16, device)
+    dist.barrier()
     if rank == 0:
         print(f"{size} x {torch.cuda.get_device_name()}, width {width}, bfloat16; us a call")
         print(f"{'rows':>6} {'KiB':>7} {'NCCL':>8} {'peer':>8} {'NCCL, add, norm':>17} {'fused':>8} {'two-shot':>8}")

@@ -62,7 +62,8 @@ def build_peer_memory(
     memory: Tensor | None = None,
 ) -> PeerMemory:
     """Map each rank's buffer into all ranks of ``group`` (a process group with NCCL). All ranks call it together, each
-    with a ``memory`` of ``peer_rows.allocate_shared``, which is made here if it is not given."""
+    with a ``memory`` of ``peer_rows.allocate_shared``, which is made here if it is not given. None may write to another
+    before all have returned: a barrier comes next, or a vote, if one of them may fail."""
     import torch.distributed as dist
     from torch.distributed import _symmetric_memory as symmetric
 
@@ -72,7 +73,6 @@ def build_peer_memory(
     handle = symmetric.rendezvous(memory, group)
     memory.zero_()
     torch.cuda.synchronize(device)
-    dist.barrier(group)  # none writes a flag that another has still to clear
     return join_peer_memory(rank, memory, list(handle.buffer_ptrs), max_rows, width, dtype, handle, programs)
 
 

@@ -48,14 +48,13 @@ def build_peer_columns(
     group: Any, memory: Tensor, columns: int, dtype: torch.dtype, programs: int = PROGRAMS
 ) -> PeerColumns:
     """Map rank 0's ``memory`` into all ranks of ``group`` (a process group with NCCL), who call it together, each with
-    as much of ``peer_rows.allocate_shared``."""
+    as much of ``peer_rows.allocate_shared``. As in peer_all_reduce.py a barrier comes next."""
     import torch.distributed as dist
     from torch.distributed import _symmetric_memory as symmetric
 
     handle = symmetric.rendezvous(memory, group)
     memory.zero_()
     torch.cuda.synchronize(memory.device)
-    dist.barrier(group)  # none writes what another has still to clear
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     return join_peer_columns(rank, size, memory, handle.buffer_ptrs[0], columns, dtype, handle, programs)
 

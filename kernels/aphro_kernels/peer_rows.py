@@ -64,7 +64,8 @@ def build_peer_rows(
     memory: Tensor | None = None,
 ) -> PeerRows:
     """Map each rank's buffer into all ranks of ``group`` (a process group with NCCL). All ranks call it together, each
-    with a ``memory`` of :func:`allocate_shared`, which is made here if it is not given."""
+    with a ``memory`` of :func:`allocate_shared`, which is made here if it is not given. As in peer_all_reduce.py a
+    barrier comes next."""
     import torch.distributed as dist
     from torch.distributed import _symmetric_memory as symmetric
 
@@ -74,7 +75,6 @@ def build_peer_rows(
     handle = symmetric.rendezvous(memory, group)
     memory.zero_()
     torch.cuda.synchronize(device)
-    dist.barrier(group)  # none writes a flag that another has still to clear
     memories = [memory if peer == rank else handle.get_buffer(peer, (num_bytes,), torch.uint8) for peer in range(size)]
     return join_peer_rows(rank, memories, max_rows, width, dtype, handle, programs)
 

@@ -137,7 +137,8 @@ def build_peer_sums(
     most_rows: int,
 ) -> PeerSums:
     """Over the buffers of all ranks of ``group``, who call it together: a rank without any would leave the others
-    waiting for it. Raises RuntimeError."""
+    waiting for it. Nothing is launched here that peers wait in: one that fails can go on to a vote, which comes next.
+    Raises RuntimeError."""
     rows, few = _few_rows(dist.get_world_size(group), width, dtype), None
     if buffers.few is not None:
         few = build_peer_memory(group, rows, width, dtype, device, _few_programs(rows), memory=buffers.few)

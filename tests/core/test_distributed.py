@@ -256,6 +256,35 @@ def test_a_rank_without_memory_keeps_nobody_waiting(
     assert answers[1][1] == [line]
 
 
+def test_a_rank_that_fails_where_others_wait_for_it_is_not_waited_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in torch's rendezvous, which waits in the store. What all do next, all do again together."""
+    monkeypatch.setattr(TensorParallelGroup, "_unreached", lambda self, device: None)
+    monkeypatch.setattr(tensor_group, "allocate_peer_buffers", lambda *shape: object())
+
+    def connect(links: Links, rank: int) -> tuple[tuple[bool, list[str]], float, list[float]]:
+        def build(*shape: object) -> object:
+            if rank == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory: 2 MiB")
+            links.store.wait(["what rank 1 has to show"])  # type: ignore[union-attr]
+            return object()
+
+        tensor_group.build_peer_sums = build  # type: ignore[assignment]
+        began = time.monotonic()
+        with links.hurried(1.0, 30.0):
+            answer = refusals(links, rank, caplog)
+        assert links.store is not None
+        assert links.store.timeout.total_seconds() == 30.0
+        return answer, time.monotonic() - began, links.tensor.all_reduce_(torch.full((2,), rank + 1.0)).tolist()
+
+    answers = run_ranks(tmp_path, build_plan(SPEC, 2, 1), connect, answer_seconds=20)
+    assert all(is_refused and seconds < 8.0 for (is_refused, _), seconds, _ in answers)
+    lines = [line for (_, lines), _, _ in answers for line in lines]
+    assert len(lines) == 1, lines
+    assert [total for _, _, total in answers] == [[3.0, 3.0]] * 2
+
+
 def fail_in_rendezvous(*shape: object) -> object:
     raise RuntimeError("pidfd_getfd: Operation not permitted")
 

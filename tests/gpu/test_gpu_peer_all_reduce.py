@@ -21,6 +21,7 @@ def _compare(rank: int, store: str) -> None:
     device = join(rank, store)
     for dtype, programs in ((torch.bfloat16, 64), (torch.float32, 64), (torch.bfloat16, 256)):
         memory = build_peer_memory(dist.group.WORLD, 100, WIDTH, dtype, device, programs)
+        dist.barrier()
         gain = torch.randn(WIDTH, generator=torch.Generator().manual_seed(1)).to(device, dtype)
         tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
         for num_rows in (1, 7, 64, 100, 1, 65):  # 100 rows: programs with two each
@@ -66,6 +67,7 @@ def _replay(rank: int, memory: object, dtype: torch.dtype, device: torch.device)
 def _alone(rank: int, store: str) -> None:
     device = join(rank, store)
     memory = build_peer_memory(dist.group.WORLD, 4, WIDTH, torch.bfloat16, device)
+    dist.barrier()
     x = torch.ones(2, WIDTH, device=device, dtype=torch.bfloat16)
     if rank == 0:
         started = time.monotonic()

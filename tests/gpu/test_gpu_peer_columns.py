@@ -21,6 +21,7 @@ pytestmark = needs_two
 def _compare(rank: int, store: str) -> None:
     device = join(rank, store)
     sums = build_peer_memory(dist.group.WORLD, 1, 64, torch.float32, device)
+    dist.barrier()
     for columns, dtype in ((10_000, torch.bfloat16), (4099, torch.float32), (100, torch.float32)):
         width = -(-columns // (64 * NUM_GPUS)) * 64  # the last ranks have padding, perhaps nothing else
         peers = _build(70, columns, dtype, device)
@@ -39,7 +40,9 @@ def _compare(rank: int, store: str) -> None:
 
 def _build(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> PeerColumns:
     memory = allocate_shared(peer_columns_bytes(rows, columns, dtype), device)
-    return build_peer_columns(dist.group.WORLD, memory, columns, dtype)
+    peers = build_peer_columns(dist.group.WORLD, memory, columns, dtype)
+    dist.barrier()
+    return peers
 
 
 def _meet(sums: PeerMemory) -> None:

@@ -23,6 +23,7 @@ def _compare(rank: int, store: str) -> None:
     device = join(rank, store)
     for dtype in (torch.bfloat16, torch.float32):
         peers = build_peer_rows(dist.group.WORLD, 1500, WIDTH, dtype, device)
+        dist.barrier()
         gain = torch.randn(WIDTH, generator=torch.Generator().manual_seed(1)).to(device, dtype)
         tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
         for num_rows in (1, 65, 512, 1500, 1, 1024, 1111):
@@ -93,6 +94,7 @@ def _replay(rank: int, peers: PeerRows, dtype: torch.dtype, device: torch.device
 def _alone(rank: int, store: str) -> None:
     device = join(rank, store)
     peers = build_peer_rows(dist.group.WORLD, 4, WIDTH, torch.bfloat16, device)
+    dist.barrier()
     if rank == 0:
         started = time.monotonic()
         peer_two_shot(torch.ones(2, WIDTH, device=device, dtype=torch.bfloat16), peers, max_polls=100_000)

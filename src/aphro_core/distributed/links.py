@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -30,6 +31,18 @@ class Links:
         self.stage.begin_step()
         if self.tokens is not None:
             self.tokens.begin_step()
+
+    @contextmanager
+    def hurried(self, seconds: float, usual_seconds: float) -> Iterator[None]:
+        """Inside the block nobody waits longer for what another rank is to put into the store."""
+        if self.store is None:
+            yield
+            return
+        self.store.set_timeout(timedelta(seconds=min(seconds, usual_seconds)))
+        try:
+            yield
+        finally:
+            self.store.set_timeout(timedelta(seconds=usual_seconds))
 
     def close(self) -> None:
         if dist.is_initialized():

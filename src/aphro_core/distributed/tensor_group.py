@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import socket
 import zlib
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from aphro_kernels.peer_columns import PeerColumns, build_peer_columns, peer_col
 from aphro_kernels.peer_rows import allocate_shared
 from torch import Tensor
 
+from aphro_core.distributed.mailbox import meet_neighbours
 from aphro_core.peer_sums import PeerSums, Scattered, Summand, allocate_peer_buffers, build_peer_sums
 
 T = TypeVar("T")
@@ -55,12 +57,15 @@ class TensorParallelGroup:
         spread = None if self._is_on_one_host(device) else "its ranks are on several hosts"
         if self._is_refused(spread, device) or self._is_refused(self._unreached(device), device):
             return None
+        if not self._can_hand_over(device):
+            return None
         torch.cuda.empty_cache()  # the buffers come from the driver, which has nothing of what torch keeps unused
         shape = (width, dtype, device, most_rows)
         buffers, failure = _attempt(lambda: allocate_peer_buffers(self.size, *shape), device)
         if self._is_refused(failure, device) or buffers is None:
             return None
         peers, failure = _attempt(lambda: build_peer_sums(self._group, buffers, *shape), device)
+        # also the barrier behind which ranks may write to each other
         return None if self._is_refused(failure, device) else peers
 
     def _is_refused(
@@ -82,10 +87,23 @@ class TensorParallelGroup:
         return None if found is None else f"GPU {device.index} does not reach the memory of GPU {found}"
 
     def _gpus_of_all(self, device: torch.device) -> list[int]:
-        own = torch.tensor([device.index], dtype=torch.int64, device=device)
+        return [index for (index,) in self._numbers_of_all([device.index], device)]
+
+    def _can_hand_over(self, device: torch.device) -> bool:
+        """Whether what shows a GPU's memory to another process gets there: asked before torch waits for it for ever."""
+        return meet_neighbours(
+            self.rank,
+            self.size,
+            secrets.randbits(62),
+            lambda numbers: self._numbers_of_all(numbers, device),
+            lambda objection: self._is_refused(objection, device),
+        )
+
+    def _numbers_of_all(self, numbers: list[int], device: torch.device) -> list[list[int]]:
+        own = torch.tensor(numbers, dtype=torch.int64, device=device)
         every = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(every, own, group=self._group)
-        return [int(index) for index in every]
+        return [each.tolist() for each in every]
 
     def connect_logits(self, max_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
         """Let ranks whose sums go by peer memory write logits to where tp rank 0 draws from them, up to ``max_rows``.

@@ -39,6 +39,7 @@ from aphro_core.worker.step_failure import failed_step, is_survivable
 from aphro_core.worker.warm_up import warm_up
 
 _LOG: Final = logging.getLogger(__name__)
+_PEER_SECONDS: Final = 20.0  # for a rank whose GPU lacks something where the others are to get at its memory
 
 
 class Worker:
@@ -77,6 +78,8 @@ class Worker:
         timeout = self._config.distributed_timeout_seconds
         # hand-overs between stages do follow each other on their communicator, as this warns; nothing else uses it
         os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
+        # of peers' memory nothing is written to all at once, and a switch that is not set up for it keeps all waiting
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         with self._phase("rendezvous"):
             self._links = join(plan, rank, self._open_store, self._device, timeout)
             self._link = self._measure_link() if self._start.measures_links else None
@@ -93,7 +96,7 @@ class Worker:
                     cache_scales = read_cache_scales(checkpoint, self._shard.layers)
                 bytes_read = checkpoint.bytes_read
         if self._links.tensor.size > 1 and self._device.type == "cuda":
-            with self._phase("peer memory"):
+            with self._phase("peer memory"), self._links.hurried(_PEER_SECONDS, timeout):
                 self._connect_peers()
         self._links.tensor.adds_in_order = is_deterministic = self._config.deterministic
         cache_format = CacheFormat(self._cache_dtype, cache_scales)
