@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import select
@@ -12,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import FunctionType
 from typing import Any, Final
 
 from aphro_kernels.language import triton
@@ -90,17 +90,19 @@ class _Notes:
 
 def _longest_first(jobs: list[Callable[[], Any]]) -> list[Callable[[], Any]]:
     """What takes longest must not begin last. Which kernel a job is of stands in its closure; where a Triton has it
-    elsewhere, jobs stay in the order of their launches."""
+    elsewhere, jobs stay in the order of their launches: a test asks the Triton that is there."""
     seconds = [_LONG.get(_kernel_of(job), 0.5) for job in jobs]
     return [jobs[number] for number in sorted(range(len(jobs)), key=lambda number: -seconds[number])]
 
 
 def _kernel_of(job: Callable[[], Any]) -> str:
-    try:
-        source = inspect.getclosurevars(job).nonlocals.get("src")
-    except (TypeError, ValueError):  # no function of Python's; one with an empty cell
+    if not isinstance(job, FunctionType):
         return ""
-    return str(getattr(source, "name", ""))
+    for name, cell in zip(job.__code__.co_freevars, job.__closure__ or (), strict=True):
+        with suppress(ValueError):  # an empty cell
+            if name == "src":
+                return str(getattr(cell.cell_contents, "name", ""))
+    return ""
 
 
 @contextmanager

@@ -13,7 +13,10 @@ import pytest
 
 pytest.importorskip("triton")
 
-from aphro_kernels.language import triton
+import aphro_kernels
+from aphro_kernels.language import tl, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import ASTSource, make_backend
 from triton.runtime._async_compile import active_mode
 
 from aphro_core.worker import compile_ahead
@@ -129,6 +132,29 @@ def test_long_ones_come_first() -> None:
     names = ["_rms_norm_kernel", "chain_kernel", "draw_kernel", "hopper_attention_kernel"]
     found = [one() for one in compile_ahead._longest_first([job(name) for name in names] + [lambda: "another's"])]
     assert found == ["hopper_attention_kernel", "chain_kernel", "_rms_norm_kernel", "draw_kernel", "another's"]
+
+
+@triton.jit
+def chain_kernel(x) -> None:
+    tl.store(x, 1)
+
+
+def test_the_triton_that_is_here_says_whose_a_job_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has kernels in the closures of its jobs, under a name that no document promises."""
+    target = GPUTarget("cuda", 90, 32)
+    backend = make_backend(target)
+    monkeypatch.setattr(chain_kernel, "device_caches", {0: ({}, {}, target, backend, None)})
+    monkeypatch.setattr(chain_kernel, "ASTSource", ASTSource, raising=False)
+    notes = compile_ahead._Notes()
+    with compile_ahead._active(notes):
+        chain_kernel._do_compile("a key", {"x": "*i32"}, 0, {}, backend.parse_options({}), {}, False)
+    ((job, _),) = notes.jobs
+    assert compile_ahead._kernel_of(job) == "chain_kernel"
+
+
+def test_kernels_that_take_long_are_there() -> None:
+    sources = "".join(file.read_text() for file in Path(aphro_kernels.__path__[0]).glob("*.py"))
+    assert [name for name in compile_ahead._LONG if f"def {name}(" not in sources] == []
 
 
 def test_jobs_that_cannot_be_looked_into_keep_their_order() -> None:
