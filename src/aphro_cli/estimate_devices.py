@@ -54,7 +54,13 @@ def cluster_devices() -> tuple[DeviceFacts, int]:
         origin = f"{count} x {', '.join(names)} of {len(rows)} nodes of the cluster; the smallest counts"
         card = _known(names[0], min(totals)) if names else None
         devices = DeviceFacts(
-            kind="cuda", total_bytes=min(totals), card=card, foreign_bytes=max(taken), count=count, origin=origin
+            kind="cuda",
+            total_bytes=min(totals),
+            card=card,
+            foreign_bytes=max(taken),
+            count=count,
+            slots=tuple(row.node.devices for row in rows),
+            origin=origin,
         )
         return devices, least
     free = min(memory.free_bytes for memory in memories)

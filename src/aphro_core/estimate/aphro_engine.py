@@ -14,6 +14,7 @@ from aphro_core.estimate.parameters import RankSlice, rank_heads
 from aphro_core.estimate.weights import DTYPE_BYTES, rotary_bytes, weight_bytes
 from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel import memory
+from aphro_core.parallel.placement import near_groups, place_ranks
 from aphro_core.parallel.shard import RankShard, ShardingPlan, build_plan, split_layers
 
 GIB: Final = 2**30
@@ -33,6 +34,7 @@ class AphroEngine:
     foreign_bytes: int = 0
     per_host: int | None = None  # ranks on a host, where there are several
     devices_per_host: int | None = None  # None: as many as there are ranks
+    slots: tuple[int, ...] = ()  # devices of each host, where they are known
 
     def balances(self, facts: ModelFacts, sizes: Sizes, quantization: QuantizationFacts | None) -> list[RankBalance]:
         """In rank order. Raises PlacementError for sizes that the model's shapes forbid."""
@@ -40,15 +42,15 @@ class AphroEngine:
             plan = build_plan(self.spec, sizes.tp, sizes.pp, sizes.pp_layers, expert_parallel=sizes.expert_parallel)
             return self.balances_of(plan, sizes)
         known: dict[tuple[object, ...], RankBalance] = {}
-        balances = []
+        balances, near = [], self._near_stages(sizes)
         for stage, layers in enumerate(split_layers(facts.num_layers, sizes.pp, sizes.pp_layers)):
             for tp_rank in range(sizes.tp):
                 ends = (stage == 0, stage == sizes.pp - 1)
                 part = RankSlice(layers, tp_rank, sizes.tp, *ends, expert_parallel=sizes.expert_parallel)
                 heads = rank_heads(facts.num_heads, facts.num_kv_heads, sizes.tp, tp_rank)
                 held = len(layers) if facts.is_uniform else layers
-                kind = (held, part.has_embedding, part.has_head, heads, tp_rank if sizes.expert_parallel else 0)
-                known[kind] = known.get(kind) or self._general(facts, sizes, quantization, part)
+                kind = (held, *ends, heads, tp_rank if sizes.expert_parallel else 0, near[stage])
+                known[kind] = known.get(kind) or self._general(facts, sizes, quantization, part, near[stage])
                 rank = stage * sizes.tp + tp_rank
                 balances.append(known[kind].at(rank=rank, stage=stage, tp_rank=tp_rank, layers=layers))
         return balances
@@ -56,10 +58,11 @@ class AphroEngine:
     def balances_of(self, plan: ShardingPlan, sizes: Sizes) -> list[RankBalance]:
         """Each rank's balance by the engine's own memory model (parallel/memory.py)."""
         known: dict[tuple[object, ...], RankBalance] = {}
-        balances = []
+        balances, near = [], self._near_stages(sizes)
         for shard in plan.ranks:
-            kind = _kind(self.spec, shard)
-            known[kind] = known.get(kind) or self._balance(shard, sizes)
+            is_near = near[shard.pp_rank]
+            kind = (*_kind(self.spec, shard), is_near)
+            known[kind] = known.get(kind) or self._balance(shard, sizes, is_near)
             place = known[kind].at
             balances.append(place(rank=shard.rank, stage=shard.pp_rank, tp_rank=shard.tp_rank, layers=shard.layers))
         return balances
@@ -69,19 +72,26 @@ class AphroEngine:
         ranks = ranks if self.per_host is None else min(ranks, self.per_host)
         return int(self.device_bytes * sizes.utilization / ranks)
 
-    def overhead_bytes(self, sizes: Sizes, hidden_size: int, vocab_size: int) -> int:
-        """Inside the budget, on GPUs: the CUDA context, with several ranks communicators and peers' buffers too.
-        ``vocab_size`` 0: of a rank whose logits, if it has any, go by NCCL."""
+    def _near_stages(self, sizes: Sizes) -> list[bool]:
+        """Of each stage whether its ranks are on one host, and have memory of each other's."""
+        if sum(self.slots) < sizes.tp * sizes.pp:  # hosts are unknown, or too few
+            return [sizes.tp <= (self.devices_per_host or sizes.tp)] * sizes.pp
+        places = place_ranks(self.slots, sizes.tp, sizes.pp)
+        return near_groups([place.host for place in places], sizes.tp)
+
+    def overhead_bytes(self, sizes: Sizes, hidden_size: int, vocab_size: int, is_near: bool) -> int:
+        """Inside the budget, on GPUs: the CUDA context, with several ranks communicators, and where all of a stage are
+        on one host peers' buffers. ``vocab_size`` 0: of a rank whose logits, if it has any, go by NCCL."""
         if not self.is_gpu:
             return 0
         outside = self.foreign_bytes + memory.outside_bytes(sizes.tp, sizes.pp)
-        if sizes.tp > (self.devices_per_host or sizes.tp):  # over several hosts ranks have no memory of each other's
+        if not is_near:
             return outside
         rows, element = max(sizes.max_num_batched_tokens, sizes.max_num_seqs), DTYPE_BYTES[sizes.dtype]
         logits = memory.peer_logits_bytes(vocab_size, sizes.tp, sizes.max_num_seqs, element)
         return outside + memory.peer_bytes(hidden_size, sizes.tp, rows, element) + logits
 
-    def _balance(self, shard: RankShard, sizes: Sizes) -> RankBalance:
+    def _balance(self, shard: RankShard, sizes: Sizes, is_near: bool) -> RankBalance:
         spec, element = self.spec, DTYPE_BYTES[sizes.dtype]
         assert spec is not None
         weights = memory.weights_bytes(spec, shard, element)
@@ -109,12 +119,17 @@ class AphroEngine:
             budget_bytes=self.budget_bytes(sizes),
             weights_bytes=weights,
             activation_bytes=activations,
-            overhead_bytes=self.overhead_bytes(sizes, spec.hidden_size, vocab_size),
+            overhead_bytes=self.overhead_bytes(sizes, spec.hidden_size, vocab_size, is_near),
             layout=KvLayout(block_bytes, sizes.block_size, (Group("full", None, 1),)),
         )
 
     def _general(
-        self, facts: ModelFacts, sizes: Sizes, quantization: QuantizationFacts | None, part: RankSlice
+        self,
+        facts: ModelFacts,
+        sizes: Sizes,
+        quantization: QuantizationFacts | None,
+        part: RankSlice,
+        is_near: bool,
     ) -> RankBalance:
         """Of a model that the engine does not run: by the general laws, as the first rank and stage."""
         run = Run.of(sizes, quantization.scheme if quantization else None)
@@ -130,7 +145,7 @@ class AphroEngine:
             budget_bytes=self.budget_bytes(sizes),
             weights_bytes=weight_bytes(facts, part, sizes.dtype, quantization) + rotary_bytes(facts, sizes.dtype),
             activation_bytes=self._general_activations(facts, sizes, run, samples=part.has_head),
-            overhead_bytes=self.overhead_bytes(sizes, facts.hidden_size, facts.vocab_size * part.has_head),
+            overhead_bytes=self.overhead_bytes(sizes, facts.hidden_size, facts.vocab_size * part.has_head, is_near),
             layout=build_layout(
                 facts,
                 part.layers,

@@ -150,6 +150,7 @@ def _estimate(question: Question, sizes: Sizes) -> Estimate:
             device.foreign_bytes,
             device.per_host,
             question.devices_per_host,
+            device.slots,
         )
         return Estimate(question, sizes, tuple(engine.balances(source.facts, sizes, question.scheme)))
     is_own = question.quantization is None or question.quantization == source.facts.quantization

@@ -46,6 +46,7 @@ class DeviceFacts:
     foreign_bytes: int = 0  # that other processes hold now
     count: int | None = None
     per_host: int | None = None  # None: all are of one host
+    slots: tuple[int, ...] = ()  # devices of each host, where they are known
     origin: str = "named"  # where the figures come from, for the reader
 
 

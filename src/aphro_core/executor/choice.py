@@ -139,7 +139,7 @@ def _report_places(
     used = len({place.host for place in places})
     ranks = f"{wanted.world_size} rank{'s' if wanted.world_size > 1 else ''} on {used} of {len(hosts)} {of_what}"
     reporter.line(f"{_using(wanted, choice)}: {choice.why}; {ranks}.")
-    if splits_a_group(places, wanted.tp_size):
+    if splits_a_group([place.host for place in places], wanted.tp_size):
         reporter.line(
             "A tensor parallel group spans hosts: each layer waits twice for the network between them (measured at the "
             "start)."

@@ -141,7 +141,7 @@ def _start_message(config: EngineConfig, rank: int, nodes: Nodes, model: ServedM
         environment=environment,
         peers=[other.host.address for i, other in nodes.by_index.items() if i != place.host],
         address=node.host.address,
-        measures_links=splits_a_group(nodes.places, config.parallel.tensor_parallel_size),
+        measures_links=splits_a_group([each.host for each in nodes.places], config.parallel.tensor_parallel_size),
         source=model.source if model and node.fetches else None,
         num_ranks_here=num_ranks,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 from aphro_core.errors import PlacementError
@@ -37,7 +37,12 @@ def place_ranks(num_slots: Sequence[int], tp_size: int, pp_size: int) -> list[Pl
     return places
 
 
-def splits_a_group(places: Sequence[Place], tp_size: int) -> bool:
+def near_groups(hosts: Sequence[Hashable], tp_size: int) -> list[bool]:
+    """Of each tensor-parallel group whether its ranks share a host, given the host of each rank. GPUs sum by each
+    other's memory then, else by NCCL (distributed/tensor_group.py asks the ranks themselves)."""
+    return [len(set(hosts[start : start + tp_size])) == 1 for start in range(0, len(hosts), tp_size)]
+
+
+def splits_a_group(hosts: Sequence[Hashable], tp_size: int) -> bool:
     """Whether some tensor-parallel group spans hosts: each of its sums then waits for the network."""
-    groups = (places[start : start + tp_size] for start in range(0, len(places), tp_size))
-    return any(len({place.host for place in group}) > 1 for group in groups)
+    return not all(near_groups(hosts, tp_size))

@@ -55,6 +55,24 @@ def test_ranks_on_several_hosts_have_no_buffers_of_peers() -> None:
     assert near.ranks[0].overhead_bytes - far.ranks[0].overhead_bytes == buffers > 0
 
 
+@pytest.mark.parametrize("has_spec", [True, False])
+@pytest.mark.parametrize(
+    ("slots", "near"),
+    [((2, 1, 3), [True, True, False]), ((1, 2, 4), [True, True, True]), ((6,), [True] * 3), ((1,) * 6, [False] * 3)],
+)
+def test_hosts_of_a_cluster_decide_whose_sums_go_by_peer_memory(
+    slots: tuple[int, ...], near: list[bool], has_spec: bool
+) -> None:
+    """Stage by stage, where ranks are placed: the smallest node says nothing of the others."""
+    question = asked_of(LLAMA_8B, "H100", 6, 1)
+    question = replace(question, device=replace(question.device, slots=slots))
+    if not has_spec:
+        question = replace(question, source=replace(question.source, spec=None))
+    overheads = [rank.overhead_bytes for rank in estimate(question, 2, 3).ranks]
+    outside = memory.outside_bytes(2, 3)
+    assert [size > outside for size in overheads[::2]] == [size > outside for size in overheads[1::2]] == near
+
+
 @pytest.mark.parametrize(("pp", "asked", "tokens"), [(1, None, 8192), (2, None, 1024), (2, 512, 512), (1, 512, 8192)])
 def test_the_largest_step_is_that_of_a_start(pp: int, asked: int | None, tokens: int) -> None:
     """72 GB of parameters: with stages, no step is larger than those beside decoding rows."""

@@ -37,7 +37,7 @@ def test_each_rank_has_a_device_of_its_own(num_slots: list[int], tp_size: int, p
 def test_groups_share_a_host_where_they_can(num_slots: list[int], tp_size: int, pp_size: int, hosts: list[int]) -> None:
     places = place_ranks(num_slots, tp_size, pp_size)
     assert [place.host for place in places] == hosts
-    assert splits_a_group(places, tp_size) == (tp_size == 3)
+    assert splits_a_group([place.host for place in places], tp_size) == (tp_size == 3)
 
 
 def test_a_device_is_counted_on_its_host() -> None:

@@ -31,6 +31,7 @@ from aphro_core.executor.served_model import ServedModel, open_served
 from aphro_core.executor.verify import OtherHost, verify_full
 from aphro_core.messages import codec
 from aphro_core.messages.steps import FromWorker, StartWorker, ToWorker, WorkerProgress
+from aphro_core.parallel.placement import splits_a_group
 from aphro_core.spawn import Spawner
 
 _JOIN_SECONDS: Final = 60.0  # for an agent to connect, from a file system that may be slow
@@ -131,14 +132,9 @@ def _start_message(config: EngineConfig, rank: int, group: Group, model: ServedM
         memory_bytes=int(report.host.memory_bytes * config.cache.cpu_memory_utilization / num_ranks),
         environment=environment,
         address=seat.node.address,
-        measures_links=_splits_a_group(group, config.parallel.tensor_parallel_size),
+        measures_links=splits_a_group([each.node.id for each in group.seats], config.parallel.tensor_parallel_size),
         source=model.source if model and seat.node.id in group.fetching else None,
         peers=sorted({each.node.address for each in group.seats} - {seat.node.address}),
         log_file=str(Path(report.log_dir) / f"rank-{rank}.log") if report.log_dir else "",
         num_ranks_here=num_ranks,
     )
-
-
-def _splits_a_group(group: Group, tp_size: int) -> bool:
-    nodes = [seat.node.id for seat in group.seats]
-    return any(len(set(nodes[at : at + tp_size])) > 1 for at in range(0, len(nodes), tp_size))
