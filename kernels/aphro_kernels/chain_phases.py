@@ -81,7 +81,7 @@ def multiply_all(
         total = _add_halves(GROUP, total, halves, events, 0, PAD)
         if GROUP == 0:
             value = (value.to(gl.float32) + total).to(dtype)
-            wide = value.to(gl.float32)
+            wide = gl.where(is_inside, value.to(gl.float32), 0.0)  # past a stripe's columns stands anything
             gl.store(part_at, gl.sum(wide * wide, axis=1), mask=is_part)
             gl.store(scaled + at, (wide * first_gain[None, :]).to(dtype), mask=is_inside)
     if GROUP == 0:
@@ -119,7 +119,7 @@ def multiply_all(
             value = (value.to(gl.float32) + total).to(dtype)
             gl.store(x + at, value, mask=is_inside)
             if QKV > 0:
-                wide = value.to(gl.float32)
+                wide = gl.where(is_inside, value.to(gl.float32), 0.0)
                 gl.store(part_at, gl.sum(wide * wide, axis=1), mask=is_part)
                 gl.store(scaled + at, (wide * second_gain.to(gl.float32)[None, :]).to(dtype), mask=is_inside)
     if CHAINED:

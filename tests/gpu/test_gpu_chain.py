@@ -15,6 +15,7 @@ SHAPES = [
     ChainShape(64, 64, 128, 96),
     ChainShape(1032, 584, 1000, 776),  # programs without a stripe in some phases
     ChainShape(896, 896, 4864, 1152),
+    ChainShape(3072, 3072, 8192, 5120),  # a stripe of x is no power of two
     ChainShape(3584, 3584, 18944, 4608),  # two pairs of stripes a program
     ChainShape(4096, 4096, 14336, 6144),
 ]
