@@ -53,12 +53,14 @@ SAMPLES = [
     ("log.nic-count", "Detected mixed local Net device counts across ranks"),
     ("log.ofi-rails", "NET/OFI Unexpected number of remote rails for dev 0. Expected 3 but got 2"),
     ("log.ofi-peer", "NET/OFI Request 0x7f completed with error. RC: 103. Error: 4126 (Unresponsive receiver (rea"),
+    ("log.ofi-peer", "NET/OFI Unable to insert remote address into address vector for device 1. RC: 0"),
     ("log.ofi-error", "NET/OFI Request 0x7f completed with error. RC: 5. Error: 4099 (Bad queue). Completed length: 0"),
     ("log.ofi-error", "NET/OFI Request completed with error. RC: 21. Error: unknown error. Completed length: 0"),
     ("log.provider-timeout", "0xad:0xbe, nic 0, enp12s0, 172.16.0.1<39187><-172.16.0.9<46723> rx rx ctrl timeout"),
     ("log.no-plugin-start", "NET/FasTrak Plug-in core initialization failed, aborting"),
     ("log.net-name", "Error: network AWS Libfabric not found."),
     ("log.no-plugin-start", "NET/OFI aws-ofi-nccl initialization failed"),
+    ("log.no-plugin-start", "NET/OFI Could not find any optimal provider"),
     ("log.no-network", "Failed to initialize any NET plugin"),
     ("log.ofi-warn", "NET/OFI Creating new endpoint for domain 0x7f9befa99380 failed: Invalid argument"),
     ("log.no-interface", "Bootstrap : no socket interface found"),
@@ -77,6 +79,8 @@ SAMPLES = [
     ("log.refused", "Call to connect timeout : Connection refused"),
     ("log.refused", "socketStartConnect: Connect to 10.0.0.5<56849> failed : Connection refused"),
     ("log.connect", "socketStartConnect: Connect to 10.0.0.2<45763> failed : Software caused connection abort"),
+    ("log.connect", "[Proxy Service 11] Failed to execute operation Connect from rank 11, retcode 2"),
+    ("log.tcp-timeout", "socketPollConnect poll() returned 1, no POLLOUT events"),
     ("log.dns", "Call to getaddrinfo failed : Name or service not known"),
     ("log.p2p-nvlink", "P2P is disabled between NVLINK connected GPUs 1 and 0. This should not be the case"),
     ("log.p2p-pcie", "P2P is disabled between connected GPUs 6 and 7. You can repress this message"),
@@ -92,6 +96,8 @@ SAMPLES = [
     ("log.cuda", "HIP failure: 'invalid device function'"),
     ("log.nvml", "nvmlInit() failed: Driver/library version mismatch"),
     ("log.topology", "Failed to find reverse path from remNode 0/200000 nlinks 3 to node 0/700000"),
+    ("log.topology", "XML Import Channel : dev 1 not found."),
+    ("log.topology", "Error : too many XML nodes (max 256)"),
     ("log.topology", "Could not find NET with id 0"),
     ("log.heartbeat", "socketProgress: Connection closed by remote peer n2<41000>"),
     ("log.heartbeat", "[Proxy Service 0] Failed to execute operation Connect from rank 0, retcode 3"),
@@ -110,6 +116,26 @@ BARE = [
     ("log.exception", "DistBackendError: NCCL error in: ../c10d/ProcessGroupNCCL.cpp:1691, unhandled system error"),
     ("log.exception", "ncclSystemError: System call (e.g. socket, malloc) or external library call failed."),
     ("log.exception", "Test NCCL failure all_reduce.cu:471 'internal error'"),
+    ("log.heartbeat", "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting."),
+    ("log.xid", "Mar 17 04:11:02 n7 kernel: NVRM: Xid (PCI:0000:4e:00): 79, pid=1, GPU has fallen off the bus."),
+    ("log.xid", "[ 812.1] NVRM: Xid (0000:4e:00): 94, Contained: SM (0x1)"),
+    ("log.host-memory", "kernel: Memory cgroup out of memory: Killed process 4321 (python3) total-vm:9kB"),
+    ("log.host-memory", "slurmstepd: error: Detected 1 oom_kill event in StepId=77.0. Some of the step tasks died"),
+    ("log.host-memory", "    reason: OOMKilled"),
+    ("log.host-memory", "ray: 1 Workers (tasks / actors) killed due to memory pressure (OOM), 0 crashed"),
+    ("log.shm-small", "  traceback : Signal 7 (SIGBUS) received by PID 3"),
+    ("log.rank-died", "[ERROR] failed (exitcode: -9) local_rank: 1 (pid: 120) of binary: /usr/bin/python3"),
+    ("log.rank-died", "  traceback : Signal 9 (SIGKILL) received by PID 99"),
+    ("log.rank-died", "mpirun noticed that process rank 3 on node n1 exited on signal 11 (Segmentation fault)."),
+    ("log.rank-died", "srun: error: n1: task 3: Exited with exit code 137"),
+    ("log.cuda-memory", "[rank3]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."),
+    ("log.cuda", "[E] [Rank 0] NCCL watchdog thread terminated with exception: CUDA error: an illegal memory access"),
+    ("log.port-busy", "DistNetworkError: port: 29500, name: EADDRINUSE, message: address already in use"),
+    ("log.rendezvous", "[rank1]: RuntimeError: [1] is setting up NCCL communicator and retrieving ncclUniqueId from [0]"
+     " via c10d key-value store by key '0', but store->get('0') got error: Timeout waiting for key: default_pg/0/0"),
+    ("log.rendezvous", "[c10d] The client socket has timed out after 300000ms while trying to connect to (n1, 29500)."),
+    ("log.rendezvous", "torch.distributed.DistStoreError: Timed out after 61 seconds waiting for clients. 1/2 joined."),
+    ("log.program", "[rank3]: ValueError: the batch is empty"),
     ("log.dup-gpu", "Duplicate GPU detected : rank 3 and rank 0 both on CUDA device f000"),
     ("log.ofi-rails", "NET/OFI Unexpected number of remote rails for dev 1. Expected 2 but got 3"),
     ("log.p2p-nvlink", "P2P is disabled between NVLINK connected GPUs 1 and 0. This should not be the case"),
@@ -169,6 +195,8 @@ def test_every_row_has_a_sample_and_a_topic() -> None:
         "net.cc:79 -> 3",
         "include/net.h:24 -> 2",
         "misc/socket.cc:400 -> 7",
+        "misc/socket.cc:829 -> 3",
+        "comm 0x5 rank 0 nranks 2 cudaDev 0 busId 1b000 - Abort COMPLETE",
         "Call to connect returned Connection refused, retrying",
     ],
 )
@@ -194,6 +222,39 @@ def test_unknown_warning_is_shown_and_fails_only_with_a_trail() -> None:
     )
     assert followed.verdict == "fail"
     assert (followed.findings[0].id, followed.findings[0].root_cause) == ("log.warn", True)
+
+
+def test_a_killed_rank_explains_the_hang_of_the_others() -> None:
+    killed = "[ERROR] failed (exitcode: -9) local_rank: 1 (pid: 120) of binary: /usr/bin/python3\n"
+    report = read(BARE[0][1] + "\n" + killed + warn("socketProgress: Connection closed by remote peer n2<41000>"))
+    assert (report.verdict, report.findings[0].id) == ("fail", "log.rank-died")
+    assert "signal 9, local rank 1" in report.findings[0].title
+
+
+@pytest.mark.parametrize("code", [13, 31, 43, 45])
+def test_xid_of_the_program_is_no_fault_of_the_gpu(code: int) -> None:
+    assert read(f"NVRM: Xid (PCI:0000:4e:00): {code}, pid=1\n").verdict == "inconclusive"
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "remedy"),
+    [
+        ("Cuda failure 'CUDA driver version is insufficient for CUDA runtime'", "init.cc:1582", "driver is older"),
+        ("Cuda failure 'named symbol not found'", "enqueue.cc:58", "not built for this GPU"),
+        ("Cuda failure 'CUDA driver is a stub library'", "misc/cudawrap.cc:70", "LD_LIBRARY_PATH"),
+        ("Cuda failure 700 'an illegal memory access was encountered'", "enqueue.cc:1556", "CUDA_LAUNCH_BLOCKING=1"),
+        ("Cuda failure 217 'peer access is not supported between these two devices'", "transport/shm.cc:590",
+         "NCCL_CUMEM_HOST_ENABLE=0"),
+        ("Call to ibv_reg_dmabuf_mr failed with error Operation not supported", "misc/ibvwrap.cc:288",
+         "NCCL_DMABUF_ENABLE=0"),
+    ],
+)  # fmt: skip
+def test_the_first_line_to_type_is_of_what_was_said(text: str, where: str, remedy: str) -> None:
+    assert remedy in read(warn(text, where=where)).findings[0].remedy.splitlines()[0]
+
+
+def test_quotes_stay_in_pairs() -> None:
+    assert "999 'unknown error'" in read(warn("Cuda failure 999 'unknown error'")).findings[0].title
 
 
 def test_trail_without_a_cause() -> None:

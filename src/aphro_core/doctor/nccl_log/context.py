@@ -14,7 +14,7 @@ from aphro_core.doctor.nccl_log.remedies import remedy_for
 from aphro_core.doctor.nccl_log.topics import TOPICS
 
 _BRIDGE: Final = re.compile(r"docker\d*|br-\w+|virbr|veth|flannel|cni\d|cali\w|podman|lxc", re.IGNORECASE)
-_TUNNEL: Final = re.compile(r"tun\d|tap\d|wg\d|tailscale|zt\w|warp|vpn", re.IGNORECASE)
+_TUNNEL: Final = re.compile(r"tun\d|tnl\d|tap\d|wg\d|tailscale|zt\w|warp|vpn", re.IGNORECASE)
 _MAX_EVIDENCE: Final = 3
 
 
@@ -143,6 +143,15 @@ def _versions(facts: LogFacts, ib: bool) -> Iterator[Finding]:
         yield _found("log.version", Status.WARN, title, facts, *bases.values())
 
 
+def _networks(facts: LogFacts, ib: bool) -> Iterator[Finding]:
+    """Hosts that chose different networks cannot talk: no host is among those of two of them."""
+    notes = [note for note in facts.all_notes("network") if note.hosts]
+    hosts = [host for note in notes for host in note.hosts]
+    if len(notes) > 1 and len(hosts) == len(set(hosts)):
+        named = "; ".join(f"{note.value} on {', '.join(sorted(note.hosts)[:3])}" for note in notes[:4])
+        yield _found("log.net-mixed", Status.WARN, f"hosts chose different networks: {named}", facts, *notes)
+
+
 def _quality_of_log(facts: LogFacts, ib: bool) -> Iterator[Finding]:
     nodes = [note for note in facts.all_notes("nodes") if note.value.endswith(" 1") and not note.value.startswith("1 ")]
     if nodes and len(nodes) == len(facts.all_notes("nodes")):
@@ -155,6 +164,6 @@ def _quality_of_log(facts: LogFacts, ib: bool) -> Iterator[Finding]:
 
 
 _CHECKS: Final[tuple[Callable[[LogFacts, bool], Iterator[Finding]], ...]] = (
-    _same_gpu, _loopback, _docker_bridge, _same_name, _interfaces, _versions, _sockets, _gdr_off, _no_device,
-    _environment, _quality_of_log,
+    _same_gpu, _loopback, _docker_bridge, _same_name, _interfaces, _versions, _networks, _sockets, _gdr_off,
+    _no_device, _environment, _quality_of_log,
 )  # fmt: skip

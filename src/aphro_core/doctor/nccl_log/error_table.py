@@ -2,45 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from enum import IntEnum
 from typing import Final
 
-
-class Tier(IntEnum):
-    """How much a message explains. The first of the lowest tier is the root cause."""
-
-    CAUSE = 0
-    WEAK = 1  # a cause, unless somebody else failed first and so is not there
-    SUSPECT = 2  # a warning; the cause, if something failed and nothing better explains it
-    SYMPTOM = 3  # something hung or ended, not why
-    CONSEQUENCE = 4  # another rank's failure, seen from here
-    TRAIL = 5  # the way that an error took through NCCL
-    NOTE = 6  # worth a warning; never a failure
-
-
-@dataclass(frozen=True, slots=True)
-class ErrorRule:
-    """``title`` may name groups of ``words``; ``where``, if given, must be in the place in NCCL's source that speaks.
-
-    A record of level WARN is matched, and bare text unless ``is_general``; INFO only if ``in_info``.
-    """
-
-    id: str
-    tier: Tier
-    words: re.Pattern[str]
-    title: str
-    in_info: bool = False
-    is_general: bool = False  # words that other programs use too
-    where: str = ""
-
-
-def _rule(
-    id: str, tier: Tier, words: str, title: str, *, in_info: bool = False, is_general: bool = False, where: str = ""
-) -> ErrorRule:
-    return ErrorRule(id, tier, re.compile(words, re.IGNORECASE), title, in_info, is_general, where)
-
+from aphro_core.doctor.nccl_log.error_rule import Tier
+from aphro_core.doctor.nccl_log.error_rule import rule as _rule
+from aphro_core.doctor.nccl_log.program_errors import PROGRAM_ERRORS
 
 _CAUSE, _WEAK, _SUSPECT, _SYMPTOM, _CONSEQUENCE, _TRAIL, _NOTE = Tier
 _PEER = r"(?:.*?\bpeer (?P<peer>[^\s<]+))?"
@@ -51,6 +17,7 @@ _CUDA = r"(?:Cuda|HIP) failure:?"
 _MEMORY = r"(?:Cannot allocate memory|ENOMEM|\(12\))"
 
 ERRORS: Final = (
+    *PROGRAM_ERRORS,
     # programs and placement
     _rule("log.dup-gpu", _CAUSE, r"Duplicate GPU detected ?:? ?(?P<who>rank \d+ and rank \d+ both on CUDA device \w+)?"
           r"|Multiple Ranks are using the same GPU", "two ranks use the same GPU: {who}"),
@@ -111,7 +78,8 @@ ERRORS: Final = (
     # plug-ins
     _rule("log.ofi-rails", _CAUSE, r"Unexpected number of remote rails.*Expected \d+ but got \d+|remote rails",
           "nodes expose different numbers of EFA devices"),
-    _rule("log.ofi-peer", _CAUSE, r"Unresponsive receiver|Unreachable remote|NET/OFI.*completed with error"
+    _rule("log.ofi-peer", _CAUSE, r"Unresponsive receiver|Unreachable remote|nable to insert remote address"
+          r"|NET/OFI.*completed with error"
           r".*(?:timed? ?out|4126|4118|handshake)",
           "the peer does not answer over EFA: gone, or its traffic is filtered"),
     _rule("log.ofi-error", _CAUSE, r"NET/OFI.*completed with error.*?Error: (?:\d+ \()?(?P<why>[^).]*)",
@@ -120,7 +88,7 @@ ERRORS: Final = (
           "NCCL_NET names a network that is not there: {name}"),
     _rule("log.no-plugin-start", _SUSPECT, r"fi_getinfo\(\) call failed|aws-ofi-nccl initialization failed"
           r"|NET/OFI (?:Failed to initialize|Initializing plugin failed)|No eligible providers"
-          r"|Unable to find libfabric provider|Plug-in core initialization failed",
+          r"|Unable to find libfabric provider|Could not find any optimal provider|Plug-in core initialization failed",
           "the network plug-in could not start"),
     _rule("log.no-network", _CAUSE, r"Failed to initialize any NET plugin", "no network could be started"),
     _rule("log.ofi-warn", _SUSPECT, r"NET/OFI (?P<why>.*(?:fail|error|unable|could ?n[o']t|supported).*)",
@@ -144,13 +112,15 @@ ERRORS: Final = (
           "no route to {peer}", is_general=True),
     _rule("log.tcp-timeout", _CAUSE, _CONNECT + _TO + r".*(?:timed out|\b110\()",
           "TCP packets to {peer} are lost", is_general=True),
-    _rule("log.tcp-timeout", _CAUSE, r"socket\.(?:cc|h):\d+ -> \d+ \(Operation now in progress\)",
+    _rule("log.tcp-timeout", _CAUSE, r"socket\.(?:cc|h):\d+ -> \d+ \(Operation now in progress\)|no POLLOUT events",
           "a TCP connection between ranks is never answered", in_info=True),
     _rule("log.refused", _WEAK, _CONNECT + _TO + r".*(?:Connection refused|\b111\()",
           "nobody listens at {peer}", is_general=True),
     _rule("log.dns", _CAUSE, r"getaddrinfo.*(?:Name or service not known|failure in name)", "a host name is not known"),
     _rule("log.connect", _WEAK, _CONNECT + _TO + r".*(?:failed|returned) ?:? ?(?P<why>.*)",
           "the connection to {peer} fails: {why}", is_general=True, where="socket"),
+    _rule("log.connect", _WEAK, r"Failed to execute operation Connect from rank \d+, retcode 2",
+          "a rank could not connect to another; this NCCL does not say why"),
     # GPUs
     _rule("log.p2p-nvlink", _CAUSE, r"P2P is disabled between NVLINK connected GPUs (?P<who>\d+ and \d+)?",
           "NVLink connects GPUs {who}, yet P2P does not work between them", in_info=True),
@@ -178,7 +148,7 @@ ERRORS: Final = (
           "the driver's management library failed: {why}"),
     _rule("log.topology", _CAUSE, r"Could not find (?:NET|GPU|node|device) .*|Failed to find reverse path"
           r"|Attribute \w+ of node \w+ not found"
-          r"|XML .*(?:not found|error|mismatch)|parse .*topology|Error.*topo\w* file",
+          r"|XML .*(?:not found|error|mismatch)|too many XML nodes|parse .*topology|Error.*topo\w* file",
           "NCCL cannot make out the machine's topology"),
     # what others see
     _rule("log.watchdog", _SYMPTOM, r"Watchdog caught collective operation timeout: (?:WorkNCCL\((?P<work>[^)]*\)=?\d*)"
@@ -191,12 +161,14 @@ ERRORS: Final = (
           "processes of the job do not answer NCCL's RAS"),
     _rule("log.ras-mismatch", _NOTE, r"Communicator ranks have different (?P<operation>(?:\w+ )?operation) counts",
           "ranks of one communicator stand at different {operation} counts"),
+    _rule("log.heartbeat", _CONSEQUENCE, r"ncclRemoteError|remote process exited or there was a network error",
+          "another rank ended, or the network to it failed"),
     _rule("log.heartbeat", _CONSEQUENCE, r"Connection closed by (?:remote )?peer|Socket recv failed|\[Service thread\]"
           r"|\[Proxy Service|Proxy Call to rank|Connection reset by peer|Broken pipe|remote process exited"
-          r"|ncclRemoteError|Aborted|aborted", "another rank ended", is_general=True),
+          r"|Aborted|aborted", "another rank ended", is_general=True),
     _rule("log.exception", _CONSEQUENCE, r"NCCL error in: [^,]*(?:, (?P<why>[^,(]*))?|(?P<class>nccl(?:System|Internal|"
           r"UnhandledCuda|InvalidUsage|InvalidArgument|Remote)Error): (?P<what>.*)|Test NCCL failure (?P<test>.*)"
-          r"|NCCL [Ee]rror:? (?P<code>.*)", "NCCL returned an error: {why}{class}{test}{code}"),
+          r"|NCCL [Ee]rror:? (?P<code>[^{]*)$", "NCCL returned an error: {why}{class}{test}{code}"),
     # host tuning that RCCL asks for
     _rule("log.numa", _NOTE, r"NUMA auto balancing enabled|Missing \"?iommu=pt",
           "the host is not tuned as RCCL asks for"),

@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from aphro_core.doctor.nccl_log.error_table import ERRORS, ErrorRule
+from aphro_core.doctor.nccl_log.error_rule import ErrorRule
+from aphro_core.doctor.nccl_log.error_table import ERRORS
 from aphro_core.doctor.nccl_log.facts import LogFacts, Sighting
 from aphro_core.doctor.nccl_log.records import Record
 
 _MAX_TEXT: Final = 2048  # NCCL cuts a record at 1024 bytes; rules must not wander through a line of 64 KiB
 _TRAIL: Final = re.compile(r"^(?P<file>[\w./-]+\.(?:cc|h|cu|cpp|c)):\d+ -> (?P<code>\d)\b(?P<rest>.*)")
 _DEADLY_FILES: Final = re.compile(
-    r"(?:^|/)(?:init|group|bootstrap|transport|generic|enqueue|proxy|socket)\.(?:cc|h|cu)$"
+    r"(?:^|/)(?:init|group|bootstrap|transport|generic|enqueue|proxy|socket|transport/(?:net|p2p|shm|nvls))\.(?:cc|h|cu)$"
 )
+_FAREWELL: Final = re.compile(r"(?:^|/)socket\.(?:cc|h)$")  # with class 3: a thread of NCCL is told to stop
 _HARMLESS_WARN: Final = re.compile(
     r"Could not find a path for pattern|falling back to simple order|libibverbs|NCCL_\w+ .*deprecated"
     r"|[Uu]nable to (?:load|find) .*(?:tuner|profiler)|GDRC(?:OPY|opy)|NET/Plugin"
@@ -39,6 +41,7 @@ def read_error(seen: Sighting, facts: LogFacts) -> bool:
         trail
         and trail["code"] not in "079"
         and record.level
+        and not (trail["code"] == "3" and _FAREWELL.search(trail["file"]))
         and (_DEADLY_FILES.search(trail["file"]) or "hread]" in trail["rest"])
     ):
         facts.note("trail", trail["code"], seen)
@@ -55,7 +58,13 @@ def _match_rule(record: Record) -> tuple[ErrorRule | None, re.Match[str] | None]
 
 
 def _fill(title: str, match: re.Match[str]) -> str:
-    named = {name: (value or "").strip(" .'\"") for name, value in match.groupdict().items()}
+    named = {name: _unquote(value or "") for name, value in match.groupdict().items()}
     defaults = {"peer": "the peer", "work": "no details"}
     text = re.sub(r"\{(\w+)\}", lambda hole: named.get(hole[1]) or defaults.get(hole[1], ""), title)
-    return text.rstrip(": ").replace(" ()", "").replace("(such as )", "")
+    return text.rstrip(": ").replace(" ()", "").replace("(such as )", "").removesuffix(", local rank")
+
+
+def _unquote(value: str) -> str:
+    """Without the quotes around all of it; those around a part of it stay."""
+    value = value.strip(" .")
+    return value.strip("'\" .") if value.count("'") != 2 or value.startswith("'") else value

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Final
 
 from aphro_core.doctor.finding import Finding, Status
-from aphro_core.doctor.nccl_log.error_table import ERRORS, Tier
+from aphro_core.doctor.nccl_log.error_rule import Tier
+from aphro_core.doctor.nccl_log.error_table import ERRORS
 from aphro_core.doctor.nccl_log.facts import LogFacts, Note
 from aphro_core.doctor.nccl_log.remedies import remedy_for
 
@@ -15,6 +16,8 @@ _TIERS: Final = {rule.id: rule.tier for rule in ERRORS} | {"log.warn": Tier.SUSP
 _EXPLAINS: Final = {
     "log.loopback": {"log.refused", "log.tcp-timeout", "log.no-route"},
     "log.docker-bridge": {"log.refused", "log.tcp-timeout", "log.no-route"},
+    "log.version": {"log.wrong-peer"},
+    "log.net-mixed": {"log.wrong-peer"},
     "log.same-name": {"log.wrong-peer"},
 }
 

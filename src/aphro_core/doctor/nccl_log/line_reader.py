@@ -14,9 +14,11 @@ from aphro_core.doctor.nccl_log.records import Record, read_bare, read_records
 # One alternative a first letter, of letters that are rare in prose: a search skips to them. What begins with a common
 # letter is looked for apart.
 _RARE: Final = (
-    rb"C(?:CL|OLL|uda fail|ommunicator ranks)|\](?: INFO| WARN)|N(?:ET[/ ]|VLS)|P(?:2P[/ ]|rocess \d+ on node)|SHM"
-    rb"|R(?:ank +\d+ .*Pid|AS network)|Duplicate GPU|M(?:ultiple Ranks|NNVL|issing comm)|IBV_|HIP fail|Got compl"
-    rb"|Last error|Bootstrap|Watchdog c|_(?<=bv_)[a-z]|ket\w*: "
+    rb"C(?:CL|OLL|uda fail|ommunicator ranks|UDA (?:error: |out of))|N(?:ET[/ ]|VLS|VRM: )|S(?:HM|IG(?:KILL|SEGV|BUS))"
+    rb"|\](?: INFO| WARN| The client socket|: [\w.]*(?:Error|Exception): )|P(?:2P[/ ]|rocess \d+ on n)|Killed process"
+    rb"|R(?:ank +\d+ .*Pid|AS network)|M(?:ultiple Ranks|NNVL|issing comm)|IBV_|HIP (?:fail|error: )|Got compl"
+    rb"|D(?:uplicate GPU|ist(?:Network|Store)Error)|O(?:ut Of Memory|OMKilled|OM\))|Last error|Bootstrap"
+    rb"|xit(?:ed on signal| ?code *:? *(?:-|13))|W(?:atchdog c|ARN [A-Z])|_(?:(?<=bv_)[a-z]|kill event)|ket\w*: "
 )
 COMMON_WORDS: Final = (b"ccl", b"mote rails", b"memory segment", b"direct shared mem")
 TELLING_WITHOUT_COMMON: Final = re.compile(_RARE)

@@ -10,7 +10,7 @@ _COLOUR: Final = re.compile(r"(?:\x1b|ESC)?\[\d{0,3}(?:;\d{1,3})*[mK]")
 _LEVEL: Final = re.compile(r"N?CCL (INFO|WARN|TRACE|CALL|ABORT|ERROR)(?: |$)")
 # host:pid:tid [device] <ms> file:line (function), at the end of what stands before the level
 _HEAD: Final = re.compile(
-    r"(?P<host>(?:\[[\w. -]+\]|<[\w. -]+>|[^\s:<>\x22\x27]{0,255}))"
+    r"(?P<host>(?:\[[\w. -]+\]|<[\w. -]+>|[^\s:<>\x22\x27\[\]]{0,255}))"
     r":(?P<pid>\d+|\[\w+\]|[A-Za-z_]\w*):(?:\d+|\[\w+\]|[A-Za-z_]\w*)"
     r"(?: +\[(?P<device>[^\]\s]*)\](?P<where>| (?!.*:\d+:\d+ +\[).*:\d+(?: \([^()]*\))?))? *$"
 )

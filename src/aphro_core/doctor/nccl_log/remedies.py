@@ -150,6 +150,32 @@ def _shm(facts: LogFacts) -> list[str]:
     return lines + ([f"unset NCCL_P2P_LEVEL   # {level.value} forbids P2P over PCIe"] if level else [])
 
 
+def _p2p_denied(facts: LogFacts) -> list[str]:
+    is_in_shm = any("shm" in note.first.record.where for note in facts.all_notes("log.p2p-denied"))
+    return ["export NCCL_CUMEM_HOST_ENABLE=0   # host memory is shared through /dev/shm instead"] if is_in_shm else []
+
+
+def _register(facts: LogFacts) -> list[str]:
+    is_dmabuf = any("dmabuf" in note.first.record.text.lower() for note in facts.all_notes("log.ib-register"))
+    return ["export NCCL_DMABUF_ENABLE=0   # the NIC's driver cannot: nvidia_peermem is used"] if is_dmabuf else []
+
+
+_OF_CUDA: Final = (
+    ("version is insufficient|not supported in the installed|unsupported PTX|forward compat",
+     "# the driver is older than the CUDA of this NCCL: update it, or install torch for an older CUDA"),
+    ("named symbol not found|no kernel image|invalid device function",
+     "# this NCCL was not built for this GPU: a newer one, or build it with NVCC_GENCODE for the GPU's capability"),
+    ("stub library", "# libcuda.so is the stub for linking: take .../stubs out of LD_LIBRARY_PATH"),
+    ("illegal memory access|launch failure|misaligned|device-side assert",
+     "CUDA_LAUNCH_BLOCKING=1 ...   # the program's own kernel failed before; NCCL only met the error"),
+)  # fmt: skip
+
+
+def _cuda(facts: LogFacts) -> list[str]:
+    said = " ".join(note.value for note in facts.all_notes("log.cuda"))
+    return [line for words, line in _OF_CUDA if re.search(words, said, re.IGNORECASE)]
+
+
 def _environment(facts: LogFacts) -> list[str]:
     return [f"unset {name}" for name in forced_choices(facts)]
 
@@ -161,6 +187,9 @@ _SPECIAL: Final[dict[str, Callable[[LogFacts], list[str]]]] = {
     "log.gdr-off": _no_gdr,
     "log.shm": _shm,
     "log.env": _environment,
+    "log.cuda": _cuda,
+    "log.p2p-denied": _p2p_denied,
+    "log.ib-register": _register,
     "log.no-route": _reach,
     "log.tcp-timeout": _reach,
     "log.refused": _reach,

@@ -21,6 +21,38 @@ Processes disagree about the number of ranks, or a rank joined twice: two jobs s
 started with another size.
 > # a fresh rendezvous id and port for each job; the same world size everywhere
 
+log.net-mixed
+Some hosts of the job chose InfiniBand (or a plug-in), others TCP sockets: they cannot talk to one another.
+> ls /dev/infiniband; ibv_devinfo | grep -e hca_id -e state   # on the hosts that chose Socket: what is missing there
+> export NCCL_NET=Socket   # on all hosts: goes on, slower
+
+log.xid
+The kernel's log names a fault of a GPU, its board or its link (Xid 79: fallen off the bus; 48, 94, 95: memory; 74:
+NVLink; 119, 120: its processor does not answer). What NCCL says afterwards follows from it.
+> nvidia-smi -q -d ECC,ROW_REMAPPER; sudo dmesg | grep Xid   # reset the GPU or reboot; repair it if this returns
+
+log.host-memory
+The host, its container or its job ran out of memory, and the kernel killed a process. The other ranks then lose their
+connections or wait until they time out.
+> sudo dmesg | grep -i -e oom -e 'killed process'; free -g   # who took it
+> # more memory for the container or job (limits.memory, --mem), or fewer loader processes and pinned buffers
+
+log.rank-died
+A process of the job was killed (9: mostly for lack of host memory) or crashed (11, 4). The other ranks then lose their
+connections or wait until they time out.
+> sudo dmesg | grep -i -e oom -e 'killed process' -e segfault   # on the host of that process, at that time
+> # its own log, just before the end
+
+log.rendezvous
+Ranks did not all come to the rendezvous in time: one ended before, or waits for something else, or the address or port
+of the first one cannot be reached.
+> nc -vz $MASTER_ADDR $MASTER_PORT   # from the ranks that wait, while rank 0 runs; a firewall, or another interface
+> # the log of the ranks that are missing (key default_pg/0/0: rank 0): their first error is the cause
+
+log.program
+A rank's own program ended with an exception, and not NCCL's. The other ranks then lose their connections or wait.
+> # the traceback above that line
+
 log.port-busy
 The port is in use, often by an earlier run.
 > ss -ltnp   # who holds the port; choose another, or end that process
@@ -269,6 +301,7 @@ NVML does not answer: kernel module and library of different versions, or a GPU 
 
 log.topology
 NCCL could not read the PCIe tree, or a topology file does not fit the machine.
+> cat /etc/nccl.conf ~/.nccl.conf; unset NCCL_GRAPH_FILE   # a graph file fits one number of GPUs only
 > unset NCCL_TOPO_FILE   # or the provider's file for this virtual machine; containers need /sys
 > export NCCL_TOPO_DUMP_FILE=/tmp/topo.xml   # compare between nodes
 

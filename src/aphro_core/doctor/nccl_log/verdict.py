@@ -18,9 +18,9 @@ Verdict = Literal["pass", "warn", "fail", "inconclusive"]
 EXIT_CODES: Final[dict[Verdict, int]] = {"pass": 0, "inconclusive": 0, "warn": 1, "fail": 2}
 # of warnings, what costs or tells most comes first
 _WEIGHTY: Final = (
-    "log.loopback", "log.docker-bridge", "log.no-plugin-start", "log.interfaces", "log.sockets", "log.net-in-host",
-    "log.gdr-mixed", "log.rdma-no-gdr", "log.gdr-off", "log.same-name", "log.shm", "log.p2p-pcie", "log.no-rdma-device",
-    "log.version", "log.env", "log.ofi-warn", "log.ib-warn", "log.warn", "log.numa",
+    "log.loopback", "log.docker-bridge", "log.net-mixed", "log.no-plugin-start", "log.interfaces", "log.sockets",
+    "log.net-in-host", "log.gdr-mixed", "log.rdma-no-gdr", "log.gdr-off", "log.same-name", "log.shm", "log.p2p-pcie",
+    "log.no-rdma-device", "log.version", "log.env", "log.ofi-warn", "log.ib-warn", "log.warn", "log.numa",
 )  # fmt: skip
 # errors that a process reports of what it uses
 _BREAKS: Final = {

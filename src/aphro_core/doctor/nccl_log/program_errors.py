@@ -1,0 +1,33 @@
+"""What launchers, frameworks and the kernel say of a rank that failed: NCCL itself may have had no chance to."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from aphro_core.doctor.nccl_log.error_rule import Tier
+from aphro_core.doctor.nccl_log.error_rule import rule as _rule
+
+_NOT_NCCLS = r"(?!.*(?:NCCL|nccl))"
+
+PROGRAM_ERRORS: Final = (
+    # codes that mean a fault of the GPU, the board or the driver; others are mostly of the program
+    _rule("log.xid", Tier.CAUSE, r"NVRM: Xid \((?:PCI:)?(?P<bus>[\w:.]+)\): "
+          r"(?P<code>48|6[1-4]|74|79|92|9[45]|119|120|13[67]|14[03]|154)\b",
+          "the kernel reports a fault of GPU {bus}: Xid {code}"),
+    _rule("log.host-memory", Tier.CAUSE, r"out of memory: Killed process (?P<who>\d+(?: \([^)]*\))?)|oom_kill event"
+          r"|task \d+: Out Of Memory|OOMKilled|memory pressure \(OOM\)|node running low on memory",
+          "the host ran out of memory, and the kernel killed a process: {who}"),
+    _rule("log.shm-small", Tier.CAUSE, r"bus error encountered|Signal 7 \(SIGBUS\)|exitcode *: -7\b",
+          "a process died of a bus error: /dev/shm is full or too small"),
+    _rule("log.rank-died", Tier.WEAK, r"exit ?code *: *-(?P<signal>9|11|4)\b(?:\) local_rank: (?P<rank>\d+))?"
+          r"|Signal (?P<number>9|11|4) \(SIG|exited on signal (?P<mpi>9|11|4)\b|exit code (?P<shell>137|139)\b",
+          "a process was killed or crashed: signal {signal}{number}{mpi}{shell}, local rank {rank}"),
+    _rule("log.cuda-memory", Tier.CAUSE, r"CUDA (?:error: )?out of memory", "a GPU ran out of memory"),
+    _rule("log.cuda", Tier.CAUSE, r"\b(?:CUDA|HIP) error: (?P<why>.*)", "a CUDA call failed: {why}"),
+    _rule("log.rendezvous", Tier.WEAK, r"store->get\('[^']*'\) got error: (?P<why>.*)"
+          r"|DistStoreError: (?P<store>.*)|The client socket has timed out after .*?connect to (?P<peer>[^.]*[\d)])",
+          "ranks did not meet at the rendezvous: {why}{store}{peer}"),
+    _rule("log.program", Tier.SUSPECT, r"\[rank(?P<rank>\d+)\]: " + _NOT_NCCLS
+          + r"(?P<what>(?!Dist|torch\.distributed)(?:\w+\.)*\w*(?:Error|Exception): .*)",
+          "the program of rank {rank} ended with {what}"),
+)  # fmt: skip
