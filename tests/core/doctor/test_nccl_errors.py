@@ -33,6 +33,9 @@ SAMPLES = [
     ("log.ib-completion", f"{COMPLETION}status=9 opcode=1"),
     ("log.ib-event", "NET/IB : mlx5_0:1 Got async event : port error"),
     ("log.ib-event", "NET/IB : mlx5_2:1 Got async fatal event: local catastrophic error"),
+    ("log.ib-event", "NET/IB : mlx5_0:1 Got non-fatal async event: port error(10)"),
+    ("log.ib-event", "NET/IB : mlx5_0:1 async fatal event on QP (0x7f00): local access violation work queue error"),
+    ("log.ib-event", "NET/IB : mlx5_0:1 async fatal event: local catastrophic error"),
     ("log.ib-nomem", "Call to ibv_reg_mr_iova2 failed with error Cannot allocate memory"),
     ("log.ib-nomem", "Call to ibv_create_cq failed with error Cannot allocate memory errno 12"),
     ("log.ib-nomem", "NET/OFI Unable to register memory (type = 2). RC: -12, Error: Cannot allocate memory"),
@@ -110,6 +113,9 @@ BARE = [
      " NumelIn=1, NumelOut=1, Timeout(ms)=600000) ran for 600010 milliseconds before timing out."),
     ("log.watchdog", "[F] [Rank 0] Terminating the process after attempting to dump debug info, due to ProcessGroupNCCL"
      " watchdog hang."),
+    ("log.watchdog", "[rank2]:[F] [PG 0 Rank 2] Heartbeat monitor timed out! Process will be terminated after dumping"),
+    ("log.gloo", "[rank1]: RuntimeError: Gloo connectFullMesh failed with [../gloo/transport/tcp/pair.cc:144]"),
+    ("log.loopback", "[rank0]: RuntimeError: [../gloo/transport/tcp/pair.cc:534] closed by peer [127.0.1.1]:3"),
     ("log.ras-dead", "  1 job process is considered dead (unreachable via the RAS network)"),
     ("log.ras-missing", "  Missing communicator data from 1 job process"),
     ("log.ras-mismatch", "  Communicator ranks have different AllGather operation counts"),
@@ -204,7 +210,16 @@ def test_harmless_records_are_no_failure(text: str) -> None:
     assert read(info(text)).verdict == "inconclusive"
 
 
-@pytest.mark.parametrize("text", ["NET/IB : Got async event : port active", "Could not find a path for pattern 4"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "NET/IB : Got async event : port active",
+        "NET/IB : mlx5_0:1 Got non-fatal async event: client reregistration(17)",
+        "NET/IB : mlx5_0:1 Got non-fatal async event: port active(9)",
+        "Could not find a path for pattern 4",
+        "Cannot get incoming CPU.",
+    ],
+)
 def test_harmless_warnings_are_no_finding(text: str) -> None:
     assert read(warn(text)).verdict == "inconclusive"
 
@@ -251,6 +266,20 @@ def test_xid_of_the_program_is_no_fault_of_the_gpu(code: int) -> None:
 )  # fmt: skip
 def test_the_first_line_to_type_is_of_what_was_said(text: str, where: str, remedy: str) -> None:
     assert remedy in read(warn(text, where=where)).findings[0].remedy.splitlines()[0]
+
+
+def test_who_spoke_instead_of_a_rank_is_quoted() -> None:
+    finding = read(warn("socketFinalizeAccept: wrong magic 74656d2f20544547 != 7970663b906d70b9")).findings[0]
+    assert "it says 'GET /met'" in finding.title
+    assert "scanners" in finding.remedy.splitlines()[0]
+    assert "says" not in read(warn("socketFinalizeAccept: wrong magic 8a656d2f20544547 != 79")).findings[0].title
+
+
+def test_two_hosts_with_one_address_of_a_container_bridge() -> None:
+    boot = "Bootstrap : Using eth0:172.17.0.2<0>"
+    refused = warn("socketStartConnect: Connect to 172.17.0.2<40001> failed : Connection refused", "n2")
+    report = read(info(boot, "n1") + info(boot, "n2") + refused)
+    assert (report.verdict, report.findings[0].id) == ("fail", "log.docker-bridge")
 
 
 def test_quotes_stay_in_pairs() -> None:

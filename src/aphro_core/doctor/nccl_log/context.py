@@ -91,7 +91,7 @@ def _loopback(facts: LogFacts, ib: bool) -> Iterator[Finding]:
 
 def _docker_bridge(facts: LogFacts, ib: bool) -> Iterator[Finding]:
     notes = [note for note in _addresses(facts) if re.search(r"docker\d*:|eth\d:172\.17\.", note.value)]
-    if notes and num_nodes(facts) > 1:
+    if notes and (num_nodes(facts) > 1 or any(len(note.hosts) > 1 for note in notes)):
         yield _found("log.docker-bridge", Status.WARN, "NCCL uses a container bridge between hosts", facts, *notes)
 
 

@@ -47,7 +47,8 @@ ERRORS: Final = (
           "a work request failed with completion status {status}"),
     _rule("log.ib-timeout", _CAUSE, r"IBV_WC_RETRY_EXC_ERR|transport retry counter exceeded",
           "the NIC of the peer does not answer: retries exceeded"),
-    _rule("log.ib-event", _CAUSE, r"Got async (?:fatal )?event ?: ?(?P<event>(?:port|local|device|QP)[\w ]*)",
+    _rule("log.ib-event", _CAUSE, r"(?:Got (?:non-fatal )?async|Got async fatal|async fatal|port) event"
+          r"(?: on [CQS]\w+ ?\([^)]*\))? ?: ?(?P<event>(?:port|local|device|CQ|QP|SRQ)[\w ]*)",
           "the NIC reported an event: {event}"),
     _rule("log.ib-nomem", _CAUSE, r"ibv_(?:exp_)?(?:reg_|create_|alloc_)\w+.*" + _MEMORY
           + r"|(?:register|registration|reg_?mr).*(?:Cannot allocate memory)",
@@ -101,7 +102,8 @@ ERRORS: Final = (
           r"|No network interface|with family \d+ is neither AF_INET", "no network interface matches"),
     _rule("log.family", _CAUSE, r"Address family not supported",
           "one side advertises an IPv6 address, the other has none"),
-    _rule("log.wrong-peer", _CAUSE, r"wrong type \d+|wrong magic", "a connection was answered by the wrong listener"),
+    _rule("log.wrong-peer", _CAUSE, r"wrong type \d+|wrong magic(?: (?P<magic>[0-9a-f]{16})\b)?",
+          "a connection was answered by the wrong listener{magic}"),
     _rule("log.wrong-peer", _CAUSE, r"message truncated ?:? ?(?P<why>receiv.*)",
           "a message has another size than expected: ranks differ in calls, sizes, settings or version: {why}"),
     _rule("log.loopback", _CAUSE, _CONNECT + r".*?\bto (?P<peer>127\.[\d.]+(?:<\d+>)?)",
@@ -153,7 +155,8 @@ ERRORS: Final = (
     # what others see
     _rule("log.watchdog", _SYMPTOM, r"Watchdog caught collective operation timeout: (?:WorkNCCL\((?P<work>[^)]*\)=?\d*)"
           r"|WorkNCCL)?|NCCL operations? (?:have|has) failed or timed out|Collective operation timeout"
-          r"|ProcessGroupNCCL watchdog hang|watchdog got stuck|dump signal due to a collective timeout",
+          r"|ProcessGroupNCCL watchdog hang|watchdog got stuck|"
+          r"Heartbeat monitor timed out! Process|dump signal due to a collective timeout",
           "a collective hung until PyTorch gave up: {work}"),
     _rule("log.ras-dead", _SYMPTOM, r"job process(?:es)? (?:is|are) considered dead",
           "NCCL's RAS counts processes of the job as dead"),

@@ -20,7 +20,8 @@ _HARMLESS_WARN: Final = re.compile(
     r"Could not find a path for pattern|falling back to simple order|libibverbs|NCCL_\w+ .*deprecated"
     r"|[Uu]nable to (?:load|find) .*(?:tuner|profiler)|GDRC(?:OPY|opy)|NET/Plugin"
     r"|ncclGetVersion symbol|pciPath: Could not find"
-    r"|Got async event ?: ?(?:client reregistration|port active|GID table|LID change|SM change|P_Key)"
+    r"|Got (?:non-fatal )?async event ?: ?(?:client rereg|port active|GID table|LID change|SM change|P_Key|QP last)"
+    r"|port event: port active|Cannot get incoming CPU|Maximum retry reached for (?:accept|connect)"
 )
 
 
@@ -59,9 +60,16 @@ def _match_rule(record: Record) -> tuple[ErrorRule | None, re.Match[str] | None]
 
 def _fill(title: str, match: re.Match[str]) -> str:
     named = {name: _unquote(value or "") for name, value in match.groupdict().items()}
+    named["magic"] = _spoken(named.get("magic", ""))
     defaults = {"peer": "the peer", "work": "no details"}
     text = re.sub(r"\{(\w+)\}", lambda hole: named.get(hole[1]) or defaults.get(hole[1], ""), title)
     return text.rstrip(": ").replace(" ()", "").replace("(such as )", "").removesuffix(", local rank")
+
+
+def _spoken(magic: str) -> str:
+    """The first eight bytes of whoever connected instead of a rank, where they are text: mostly of HTTP or ssh."""
+    said = bytes.fromhex(magic)[::-1].decode("ascii", "replace")
+    return f": it says {said!r}" if said and said.isprintable() and said.isascii() else ""
 
 
 def _unquote(value: str) -> str:

@@ -16,7 +16,8 @@ from aphro_core.doctor.nccl_log.records import Record, read_bare, read_records
 _RARE: Final = (
     rb"C(?:CL|OLL|uda fail|ommunicator ranks|UDA (?:error: |out of))|N(?:ET[/ ]|VLS|VRM: )|S(?:HM|IG(?:KILL|SEGV|BUS))"
     rb"|\](?: INFO| WARN| The client socket|: [\w.]*(?:Error|Exception): )|P(?:2P[/ ]|rocess \d+ on n)|Killed process"
-    rb"|R(?:ank +\d+ .*Pid|AS network)|M(?:ultiple Ranks|NNVL|issing comm)|IBV_|HIP (?:fail|error: )|Got compl"
+    rb"|R(?:ank +\d+ .*Pid|AS network)|M(?:ultiple Ranks|NNVL|issing comm)|IBV_|G(?:ot compl|loo conn)"
+    rb"|H(?:IP (?:fail|error: )|eartbeat m)"
     rb"|D(?:uplicate GPU|ist(?:Network|Store)Error)|O(?:ut Of Memory|OMKilled|OM\))|Last error|Bootstrap"
     rb"|xit(?:ed on signal| ?code *:? *(?:-|13))|W(?:atchdog c|ARN [A-Z])|_(?:(?<=bv_)[a-z]|kill event)|ket\w*: "
 )

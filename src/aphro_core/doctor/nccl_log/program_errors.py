@@ -22,6 +22,8 @@ PROGRAM_ERRORS: Final = (
     _rule("log.rank-died", Tier.WEAK, r"exit ?code *: *-(?P<signal>9|11|4)\b(?:\) local_rank: (?P<rank>\d+))?"
           r"|Signal (?P<number>9|11|4) \(SIG|exited on signal (?P<mpi>9|11|4)\b|exit code (?P<shell>137|139)\b",
           "a process was killed or crashed: signal {signal}{number}{mpi}{shell}, local rank {rank}"),
+    _rule("log.loopback", Tier.CAUSE, r"(?i:gloo).*\[?(?P<peer>127\.[\d.]+)", "Gloo was told to connect to {peer}"),
+    _rule("log.gloo", Tier.WEAK, r"Gloo connectFullMesh failed", "Gloo could not connect the ranks"),
     _rule("log.cuda-memory", Tier.CAUSE, r"CUDA (?:error: )?out of memory", "a GPU ran out of memory"),
     _rule("log.cuda", Tier.CAUSE, r"\b(?:CUDA|HIP) error: (?P<why>.*)", "a CUDA call failed: {why}"),
     _rule("log.rendezvous", Tier.WEAK, r"store->get\('[^']*'\) got error: (?P<why>.*)"

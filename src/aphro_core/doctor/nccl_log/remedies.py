@@ -155,6 +155,14 @@ def _p2p_denied(facts: LogFacts) -> list[str]:
     return ["export NCCL_CUMEM_HOST_ENABLE=0   # host memory is shared through /dev/shm instead"] if is_in_shm else []
 
 
+def _wrong_peer(facts: LogFacts) -> list[str]:
+    if not any("it says" in note.value for note in facts.all_notes("log.wrong-peer")):
+        return []
+    return [
+        "sysctl net.ipv4.ip_local_port_range   # keep monitors, scanners and proxies off these ports of the nodes",
+    ]
+
+
 def _register(facts: LogFacts) -> list[str]:
     is_dmabuf = any("dmabuf" in note.first.record.text.lower() for note in facts.all_notes("log.ib-register"))
     return ["export NCCL_DMABUF_ENABLE=0   # the NIC's driver cannot: nvidia_peermem is used"] if is_dmabuf else []
@@ -165,6 +173,13 @@ _OF_CUDA: Final = (
      "# the driver is older than the CUDA of this NCCL: update it, or install torch for an older CUDA"),
     ("named symbol not found|no kernel image|invalid device function",
      "# this NCCL was not built for this GPU: a newer one, or build it with NVCC_GENCODE for the GPU's capability"),
+    ("busy or unavailable",
+     "nvidia-smi -q -d COMPUTE   # Exclusive_Process: one process a GPU; MIG: an instance for each process"),
+    ("invalid device ordinal",
+     "echo $CUDA_VISIBLE_DEVICES   # fewer GPUs are visible than local ranks; containers: --gpus all"),
+    ("unsupported display driver",
+     "# libcuda.so is of another driver: take cuda-compat out of LD_LIBRARY_PATH, or reboot after an update"),
+    ("initialization error", "# CUDA was used before a fork: start workers by spawn; does nvidia-smi answer?"),
     ("stub library", "# libcuda.so is the stub for linking: take .../stubs out of LD_LIBRARY_PATH"),
     ("illegal memory access|launch failure|misaligned|device-side assert",
      "CUDA_LAUNCH_BLOCKING=1 ...   # the program's own kernel failed before; NCCL only met the error"),
@@ -188,6 +203,7 @@ _SPECIAL: Final[dict[str, Callable[[LogFacts], list[str]]]] = {
     "log.shm": _shm,
     "log.env": _environment,
     "log.cuda": _cuda,
+    "log.wrong-peer": _wrong_peer,
     "log.p2p-denied": _p2p_denied,
     "log.ib-register": _register,
     "log.no-route": _reach,

@@ -49,6 +49,12 @@ of the first one cannot be reached.
 > nc -vz $MASTER_ADDR $MASTER_PORT   # from the ranks that wait, while rank 0 runs; a firewall, or another interface
 > # the log of the ranks that are missing (key default_pg/0/0: rank 0): their first error is the cause
 
+log.gloo
+Gloo, which carries what ranks say on CPUs, could not connect them: it takes the interface that the host's own name
+leads to, which may be another one than NCCL's.
+> getent hosts $(hostname); ip route get PEER   # the name must lead to the address that the peers reach
+> export GLOO_SOCKET_IFNAME=eth0   # that interface, on every node
+
 log.program
 A rank's own program ended with an exception, and not NCCL's. The other ranks then lose their connections or wait.
 > # the traceback above that line
