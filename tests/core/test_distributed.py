@@ -285,6 +285,17 @@ def test_a_rank_that_fails_where_others_wait_for_it_is_not_waited_for_long(
     assert [total for _, _, total in answers] == [[3.0, 3.0]] * 2
 
 
+def test_ranks_wait_for_a_late_one(tmp_path: Path) -> None:
+    def meet(links: Links, rank: int) -> tuple[float, float]:
+        time.sleep(0.5 * rank)
+        came = time.monotonic()
+        links.tensor.meet(CPU)
+        return came, time.monotonic()
+
+    times = run_ranks(tmp_path, build_plan(SPEC, 3, 1), meet)
+    assert min(left for _, left in times) >= max(came for came, _ in times)
+
+
 def fail_in_rendezvous(*shape: object) -> object:
     raise RuntimeError("pidfd_getfd: Operation not permitted")
 

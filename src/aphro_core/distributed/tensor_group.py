@@ -89,6 +89,12 @@ class TensorParallelGroup:
     def _gpus_of_all(self, device: torch.device) -> list[int]:
         return [index for (index,) in self._numbers_of_all([device.index], device)]
 
+    def meet(self, device: torch.device) -> None:
+        """Return when all ranks have come, however late: a sum by peer memory waits a minute and a half, and then fails
+        for good."""
+        if self.size > 1:
+            self._is_refused(None, device)
+
     def _can_hand_over(self, device: torch.device) -> bool:
         """Whether what shows a GPU's memory to another process gets there: asked before torch waits for it for ever."""
         return meet_neighbours(

@@ -90,6 +90,10 @@ class DeviceRunner:
         """Steps with chunks have shapes of their own up to so many tokens."""
         return self._shapes.graph_tokens
 
+    def meet(self) -> None:
+        """Wait for the other ranks of the stage, who may compile for minutes longer."""
+        self._links.tensor.meet(self._device)
+
     def rehearsing(self) -> AbstractContextManager[None]:
         """Inside the block steps launch every kernel that they would, over few of the layers, and give no answers."""
         return self._padded.rehearsing()

@@ -45,6 +45,7 @@ def warm_up(
                 begin()
             _run_steps(runner, steps, most, num_short, config)
         torch.cuda.synchronize()  # of what was computed there nothing is used
+        runner.meet()
     with runner.rehearsing():
         _run_steps(runner, steps, most, num_short, config)
     on_progress("kernels", 1, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -50,6 +52,35 @@ def test_steps_of_every_kind_leave_nothing_behind(
     assert [1] in lengths or max_num_seqs > 1
     assert max(map(len, lengths)) == max_num_seqs
     assert runner._sequences == {}
+
+
+def test_ranks_meet_between_compiling_and_steps_that_wait_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which one compiles faster is by chance, and how long another may take no kernel knows."""
+    write_tiny_checkpoint(tmp_path, "llama")
+    runner = device_runner(SimpleNamespace(folder=tmp_path))
+    config = EngineConfig(
+        model=ModelConfig(path=str(tmp_path), served_name="tiny", dtype="float32", max_model_len=128),
+        device="cuda",
+        enforce_eager=True,
+    )
+    done: list[str] = []
+
+    @contextmanager
+    def compiling(num_processes: int) -> Iterator[Callable[[], None]]:
+        yield lambda: None
+        done.append("compiled")
+
+    monkeypatch.setattr(module, "can_compile_ahead", lambda: True)
+    monkeypatch.setattr(module, "compiling_ahead", compiling)
+    monkeypatch.setattr(module, "_run_steps", lambda *arguments: done.append("steps"))
+    monkeypatch.setattr(module, "_run_lengths", lambda *arguments: None)
+    monkeypatch.setattr(module, "_reserve_pinned_memory", lambda: None)
+    monkeypatch.setattr(runner._links.tensor, "meet", lambda device: done.append("met"))
+    with mock.patch.object(torch.cuda, "synchronize"):
+        module.warm_up(runner, config, NUM_BLOCKS, 2, lambda phase, done, total: None)
+    assert done == ["steps", "compiled", "met", "steps"]
 
 
 @pytest.mark.parametrize(("is_eager", "expected"), [(True, [16, 32, 64]), (False, [64])])
