@@ -16,8 +16,9 @@ from aphro_kernels.peer_columns import PeerColumns, join_peer_columns, peer_colu
 from aphro_kernels.peer_rows import join_peer_rows, peer_rows_bytes
 
 from aphro_core import peer_sums
-from aphro_core.distributed import tensor_group
+from aphro_core.distributed import peer_meeting, tensor_group
 from aphro_core.distributed.links import Links
+from aphro_core.distributed.peer_meeting import PeerMeeting
 from aphro_core.distributed.tensor_group import TensorParallelGroup
 from aphro_core.parallel.shard import build_plan
 from tests.core.ranks import run_ranks
@@ -223,12 +224,16 @@ def test_cpus_have_no_peer_memory(tmp_path: Path) -> None:
 
 
 CPU = torch.device("cpu", 0)  # stands for a GPU where only votes travel
-SHAPE = (33, torch.float32, CPU, 2048)
+SHAPE = (33, torch.float32, 2048)
+
+
+def meeting(links: Links) -> PeerMeeting:
+    return PeerMeeting(links.tensor.rank, links.tensor.size, links.tensor._group, CPU)
 
 
 def refusals(links: Links, rank: int, caplog: pytest.LogCaptureFixture) -> tuple[bool, list[str]]:
     """Whether sums stay with the library, and what this rank says of it."""
-    links.tensor._peers = links.tensor._connected(*SHAPE)
+    links.tensor._peers = meeting(links).connect(*SHAPE)
     return links.tensor._peers is None, [record.getMessage() for record in caplog.records]
 
 
@@ -245,9 +250,9 @@ def test_a_rank_without_memory_keeps_nobody_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """No rank goes to a rendezvous that another one will not come to; the first one without memory says so, alone."""
-    monkeypatch.setattr(TensorParallelGroup, "_unreached", lambda self, device: None)
-    monkeypatch.setattr(tensor_group, "allocate_peer_buffers", lose_memory(1))
-    monkeypatch.setattr(tensor_group, "build_peer_sums", lambda *shape: torch.distributed.barrier())
+    monkeypatch.setattr(PeerMeeting, "_unreached", lambda self: None)
+    monkeypatch.setattr(peer_meeting, "allocate_peer_buffers", lose_memory(1))
+    monkeypatch.setattr(peer_meeting, "build_peer_sums", lambda *shape: torch.distributed.barrier())
     answers = run_ranks(tmp_path, build_plan(SPEC, 3, 1), lambda *place: refusals(*place, caplog), answer_seconds=20)
     assert [is_refused for is_refused, _ in answers] == [True] * 3
     (line,) = (line for _, lines in answers for line in lines)
@@ -260,8 +265,8 @@ def test_a_rank_that_fails_where_others_wait_for_it_is_not_waited_for_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As in torch's rendezvous, which waits in the store. What all do next, all do again together."""
-    monkeypatch.setattr(TensorParallelGroup, "_unreached", lambda self, device: None)
-    monkeypatch.setattr(tensor_group, "allocate_peer_buffers", lambda *shape: object())
+    monkeypatch.setattr(PeerMeeting, "_unreached", lambda self: None)
+    monkeypatch.setattr(peer_meeting, "allocate_peer_buffers", lambda *shape: object())
 
     def connect(links: Links, rank: int) -> tuple[tuple[bool, list[str]], float, list[float]]:
         def build(*shape: object) -> object:
@@ -270,7 +275,7 @@ def test_a_rank_that_fails_where_others_wait_for_it_is_not_waited_for_long(
             links.store.wait(["what rank 1 has to show"])  # type: ignore[union-attr]
             return object()
 
-        tensor_group.build_peer_sums = build  # type: ignore[assignment]
+        peer_meeting.build_peer_sums = build  # type: ignore[assignment]
         began = time.monotonic()
         with links.hurried(1.0, 30.0):
             answer = refusals(links, rank, caplog)
@@ -306,13 +311,13 @@ def test_what_forbids_peer_memory_is_told_of_once(
 ) -> None:
     """GPUs that no rank of the group has are not asked."""
     unreached = 2 if "GPU" in why else 1
-    monkeypatch.setattr(TensorParallelGroup, "_is_on_one_host", lambda self, device: "hosts" not in why)
-    monkeypatch.setattr(TensorParallelGroup, "_gpus_of_all", lambda self, device: [0, 2])
+    monkeypatch.setattr(PeerMeeting, "_is_on_one_host", lambda self: "hosts" not in why)
+    monkeypatch.setattr(PeerMeeting, "_gpus_of_all", lambda self: [0, 2])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda device, other: other != unreached)
-    monkeypatch.setattr(tensor_group, "allocate_peer_buffers", lambda *shape: object())
+    monkeypatch.setattr(peer_meeting, "allocate_peer_buffers", lambda *shape: object())
     build = fail_in_rendezvous if "permitted" in why else lambda *shape: object()
-    monkeypatch.setattr(tensor_group, "build_peer_sums", build)
+    monkeypatch.setattr(peer_meeting, "build_peer_sums", build)
     answers = run_ranks(tmp_path, build_plan(SPEC, 2, 1), lambda *place: refusals(*place, caplog))
     assert [is_refused for is_refused, _ in answers] == [bool(why)] * 2
     lines = [line for _, lines in answers for line in lines]
@@ -322,11 +327,11 @@ def test_what_forbids_peer_memory_is_told_of_once(
 
 def test_a_gpu_that_a_rank_does_not_see_is_none_that_it_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in containers of one host with different numbers of GPUs: torch would raise on that rank alone."""
-    group = TensorParallelGroup(1, 2)
-    monkeypatch.setattr(group, "_gpus_of_all", lambda device: [3, 0])
+    met = PeerMeeting(1, 2, None, CPU)
+    monkeypatch.setattr(met, "_gpus_of_all", lambda: [3, 0])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", mock.Mock(side_effect=AssertionError("Invalid peer")))
-    assert group._unreached(CPU) == "GPU 0 does not reach the memory of GPU 3"
+    assert met._unreached() == "GPU 0 does not reach the memory of GPU 3"
 
 
 def test_peers_buffers_come_when_all_agree_and_what_loading_left_is_free(
@@ -334,11 +339,11 @@ def test_peers_buffers_come_when_all_agree_and_what_loading_left_is_free(
 ) -> None:
     done: list[str] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
-    monkeypatch.setattr(tensor_group, "allocate_peer_buffers", lambda *shape: done.append("allocated") or object())
-    monkeypatch.setattr(tensor_group, "build_peer_sums", lambda *shape: done.append("built"))
+    monkeypatch.setattr(peer_meeting, "allocate_peer_buffers", lambda *shape: done.append("allocated") or object())
+    monkeypatch.setattr(peer_meeting, "build_peer_sums", lambda *shape: done.append("built"))
 
     def connect(links: Links, rank: int) -> list[str]:
-        links.tensor._connected(*SHAPE)
+        meeting(links).connect(*SHAPE)
         return done
 
     assert run_ranks(tmp_path, build_plan(SPEC, 2, 1), connect) == [["emptied", "allocated", "built"]] * 2

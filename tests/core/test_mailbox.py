@@ -17,7 +17,7 @@ from aphro_core.distributed.links import Links
 from aphro_core.distributed.mailbox import Mailbox, socket_path
 from aphro_core.parallel.shard import build_plan
 from tests.core.ranks import run_ranks
-from tests.core.test_distributed import CPU, SPEC
+from tests.core.test_distributed import SPEC, meeting
 
 _NEW_MOUNTS, _NEW_IPC, _PRIVATE = 0x00020000, 0x08000000, 0x40000 | 0x4000  # unshare and mount: MS_PRIVATE | MS_REC
 
@@ -50,7 +50,7 @@ def nothing_writable(folder: Path) -> None:
 
 
 def test_neighbours_meet_and_leave_nothing(folder: Path, tmp_path: Path) -> None:
-    can = run_ranks(tmp_path, build_plan(SPEC, 3, 1), lambda links, rank: links.tensor._can_hand_over(CPU))
+    can = run_ranks(tmp_path, build_plan(SPEC, 3, 1), lambda links, rank: meeting(links)._can_hand_over())
     assert can == [True] * 3
     assert list(folder.iterdir()) == []
 
@@ -66,7 +66,7 @@ def test_a_rank_in_a_container_of_its_own_is_told_of_at_once(
                 isolate(folder)
             except PermissionError as error:
                 os.environ["TMPDIR"] = f"no namespaces here: {error}"
-        can = links.tensor._can_hand_over(CPU)
+        can = meeting(links)._can_hand_over()
         after = links.tensor.all_reduce_(torch.full((1,), rank + 1.0))
         return can, time.monotonic() - began, [record.getMessage() for record in caplog.records], after.tolist()
 

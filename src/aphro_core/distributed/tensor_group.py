@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import secrets
-import socket
-import zlib
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Final, TypeVar
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from aphro_kernels.peer_columns import PeerColumns, build_peer_columns, peer_columns, peer_columns_bytes
-from aphro_kernels.peer_rows import allocate_shared
+from aphro_kernels.peer_columns import PeerColumns, peer_columns
 from torch import Tensor
 
-from aphro_core.distributed.mailbox import meet_neighbours
-from aphro_core.peer_sums import PeerSums, Scattered, Summand, allocate_peer_buffers, build_peer_sums
-
-T = TypeVar("T")
-_LOG: Final = logging.getLogger(__name__)
-_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+from aphro_core.distributed.peer_meeting import PeerMeeting
+from aphro_core.peer_sums import PeerSums, Scattered, Summand
 
 
 class TensorParallelGroup:
@@ -50,78 +39,22 @@ class TensorParallelGroup:
         All ranks call it together; whatever forbids it on one of them leaves all with NCCL, and one line says what.
         """
         if self.size > 1 and device.type == "cuda":
-            self._peers = self._connected(width, dtype, device, most_rows)
+            self._peers = self._meeting(device).connect(width, dtype, most_rows)
 
-    def _connected(self, width: int, dtype: torch.dtype, device: torch.device, most_rows: int) -> PeerSums | None:
-        """Step by step, and no step before all can take it: a rank that fails alone would leave the others waiting."""
-        spread = None if self._is_on_one_host(device) else "its ranks are on several hosts"
-        if self._is_refused(spread, device) or self._is_refused(self._unreached(device), device):
-            return None
-        if not self._can_hand_over(device):
-            return None
-        torch.cuda.empty_cache()  # the buffers come from the driver, which has nothing of what torch keeps unused
-        shape = (width, dtype, device, most_rows)
-        buffers, failure = _attempt(lambda: allocate_peer_buffers(self.size, *shape), device)
-        if self._is_refused(failure, device) or buffers is None:
-            return None
-        peers, failure = _attempt(lambda: build_peer_sums(self._group, buffers, *shape), device)
-        # also the barrier behind which ranks may write to each other
-        return None if self._is_refused(failure, device) else peers
-
-    def _is_refused(
-        self, objection: str | None, device: torch.device, what: str = "tensor-parallel sums all go"
-    ) -> bool:
-        """Whether some rank objects to peer memory. The first of them says why, for all."""
-        first = torch.tensor([self.size if objection is None else self.rank], dtype=torch.int64, device=device)
-        dist.all_reduce(first, op=dist.ReduceOp.MIN, group=self._group)
-        if objection is not None and first.item() == self.rank:
-            _LOG.warning("%s by NCCL: %s", what, objection)
-        return bool(first.item() < self.size)
-
-    def _unreached(self, device: torch.device) -> str | None:
-        """What to say where this rank's GPU does not reach that of another one."""
-        others = sorted(set(self._gpus_of_all(device)) - {device.index})
-        count = torch.cuda.device_count()  # another container's processes may see more GPUs than this one's
-        reaches = (other < count and torch.cuda.can_device_access_peer(device, other) for other in others)
-        found = next((other for other, is_reached in zip(others, reaches, strict=True) if not is_reached), None)
-        return None if found is None else f"GPU {device.index} does not reach the memory of GPU {found}"
-
-    def _gpus_of_all(self, device: torch.device) -> list[int]:
-        return [index for (index,) in self._numbers_of_all([device.index], device)]
+    def connect_logits(self, max_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Let ranks whose sums go by peer memory write logits to where tp rank 0 draws from them, up to ``max_rows``.
+        All call it together."""
+        if self._peers is not None:
+            self._columns = self._meeting(device).connect_logits(max_rows, vocab_size, dtype)
 
     def meet(self, device: torch.device) -> None:
         """Return when all ranks have come, however late: a sum by peer memory waits a minute and a half, and then fails
         for good."""
         if self.size > 1:
-            self._is_refused(None, device)
+            self._meeting(device).is_refused(None)
 
-    def _can_hand_over(self, device: torch.device) -> bool:
-        """Whether what shows a GPU's memory to another process gets there: asked before torch waits for it for ever."""
-        return meet_neighbours(
-            self.rank,
-            self.size,
-            secrets.randbits(62),
-            lambda numbers: self._numbers_of_all(numbers, device),
-            lambda objection: self._is_refused(objection, device),
-        )
-
-    def _numbers_of_all(self, numbers: list[int], device: torch.device) -> list[list[int]]:
-        own = torch.tensor(numbers, dtype=torch.int64, device=device)
-        every = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(every, own, group=self._group)
-        return [each.tolist() for each in every]
-
-    def connect_logits(self, max_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Let ranks whose sums go by peer memory write logits to where tp rank 0 draws from them, up to ``max_rows``.
-        All call it together."""
-        if self._peers is None:
-            return
-        num_bytes = peer_columns_bytes(max_rows, vocab_size, dtype)
-        memory, failure = _attempt(lambda: allocate_shared(num_bytes, device), device)
-        if self._is_refused(failure, device, "logits go") or memory is None:
-            return
-        columns, failure = _attempt(lambda: build_peer_columns(self._group, memory, vocab_size, dtype), device)
-        self._columns = None if self._is_refused(failure, device, "logits go") else columns
+    def _meeting(self, device: torch.device) -> PeerMeeting:
+        return PeerMeeting(self.rank, self.size, self._group, device)
 
     def place_of_logits(self, num_rows: int) -> Tensor | None:
         """``[num_rows, vocab_size]``: the ``out`` of :meth:`gather_columns` for the rows that a step draws from; None:
@@ -186,13 +119,6 @@ class TensorParallelGroup:
         is_theirs = self._peers is not None and (isinstance(x, Scattered) or self._peers.takes(x))
         return self._peers if is_theirs else None
 
-    def _is_on_one_host(self, device: torch.device) -> bool:
-        boot = zlib.crc32(_BOOT_ID.read_bytes()) if _BOOT_ID.exists() else self.rank  # no file: no two are equal
-        least_and_most = torch.tensor([boot, -boot], dtype=torch.int64, device=device)
-        dist.all_reduce(least_and_most, op=dist.ReduceOp.MIN, group=self._group)
-        least, most = least_and_most.tolist()
-        return bool(least == -most)
-
     def union(self, chosen: Sequence[int], count: int, device: torch.device) -> list[int]:
         """Numbers below ``count`` that any rank has chosen, in order. All ranks call it together."""
         if self.size == 1:
@@ -251,11 +177,3 @@ def _side_by_side(parts: Tensor, out: Tensor) -> Tensor:
         place = out[:, rank * width : (rank + 1) * width]
         place.copy_(part[:, : place.shape[1]])
     return out
-
-
-def _attempt(make: Callable[[], T], device: torch.device) -> tuple[T | None, str | None]:
-    """What it made, or what to say of why it did not."""
-    try:
-        return make(), None
-    except RuntimeError as error:
-        return None, f"no peer memory on {device} of {socket.gethostname()}: {error}"

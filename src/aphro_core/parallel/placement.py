@@ -39,7 +39,7 @@ def place_ranks(num_slots: Sequence[int], tp_size: int, pp_size: int) -> list[Pl
 
 def near_groups(hosts: Sequence[Hashable], tp_size: int) -> list[bool]:
     """Of each tensor-parallel group whether its ranks share a host, given the host of each rank. GPUs sum by each
-    other's memory then, else by NCCL (distributed/tensor_group.py asks the ranks themselves)."""
+    other's memory then, else by NCCL (distributed/peer_meeting.py asks the ranks themselves)."""
     return [len(set(hosts[start : start + tp_size])) == 1 for start in range(0, len(hosts), tp_size)]
 
 
