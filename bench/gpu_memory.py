@@ -29,7 +29,7 @@ from aphro_core.config import EngineConfig
 from aphro_core.host import available_memory_bytes
 from aphro_core.messages.steps import StartWorker, WorkerProgress
 from aphro_core.parallel import memory
-from aphro_core.prepare import EngineOptions, prepare
+from aphro_core.prepare import EngineOptions, expect_memory, prepare
 from aphro_core.reporter import SilentReporter
 
 GIB = 2**30
@@ -96,10 +96,11 @@ def run_shape(shape: str, arguments: argparse.Namespace) -> list[dict[str, str]]
             enforce_eager=arguments.enforce_eager,
         )
         prepared = prepare(options, SilentReporter())
-        if prepared.expected is None:
+        expected = expect_memory(prepared, SilentReporter())
+        if expected is None:
             raise SystemExit("nvidia-smi does not answer")
         (folder / "engine.json").write_bytes(msgspec.json.encode(prepared.config))
-        limiting = min(prepared.expected, key=lambda balance: balance.num_blocks)
+        limiting = min(expected, key=lambda balance: balance.num_blocks)
         foreign = limiting.overhead_bytes - _outside(prepared.config)
         known = ["--folder", name, "--expected", str(limiting.num_blocks), "--foreign", str(foreign)]
         command = [sys.executable, __file__, *known, "--patience", str(arguments.patience)]

@@ -19,7 +19,7 @@ from aphro_core.estimate.balance import RankBalance
 from aphro_core.frontend.supervisor import engine_environment
 from aphro_core.messages.steps import WorkerLoaded
 from aphro_core.parallel.placement import place_ranks
-from aphro_core.prepare import Prepared, prepare
+from aphro_core.prepare import Prepared, expect_memory, prepare
 from aphro_core.reporter import Reporter
 from aphro_core.server.bind import bind, url_of
 
@@ -106,11 +106,12 @@ def try_out(options: ServeOptions, reporter: Reporter) -> DryRun:
             sock.close()
     options, fetch_bytes = _without_weights(options, reporter)
     prepared = prepare(options, reporter)
-    num_blocks, length, limiting, problem = _size(prepared)
+    expected = expect_memory(prepared, reporter)
+    num_blocks, length, limiting, problem = _size(prepared, expected)
     return DryRun(
         config=prepared.config,
         architecture=prepared.spec.architecture,
-        ranks=_ranks(prepared),
+        ranks=_ranks(prepared, expected),
         limiting_rank=limiting,
         num_blocks=num_blocks,
         max_model_len=length,
@@ -135,12 +136,14 @@ def _without_weights(options: ServeOptions, reporter: Reporter) -> tuple[ServeOp
     return replace(options, model=str(folder), load_format="dummy", served_model_name=name), headers.file_bytes or 0
 
 
-def _size(prepared: Prepared) -> tuple[int | None, int, int | None, AphroError | None]:
+def _size(
+    prepared: Prepared, expected: tuple[RankBalance, ...] | None
+) -> tuple[int | None, int, int | None, AphroError | None]:
     """(KV blocks, longest request, limiting rank, what would be refused), as the engine decides it from its workers."""
     length = prepared.config.model.max_model_len
-    if prepared.expected is None:
+    if expected is None:
         return None, length, None, None
-    loaded = [_as_loaded(balance) for balance in prepared.expected]
+    loaded = [_as_loaded(balance) for balance in expected]
     limiting = min(loaded, key=lambda each: each.num_blocks)
     try:
         num_blocks, length = fit_cache(prepared.config, loaded)
@@ -175,9 +178,9 @@ def _places(config: EngineConfig) -> list[tuple[str, int]]:
     return [(parallel.hosts[place.host].name, place.device) for place in places]
 
 
-def _ranks(prepared: Prepared) -> tuple[PlannedRank, ...]:
+def _ranks(prepared: Prepared, expected: tuple[RankBalance, ...] | None) -> tuple[PlannedRank, ...]:
     is_gpu, places = prepared.config.device == "cuda", _places(prepared.config)
-    expected = prepared.expected or [None] * len(prepared.plan.ranks)
+    balances = expected or [None] * len(prepared.plan.ranks)
     return tuple(
         PlannedRank(
             rank=shard.rank,
@@ -191,7 +194,7 @@ def _ranks(prepared: Prepared) -> tuple[PlannedRank, ...]:
             num_kv_heads=len(shard.kv_heads),
             **_bytes_of(balance),
         )
-        for shard, balance, (host, device) in zip(prepared.plan.ranks, expected, places, strict=True)
+        for shard, balance, (host, device) in zip(prepared.plan.ranks, balances, places, strict=True)
     )
 
 

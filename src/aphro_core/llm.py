@@ -56,6 +56,7 @@ class LLM:
             opened = open_session(prepared, engine_options, reporter, max_queued_requests=2**31)
             self._session: Session = self._closing.enter_context(self._portal.wrap_async_context_manager(opened))
             self._portal.call(self._session.wait_ready)
+            self._session.report_ready()
         except BaseException:
             self.close()
             raise

@@ -93,7 +93,6 @@ class Prepared:
     config: EngineConfig
     spec: DecoderSpec
     plan: ShardingPlan
-    expected: tuple[RankBalance, ...] | None = None  # each rank's memory by the estimate; None: GPUs that nobody asked
 
 
 def prepare(options: EngineOptions, reporter: Reporter) -> Prepared:
@@ -160,7 +159,7 @@ def prepare(options: EngineOptions, reporter: Reporter) -> Prepared:
         distributed_timeout_seconds=options.distributed_timeout,
         step_timeout_seconds=options.step_timeout or (60.0 if device == "cuda" else 10.0),
     )
-    return Prepared(config, spec, plan, _expect(config, spec, plan, reporter))
+    return Prepared(config, spec, plan)
 
 
 def _wanted(options: EngineOptions) -> Wanted:
@@ -175,10 +174,10 @@ def _wanted(options: EngineOptions) -> Wanted:
     )
 
 
-def _expect(
-    config: EngineConfig, spec: DecoderSpec, plan: ShardingPlan, reporter: Reporter
-) -> tuple[RankBalance, ...] | None:
-    """The estimate of this start, before anything is loaded. Not of other hosts, whose memory is unknown here."""
+def expect_memory(prepared: Prepared, reporter: Reporter) -> tuple[RankBalance, ...] | None:
+    """Each rank's memory by the estimate, to be asked before anything is loaded. None of other hosts, whose memory is
+    unknown here, and of GPUs that nvidia-smi does not answer for. It may take seconds."""
+    config, spec, plan = prepared.config, prepared.spec, prepared.plan
     if config.parallel.hosts:
         return None
     if config.device == "cpu":

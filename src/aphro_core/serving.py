@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import anyio
 
 from aphro_core.config import ServerConfig
 from aphro_core.errors import StartInterruptedError
+from aphro_core.host import process_age
 from aphro_core.keeper.heartbeat import BEAT_SECONDS
 from aphro_core.keeper.keeper import Kept
 from aphro_core.messages.requests import EngineReady
@@ -55,6 +57,7 @@ async def _serve(
         is_replacement=kept.is_replacement,
         orphan=kept.engine,
         hand_on=kept.hand_on,
+        began_at=None if kept.is_replacement else time.monotonic() - process_age(kept.keeper_pid),
     )
     stopping = _Stopping(kept, reporter)
     async with _beating(kept), stopping.on_signals(), opened as session, anyio.create_task_group() as tasks:
@@ -97,6 +100,8 @@ async def _announce(
     kept.mark_ready()
     gc.collect()
     gc.freeze()  # a fifth of a streamed token's time went into looking at what lives for ever
+    if not kept.is_replacement:
+        session.report_ready()
     reporter.ready(url, model, _curl(url, model, bool(config.api_keys), session.frontend.tokenizer is not None))
     raise await session.wait_dead()
 

@@ -15,6 +15,7 @@ import anyio.to_thread
 from anyio.abc import TaskGroup
 
 from aphro_core.errors import AphroError
+from aphro_core.estimate.balance import RankBalance
 from aphro_core.estimate.measured import COLUMNS, compare_memory
 from aphro_core.frontend.frontend import Frontend
 from aphro_core.frontend.recovery_budget import RecoveryBudget
@@ -31,7 +32,7 @@ from aphro_core.messages.requests import (
     StepOutputs,
 )
 from aphro_core.parallel.link_cost import tensor_link_warning
-from aphro_core.prepare import EngineOptions, Prepared
+from aphro_core.prepare import EngineOptions, Prepared, expect_memory
 from aphro_core.reporter import Reporter
 from aphro_core.spawn import ForkServer, open_fork_server
 from aphro_core.templates.renderer import ChildRenderer
@@ -50,6 +51,7 @@ class Session:
         tasks: TaskGroup,
         *,
         is_replacement: bool = False,
+        began_at: float | None = None,
     ) -> None:
         self._is_replacement = is_replacement
         self.prepared = prepared
@@ -60,11 +62,12 @@ class Session:
         self._tasks = tasks
         self._settled = anyio.Event()
         self._dead = anyio.Event()
-        self._begin()
+        self._expected: tuple[RankBalance, ...] | None = None
+        self._begin(began_at)
 
-    def _begin(self) -> None:
-        self._started_at = time.monotonic()
-        self._phases = StartPhases(self._started_at)
+    def _begin(self, began_at: float | None = None) -> None:
+        now = time.monotonic()
+        self._phases = StartPhases(now if began_at is None else began_at, now)
         self.phase = "processes were being started"  # where the engine is that starts
 
     async def wait_ready(self) -> EngineReady:
@@ -74,6 +77,20 @@ class Session:
             assert self.failure is not None
             raise self.failure
         return self.ready
+
+    async def expect(self) -> None:
+        """What this start may take of the memory, to be compared with what it takes. Beside the processes' imports:
+        nvidia-smi has been seen to answer after seconds."""
+        expected = await anyio.to_thread.run_sync(expect_memory, self.prepared, self._reporter, abandon_on_cancel=True)
+        if self._phases.has_ranks:  # what they have would count as other programs'
+            self._reporter.line("No estimate to compare with: the ranks were faster than the question what is free.")
+        else:
+            self._expected = expected
+
+    def report_ready(self) -> None:
+        """It serves: say how long that took, and where the seconds went."""
+        now = time.monotonic()
+        self._reporter.line(f"Ready after {now - self._phases.began_at:.1f} s: {self._phases.describe(now)}.")
 
     async def wait_dead(self) -> AphroError:
         """Return why no engine will come any more."""
@@ -100,11 +117,13 @@ class Session:
                 self._tasks.start_soon(partial(self.frontend.resume, engine, after_failed_step=True))
 
     def _take_ready(self, ready: EngineReady, engine: EngineProcess) -> None:
+        self._phases.take_ready(time.monotonic())
         if self.ready is None and not self._is_replacement:
             self._report_capacity(ready)
         else:
             num_open = self.frontend.num_open
-            self._reporter.line(f"Engine ready again after {self._seconds():.1f} s: {num_open} open requests go on.")
+            seconds = time.monotonic() - self._phases.began_at
+            self._reporter.line(f"Engine ready again after {seconds:.1f} s: {num_open} open requests go on.")
         self.ready = ready
         self.frontend.on_engine_ready(ready)
         self._tasks.start_soon(self.frontend.resume, engine)
@@ -122,9 +141,6 @@ class Session:
         for note in getattr(lost, "__notes__", ()):
             _LOG.warning("of the engine that died:\n%s", note)
         self.frontend.on_engine_lost(lost.seq_ids, is_external=lost.is_external)
-
-    def _seconds(self) -> float:
-        return time.monotonic() - self._started_at
 
     def _report_progress(self, progress: EngineProgress) -> None:
         text = f"rank {progress.rank}: {progress.phase}"
@@ -152,8 +168,8 @@ class Session:
         parallel = config.parallel
         title = f"{spec.architecture}: tp {parallel.tensor_parallel_size} x pp {parallel.pipeline_parallel_size}"
         self._reporter.table(title, columns, rows)
-        if self.prepared.expected is not None:
-            compared = compare_memory(self.prepared.expected, ready.ranks)
+        if self._expected is not None:
+            compared = compare_memory(self._expected, ready.ranks)
             self._reporter.table("Estimate / measurement", COLUMNS, compared)
         if ready.max_model_len < config.model.max_model_len:
             self._reporter.line(
@@ -180,8 +196,6 @@ class Session:
                     f"Rank {loaded.rank} read {read:.2f} GiB of the model; {fetched:.2f} GiB came from this host, and "
                     f"stay in ~/.cache/aphro/from-head on {loaded.host}."
                 )
-        phases = self._phases.describe(time.monotonic())
-        self._reporter.line(f"Engine ready after {self._seconds():.1f} s: {phases}.")
 
 
 @asynccontextmanager
@@ -195,13 +209,16 @@ async def open_session(
     is_replacement: bool = False,
     orphan: HeldEngine | None = None,
     hand_on: Callable[[HeldEngine], None] = lambda _: None,
+    began_at: float | None = None,
 ) -> AsyncIterator[Session]:
     """Start the engine and read the tokenizer. Nothing of either is left when the block is left.
 
     ``fork_server`` None: one of its own. ``is_replacement`` of an API process that served: requests wait for the
     engine, instead of being refused, and ``orphan`` is the engine it had. ``hand_on`` is told of each that serves.
+    ``began_at``: when the command began (``time.monotonic``), None: now.
     """
     config = prepared.config
+    began_at = time.monotonic() if began_at is None else began_at
     with ExitStack() as stack:
         if fork_server is None:
             fork_server = stack.enter_context(open_fork_server(engine_environment(config)))
@@ -217,10 +234,12 @@ async def open_session(
                 max_queued_requests=max_queued_requests,
                 takes_requests=is_replacement,
             )
-            session = Session(prepared, frontend, reporter, tasks, is_replacement=is_replacement)
+            session = Session(prepared, frontend, reporter, tasks, is_replacement=is_replacement, began_at=began_at)
             budget = RecoveryBudget(options.max_recoveries, time.monotonic)
             supervisor = Supervisor(config, fork_server, budget, session, orphan=orphan, hand_on=hand_on)
             tasks.start_soon(supervisor.run)
+            if not is_replacement:
+                tasks.start_soon(session.expect)
             if not options.skip_tokenizer_init:
                 frontend.use_tokenizer(await anyio.to_thread.run_sync(_open_tokenizer, prepared, options, renderer))
             yield session

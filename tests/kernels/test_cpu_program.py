@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from aphro_kernels import cpu_program
 from aphro_kernels.cpu_program import Recording
 from aphro_kernels.cpu_rms_norm import CpuRMSNorm
 from torch import Tensor
@@ -46,6 +47,11 @@ def test_calls_are_made_again_in_their_order(threads: int) -> None:
         program()
         assert torch.equal(y, chain(parts, fresh))
         assert torch.equal(x, fresh)  # the residual stream, too
+
+
+def test_torch_does_not_import_its_compiler_to_note_calls() -> None:
+    dispatch = cpu_program._ForeignOperations.__torch_dispatch__
+    assert not hasattr(dispatch, "__wrapped__"), "torch wraps it in what imports torch._dynamo at the first call"
 
 
 def test_memory_is_used_again_once_nobody_holds_it() -> None:

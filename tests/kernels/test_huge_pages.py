@@ -39,4 +39,4 @@ def test_kernels_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mmap, "mmap", Refusing)
     x = torch.randn(33 * MIB // 4)  # in a mapping of its own
     assert torch.equal(huge_pages.copied(x), x)
-    assert allocate_zeros((2, 2, 1, 16, 8), torch.bfloat16, MIB).count_nonzero() == 0
+    assert allocate_zeros((2, 2, 1, 16, 8), torch.bfloat16).count_nonzero() == 0

@@ -74,8 +74,8 @@ class WorkerLog(msgspec.Struct, frozen=True, tag="log"):
 
 
 class WorkerProgress(msgspec.Struct, frozen=True, tag="progress"):
-    """Worker to engine, any number of times before it serves. ``phase``: "rendezvous", "weights", "peer memory"
-    among GPUs, "layers", "cache", and on a GPU "kernels", "graphs"."""
+    """Worker to engine, any number of times before it serves. ``phase``: on a GPU "device", then
+    "rendezvous", "weights", "peer memory" among GPUs, "layers", "cache", and on a GPU "kernels", "graphs"."""
 
     rank: int
     phase: str

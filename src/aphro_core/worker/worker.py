@@ -69,7 +69,9 @@ class Worker:
 
     def load(self) -> WorkerLoaded:
         """Join the group and put this rank's slices of the weights in place."""
-        use_device(self._device)
+        if self._device.type == "cuda":
+            with self._phase("device"):
+                use_device(self._device)
         model, parallel, rank = self._config.model, self._config.parallel, self._start.rank
         self._spec = self._read_spec().for_length(model.max_model_len)
         sizes = (parallel.tensor_parallel_size, parallel.pipeline_parallel_size)

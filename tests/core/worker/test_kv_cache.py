@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
-from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from aphro_core.worker import kv_cache
 
 MIB = 2**20
 
 
-def test_pages_are_prepared_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``mmap.madvise`` holds the interpreter: none of its calls may take long, and other threads get between them."""
-    prepared: list[tuple[int, int]] = []
+def num_resident(cache: Tensor, start: int, end: int) -> int:
+    """Pages of these bytes that have memory."""
+    pages = (ctypes.c_ubyte * (-(-(end - start) // mmap.PAGESIZE)))()
+    at = ctypes.c_void_p(cache.data_ptr() + start)
+    assert ctypes.CDLL(None).mincore(at, ctypes.c_size_t(end - start), pages) == 0
+    return sum(page & 1 for page in pages)
 
-    class Watched(mmap.mmap):
-        def madvise(self, option: int, *where: int) -> None:
-            if option == kv_cache._MADV_POPULATE_WRITE:
-                start, length = where
-                prepared.append((start, length))
-            super().madvise(option, *where)
 
-    watched: Any = Watched
-    monkeypatch.setattr(mmap, "mmap", watched)
-    cache = kv_cache._lazy_zeros((70, 2**18), torch.float32, 35 * MIB)
+def test_the_first_pages_of_each_layer_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_cache, "_PREPARED_BYTES", 14 * MIB)
+    caches = [kv_cache._lazy_zeros((32, 2**18), torch.float32) for _ in range(2)]
+    assert not any(num_resident(cache, 0, cache.nbytes) for cache in caches)
+    kv_cache._prepare(caches)
+    for cache in caches:
+        assert num_resident(cache, 0, 7 * MIB) == 7 * MIB // mmap.PAGESIZE
+        assert num_resident(cache, 9 * MIB, cache.nbytes) == 0, "what no request uses costs no memory"
+        assert not cache.any()
+
+
+def test_a_small_cache_is_prepared_whole() -> None:
+    cache = kv_cache._lazy_zeros((3, 1000), torch.bfloat16)
+    kv_cache._prepare([cache])
+    kv_cache._prepare([])
+    assert num_resident(cache, 0, cache.nbytes) == 2
     assert not cache.any()
-    assert max(length for _, length in prepared) <= 4 * MIB
-    assert [start for start, _ in prepared] == list(range(0, 35 * MIB, 4 * MIB))
-    assert sum(length for _, length in prepared) == 35 * MIB
