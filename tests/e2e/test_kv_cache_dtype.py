@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from aphro_core.errors import AphroError, UsageError
 from aphro_core.llm import LLM
-from aphro_core.prepare import EngineOptions, prepare
+from aphro_core.prepare import EngineOptions, expect_memory, prepare
 from aphro_core.reporter import SilentReporter
 from aphro_core.request import RequestOutput
 from tests.reference import Reference
@@ -106,7 +106,7 @@ def test_what_it_costs_and_says(tmp_path: Path) -> None:
     for name in ("auto", "fp8", "fp8_e4m3"):
         options = EngineOptions(model=str(tmp_path), device="cpu", dtype="bfloat16", kv_cache_dtype=name)
         found[name] = prepare(options, reporter)
-    plain, narrow, again = (found[name].expected for name in ("auto", "fp8", "fp8_e4m3"))
+    plain, narrow, again = (expect_memory(found[name], reporter) for name in ("auto", "fp8", "fp8_e4m3"))
     assert plain is not None
     assert narrow is not None
     assert again is not None
