@@ -6,67 +6,47 @@ import importlib.metadata
 import os
 import re
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Final
 
+from aphro_core import cgroups
+from aphro_core.cgroups import Limits, find_limits, limit_files
+
 _MEMINFO: Final = Path("/proc/meminfo")
-_CGROUP: Final = Path("/sys/fs/cgroup")
-_OWN_CGROUPS: Final = Path("/proc/self/cgroup")
 _MPS_PIPES: Final = "/tmp/nvidia-mps"  # the driver's own default
 _PRODUCT_FLAGS: Final = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni"}
 _BF16_FLAGS: Final = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}
 
 
 def available_memory_bytes() -> int:
-    """Bytes that new work can take: the kernel's MemAvailable, or what the cgroup leaves if that is less."""
+    """Bytes that new work can take: the kernel's MemAvailable, or what its control groups leave if that is less."""
     found = re.search(r"^MemAvailable:\s+(\d+) kB", _MEMINFO.read_text(), re.MULTILINE)
     available = int(found[1]) * 1024 if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    limit, used = _read_number(_CGROUP / "memory.max"), _read_number(_CGROUP / "memory.current")
-    if limit is not None and used is not None:
-        available = min(available, max(limit - used, 0))
-    return available
+    left = _limits().memory
+    return available if left is None else min(available, left)
 
 
 def num_cores() -> int:
     """Cores that this process may keep busy: those it may run on, or as many whole ones as the quotas of its control
     groups are worth, if that is less; one at least."""
-    return max(1, min(len(os.sched_getaffinity(0)), *map(int, _cpu_quotas()), sys.maxsize))
+    cores, quota = len(os.sched_getaffinity(0)), _limits().cores
+    return cores if quota is None else max(1, min(cores, int(quota)))
 
 
-def _cpu_quotas() -> Iterator[float]:
-    """In cores: of each control group that this process is in and that it can see, the innermost last."""
+def _limits() -> Limits:
+    """Of this process's control groups."""
+    own = _read(cgroups.OWN)
+    return find_limits(own, {path: _read(path) for path in limit_files(own)})
+
+
+def _read(path: str) -> str:
     try:
-        lines = _OWN_CGROUPS.read_text().splitlines()
+        return Path(path).read_text()
     except OSError:
-        return
-    for line in lines:
-        version, controllers, path = line.split(":", 2)
-        if version != "0" and "cpu" not in controllers.split(","):
-            continue
-        folder = _CGROUP if version == "0" else _CGROUP / "cpu"
-        for name in ("", *path.strip("/").split("/")):
-            folder /= name
-            quota, period = _v2_quota(folder) if version == "0" else _v1_quota(folder)
-            if quota and period:
-                yield quota / period
-
-
-def _v2_quota(folder: Path) -> tuple[int | None, int | None]:
-    """Microseconds of processor time, and in how many; None where there is no limit."""
-    try:
-        quota, period = (folder / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return None, None
-    return (int(quota) if quota.isdigit() else None), int(period)
-
-
-def _v1_quota(folder: Path) -> tuple[int | None, int | None]:
-    return _read_number(folder / "cpu.cfs_quota_us"), _read_number(folder / "cpu.cfs_period_us")
+        return ""
 
 
 @cache
@@ -159,14 +139,6 @@ def least_compute_capability() -> tuple[int, int] | None:
 def torch_has_cuda() -> bool:
     """Whether the installed torch is a CUDA build (its version says ``+cpu`` where it is not)."""
     return not importlib.metadata.version("torch").endswith("+cpu")
-
-
-def _read_number(path: Path) -> int | None:
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
 
 
 @dataclass(frozen=True)
