@@ -98,8 +98,10 @@ class Worker:
                     cache_scales = read_cache_scales(checkpoint, self._shard.layers)
                 bytes_read = checkpoint.bytes_read
         if self._links.tensor.size > 1 and self._device.type == "cuda":
-            with self._phase("peer memory"), self._links.hurried(_PEER_SECONDS, timeout):
-                self._connect_peers()
+            with self._phase("peer memory"):
+                self._links.tensor.meet(self._device)  # some read their weights for longer
+                with self._links.hurried(_PEER_SECONDS, timeout):
+                    self._connect_peers()
         self._links.tensor.adds_in_order = is_deterministic = self._config.deterministic
         cache_format = CacheFormat(self._cache_dtype, cache_scales)
         parts = (self._spec, self._shard, weights, self._links.tensor)
