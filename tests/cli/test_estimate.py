@@ -68,6 +68,14 @@ def test_plans_and_the_recommended_one(tmp_path: Path) -> None:
     assert "uneven: 3+3+2" in next(plan["reason"] for plan in found["plans"] if (plan["tp"], plan["pp"]) == (3, 1))
 
 
+def test_a_bare_config_is_quantised_where_older_writers_say_so(tmp_path: Path) -> None:
+    plain = run_json(write(tmp_path, QWEN_72B), "--gpu", "H200", "-tp", 1, "-pp", 1)[1]
+    scheme = {"quant_method": "fp8", "activation_scheme": "static"}
+    path = write(tmp_path, QWEN_72B | {"compression_config": scheme}, "other.json")
+    found = run_json(path, "--gpu", "H200", "-tp", 1, "-pp", 1)[1]
+    assert found["per_rank"][0]["weights_bytes"] < 0.6 * plain["per_rank"][0]["weights_bytes"]
+
+
 def test_does_not_fit(tmp_path: Path) -> None:
     path = write(tmp_path, QWEN_72B)
     code, found = run_json(path, "--gpu", "A100-80GB", "-tp", 1, "-pp", 1)

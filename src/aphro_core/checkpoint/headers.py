@@ -54,7 +54,7 @@ def read_headers(
     of which only config.json and the files' headers are fetched. Raises ModelError with the next step."""
     path = Path(model).expanduser()
     if path.is_file() and path.suffix == ".json":
-        return ModelHeaders(_read_json(path))
+        return ModelHeaders(with_quantization(_read_json(path), path.parent, _read_json))
     if path.is_file() and path.suffix == ".gguf":
         return _of_gguf(path)
     if path.is_dir():

@@ -69,6 +69,7 @@ def read_facts(hf_config: Mapping[str, Any]) -> ModelFacts:
         learned_positions=position + _LEARNED_POSITIONS[keys.model_type]
         if keys.model_type in _LEARNED_POSITIONS
         else 0,
+        embedding_size=keys.integer("word_embed_proj_dim", 0, minimum=0),
         layer_input_size=keys.integer("hidden_size_per_layer_input", 0, minimum=0),
         norms_per_layer=4 if keys.model_type.startswith(_FOUR_NORMS) else 2,
         tower=read_tower(keys),

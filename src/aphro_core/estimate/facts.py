@@ -112,6 +112,7 @@ class ModelFacts:
     rotary_rows: int = 0  # of the cos/sin tables, one for each rotary base
     learned_positions: int = 0  # rows of a position embedding
     norms_per_layer: int = 2
+    embedding_size: int = 0  # of a row of embedding and head where it is not the hidden size (OPT-350m)
     layer_input_size: int = 0  # width of an embedding of its own for each layer (Gemma-3n on)
     tower: TowerFacts | None = None
     quantization: QuantizationFacts | None = None

@@ -75,7 +75,10 @@ def rank_matrices(facts: ModelFacts, part: RankSlice) -> list[Matrix]:
         for layer, times in layers.items()
         for matrix in _layer(facts, layer, part)
     ]
-    vocab = Matrix(padded_vocab(facts, part.tp) // part.tp * facts.hidden_size, "kept")
+    width = facts.embedding_size or facts.hidden_size
+    vocab = Matrix(padded_vocab(facts, part.tp) // part.tp * width, "kept")
+    if width != facts.hidden_size:  # projections between the two
+        matrices.append(Matrix(width * facts.hidden_size, "kept", part.has_embedding + part.has_head))
     if part.has_embedding:
         matrices += [vocab, Matrix(facts.learned_positions * facts.hidden_size, "kept")]
         if facts.layer_input_size:

@@ -86,6 +86,15 @@ class HfConfig:
             raise self.refuse(key, "a list of strings")
         return list(value)
 
+    def lists(self, key: str) -> list[list[str]]:
+        """A list of lists of strings, or of strings, which count as lists of one; empty when the key is missing."""
+        value = self._read(key, ())
+        is_list = isinstance(value, Sequence) and not isinstance(value, str)
+        groups: list[Any] = [[group] if isinstance(group, str) else group for group in value] if is_list else [None]
+        if not all(isinstance(group, list) and all(isinstance(name, str) for name in group) for group in groups):
+            raise self.refuse(key, "a list of lists of strings")
+        return groups
+
     def numbers(self, key: str) -> tuple[float, ...]:
         """A list of positive numbers."""
         value = self._read(key, None)

@@ -19,9 +19,9 @@ ONLINE: Final[dict[str, QuantSpec]] = {
 }
 # What other servers know by these names; said by name instead of "unknown".
 RECOGNISED: Final = (
-    "aqlm", "bitnet", "bitsandbytes", "deepspeedfp", "eetq", "exl2", "exl3", "experts_int8", "fbgemm_fp8", "fp_quant",
-    "higgs", "hqq", "marlin", "modelopt", "mxfp4", "qqq", "quant_llm", "quark", "quip", "quip_sharp", "squeezellm",
-    "torchao", "vptq",
+    "aqlm", "auto-round", "bitnet", "bitsandbytes", "deepspeedfp", "eetq", "exl2", "exl3", "experts_int8", "fbgemm_fp8",
+    "fp_quant", "higgs", "hqq", "marlin", "modelopt", "mxfp4", "qqq", "quant_llm", "quark", "quip", "quip_sharp",
+    "squeezellm", "torchao", "vptq",
 )  # fmt: skip
 
 # name -> whether codes stand in words of 32 bits
@@ -35,11 +35,11 @@ _COMPRESSED_FORMATS: Final = {
 
 def quant_spec(section: HfConfig) -> QuantSpec:
     """Of ``quantization_config``. Raises ModelError for a method or setting that is not supported, naming it."""
-    method = section.choice("quant_method", {name: name for name in (*METHODS, *RECOGNISED)})
+    method = section.text("quant_method")
     if method not in METHODS:
+        known = "recognised but not supported" if method in RECOGNISED else "not supported"
         raise ModelError(
-            f"the model is quantised by {method}, which is recognised but not supported; supported: "
-            f"{', '.join(METHODS)}",
+            f"the model is quantised by {method[:80]}, which is {known}; supported: {', '.join(METHODS)}",
             hint="aphro quants lists them; or quantise the unquantised model while loading, with -q int4",
         )
     return METHODS[method](section)
@@ -89,7 +89,10 @@ def _fp8(section: HfConfig) -> QuantSpec:
 def _gptq(section: HfConfig) -> QuantSpec:
     if section.section("dynamic").keys:
         raise section.refuse("dynamic", "null (one scheme for all layers)")
+    if section.flag("is_marlin_format", False):
+        raise section.refuse("is_marlin_format", "false (weights as GPTQ writes them, not laid out for one kernel)")
     bits = section.choice_of("bits", (4, 8))
+    has_head = section.flag("lm_head", False)
     version = section.choice("checkpoint_format", {"gptq": True, "gptq_v2": False}, "gptq")
     return QuantSpec(
         layout="gptq",
@@ -99,9 +102,17 @@ def _gptq(section: HfConfig) -> QuantSpec:
         is_symmetric=section.flag("sym", True),
         has_act_order=section.flag("desc_act", False),
         zeros_less_one=version,
-        has_head=section.flag("lm_head", False),
+        has_head=has_head,
+        targets=_block_modules(section, has_head=has_head),
         ignored=_ignored(section, "modules_in_block_to_not_convert"),
     )
+
+
+def _block_modules(section: HfConfig, *, has_head: bool) -> tuple[str, ...]:
+    """GPTQ of some modules of each block only: a list of groups of names, in the order they were quantised in."""
+    groups = section.lists("modules_in_block_to_quantize")
+    named = tuple(name for group in groups for name in group)
+    return (*named, "lm_head") if named and has_head else named
 
 
 def _awq(section: HfConfig) -> QuantSpec:
@@ -119,6 +130,8 @@ def _awq(section: HfConfig) -> QuantSpec:
 
 def _compressed_tensors(section: HfConfig) -> QuantSpec:
     """One scheme for the linear layers that are targets: FP8 and INT8, static or dynamic, W4A16 or W8A16 in words."""
+    dense = {"dense": True}
+    section.section("sparsity_config").choice("format", dense, "dense")
     section.choice("format", dict.fromkeys((*_COMPRESSED_FORMATS, "mixed-precision"), True), "mixed-precision")
     groups = section.section("config_groups")
     found = [_compressed_group(section, groups.section(name)) for name in groups.keys]

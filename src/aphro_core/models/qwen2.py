@@ -21,8 +21,12 @@ def spec(hf: Mapping[str, Any]) -> DecoderSpec:
 
 def with_window(base: DecoderSpec, hf: Mapping[str, Any]) -> DecoderSpec:
     """Qwen's window: on only with ``use_sliding_window``, for the layers that ``layer_types`` names, or else from
-    ``max_window_layers`` on."""
+    ``max_window_layers`` on. Long-context variants attend in chunks beyond the length that they were trained for; up
+    to it they are plain, and are served so."""
     config = HfConfig(hf)
+    chunks = config.section("dual_chunk_attention_config")
+    trained = chunks.integer("original_max_position_embeddings", base.max_position_embeddings, maximum=2**31)
+    base = replace(base, max_position_embeddings=min(base.max_position_embeddings, trained))
     window = config.integer("sliding_window", 4096, maximum=2**31) if config.flag("use_sliding_window", False) else None
     if config.has("layer_types"):
         kinds = config.names("layer_types")

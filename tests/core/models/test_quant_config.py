@@ -33,8 +33,11 @@ def test_gptq_keys() -> None:
         ({"group_size": 31}, "group_size = 31"),
         ({"checkpoint_format": "marlin"}, "checkpoint_format = 'marlin', allowed: gptq, gptq_v2"),
         ({"dynamic": {"-:.*": {}}}, "dynamic"),
+        ({"is_marlin_format": True}, "is_marlin_format = True, allowed: false"),
+        ({"quant_method": "new"}, "by new, which is not supported; supported: fp8, gptq"),
+        ({"modules_in_block_to_quantize": [1]}, "modules_in_block_to_quantize = .*, allowed: a list of lists"),
         ({"quant_method": "aqlm"}, "by aqlm, which is recognised but not supported; supported: fp8, gptq"),
-        ({"quant_method": "nothing"}, "quant_method = 'nothing', allowed: fp8, gptq"),
+        ({"quant_method": 4}, "quant_method = 4, allowed: a string"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size"),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "config_groups"),
         ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "format = 'nvfp4-pack-quantized'"),
@@ -82,6 +85,21 @@ def test_targets_of_compressed_tensors() -> None:
             quant_spec(HfConfig(compressed(**groups)))
     with pytest.raises(ModelError, match="targets"):
         quant_spec(HfConfig(compressed(a={"targets": ["re:("]})))
+
+
+def test_compressed_tensors_that_are_sparse_as_well() -> None:
+    config = compressed(a={"targets": ["Linear"]})
+    assert quant_spec(HfConfig(config | {"sparsity_config": {"format": "dense"}})) == quant_spec(HfConfig(config))
+    with pytest.raises(ModelError, match="sparse-24-bitmask', allowed: dense"):
+        quant_spec(HfConfig(config | {"sparsity_config": {"format": "sparse-24-bitmask"}}))
+
+
+def test_gptq_of_some_modules_of_each_block() -> None:
+    groups = {"modules_in_block_to_quantize": [["mlp.up_proj", "mlp.gate_proj"], ["mlp.down_proj"]]}
+    found = quant_spec(HfConfig(GPTQ | groups))
+    modules = ["model.layers.1.mlp.down_proj", "model.layers.1.self_attn.q_proj", "lm_head"]
+    assert [found.covers(module) for module in modules] == [True, False, False]
+    assert quant_spec(HfConfig(GPTQ | groups | {"lm_head": True})).covers("lm_head")
 
 
 def test_a_request_and_a_checkpoint_must_agree() -> None:

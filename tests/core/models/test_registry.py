@@ -123,6 +123,12 @@ def test_qwen_windows_follow_layer_types_as_transformers_fills_them(family: str)
     assert load_spec(hf | off).sliding_window is None
 
 
+def test_qwen_in_chunks_is_served_up_to_the_length_of_one() -> None:
+    chunks = {"chunk_size": 262_144, "local_size": 8192, "original_max_position_embeddings": 262_144}
+    hf = config_of("qwen2") | {"max_position_embeddings": 1_010_000, "dual_chunk_attention_config": chunks}
+    assert load_spec(hf).max_position_embeddings == 262_144
+
+
 def test_qwen_refuses_sliding_layers_without_a_window() -> None:
     hf = config_of("qwen2") | {"use_sliding_window": False}
     with pytest.raises(ModelError, match="use_sliding_window = False, allowed: true"):
