@@ -27,7 +27,8 @@ def interruptible(phase: str) -> Iterator[None]:
         name = "SIGTERM" if isinstance(interrupt, _TerminatedError) else "SIGINT"
         raise StartInterruptedError(name, phase) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if signal.getsignal(signal.SIGTERM) == _terminate:  # else the block has decided itself what comes next
+            signal.signal(signal.SIGTERM, before)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -33,6 +33,17 @@ def test_a_signal_ends_the_block_with_its_phase(number: signal.Signals, code: Ex
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_what_the_block_itself_decides_stays() -> None:
+    """As a keeper that ends: further signals change nothing, not even its exit code."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with interruptible("files were read"):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_who_ignores_it_goes_on() -> None:
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
