@@ -170,7 +170,8 @@ class _ApiProcess:
     def _stop(self, number: int) -> None:
         """Pass it on. One that serves drains as long as it may; before that, and at a second signal, it is hurried."""
         self.reports.take()
-        if self._stopped_by or not self.reports.is_ready:
+        is_hurried = bool(self._stopped_by) or not self.reports.is_ready
+        if is_hurried and self._deadline is None:  # further signals give it no further time
             self._deadline = time.monotonic() + _STOP_SECONDS
         # a terminal that was closed (SIGHUP) is a reason to end in order, like any other
         number = signal.SIGTERM if number == signal.SIGHUP else number

@@ -154,6 +154,18 @@ def test_a_storm_of_signals_ends_as_one_does(kept: Kept) -> None:
     assert kept.process.returncode == 0
 
 
+@pytest.mark.parametrize("kept", [DEAF], indirect=True)
+def test_a_storm_of_signals_gives_no_further_time(kept: Kept) -> None:
+    kept.wait_runs(1)
+    time.sleep(0.2)
+    began = time.monotonic()
+    while kept.process.poll() is None and time.monotonic() - began < 5:
+        kept.process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+    assert kept.process.returncode == ExitCode.TERMINATED
+    assert time.monotonic() - began < 3.0
+
+
 STOPPED = "os.kill(os.getpid(), 19)"  # SIGSTOP
 ASLEEP = "time.sleep(30)"
 BEATING = "[(kept.beat(), time.sleep(0.1)) for _ in range(30)]"
