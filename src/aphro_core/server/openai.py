@@ -21,6 +21,7 @@ from aphro_core.server.schema import ChatBody, CompletionBody, Message, Sampling
 MAX_CHOICES: Final = 1024  # of one body: prompts times n
 MAX_TEMPLATE_KWARGS: Final = 32
 MAX_SALT_LENGTH: Final = 256
+_NO_SEED: Final = -1  # of clients that send one always
 
 _ROLES: Final = ("system", "developer", "user", "assistant")
 # passed on as they were given; a field that was not given takes SamplingParams' default
@@ -209,6 +210,8 @@ def _sampling(
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise RequestError(f"best_of is {body.best_of}, allowed: the same as n ({body.n or 1})", field="best_of")
     given = {name: value for name in _SAMPLING if (value := getattr(body, name)) is not None}
+    if given.get("seed") == _NO_SEED:
+        del given["seed"]
     given["max_tokens"] = default_max_tokens if max_tokens is None else max_tokens
     return SamplingParams(
         **given,

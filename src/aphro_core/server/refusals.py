@@ -101,4 +101,5 @@ def _no_route(raised: HTTPException) -> HttpError:
         return HttpError(
             405, f"method not allowed, allowed: {headers.get('Allow')}", code="bad_method", headers=headers
         )
-    return HttpError(raised.status_code, "there is nothing at this path", code="not_found", headers=headers)
+    message = "there is nothing at this path, allowed: /v1/chat/completions, /v1/completions, /v1/models, and what GET"
+    return HttpError(raised.status_code, f"{message} /openapi.json lists", code="not_found", headers=headers)

@@ -1,14 +1,16 @@
-"""The fields of OpenAI's request bodies: what is taken, what is refused by name, what is ignored."""
+"""The fields of OpenAI's request bodies that are taken, and the way from bytes to them."""
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 
 from aphro_core.errors import RequestError
+from aphro_core.server.unsupported import IGNORED, REFUSED
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -93,64 +95,6 @@ class DetokenizeBody(msgspec.Struct, kw_only=True):
     tokens: TokenIds
 
 
-# field -> the values that ask for nothing; any other is refused, since leaving it out would change the answer
-REFUSED: Final[Mapping[str, tuple[object, ...]]] = {
-    "add_special_tokens": (None, False),  # of a chat: the template writes them
-    "allowed_token_ids": (None, []),
-    "audio": (None,),
-    "bad_words": (None, []),
-    "chat_template": (None,),  # a client's template would be code
-    "continue_final_message": (None, False),
-    "custom_token_bans": (None, []),
-    "documents": (None, []),
-    "dry_multiplier": (None, 0),
-    "dynatemp_max": (None, 0),
-    "dynatemp_min": (None, 0),
-    "echo": (None, False),  # of a chat
-    "epsilon_cutoff": (None, 0),
-    "eta_cutoff": (None, 0),
-    "function_call": (None, "none", "auto"),
-    "functions": (None, []),
-    "guided_choice": (None, []),
-    "guided_grammar": (None,),
-    "guided_json": (None,),
-    "guided_regex": (None,),
-    "length_penalty": (None, 1),
-    "logits_processors": (None, []),
-    "mirostat_mode": (None, 0),
-    "modalities": (None, ["text"]),
-    "no_repeat_ngram_size": (None, 0),
-    "nsigma": (None, 0),
-    "prediction": (None,),
-    "prompt_embeds": (None,),
-    "prompt_logprobs": (None,),  # echo with logprobs has them
-    "reasoning_effort": (None, "none"),
-    "response_format": (None, {"type": "text"}),
-    "smoothing_factor": (None, 0),
-    "structured_outputs": (None,),
-    "suffix": (None, ""),
-    "tfs": (None, 1),
-    "tool_choice": (None, "none", "auto"),
-    "tools": (None, []),
-    "top_a": (None, 0),
-    "truncate_prompt_tokens": (None,),
-    "typical_p": (None, 1),
-    "use_beam_search": (None, False),
-    "web_search_options": (None,),
-    "xtc_probability": (None, 0),
-}
-IGNORED: Final = frozenset(
-    {
-        "metadata",
-        "parallel_tool_calls",
-        "prompt_cache_key",
-        "safety_identifier",
-        "service_tier",
-        "store",
-        "user",
-        "verbosity",
-    }
-)
 _MAX_NAMES_LOGGED: Final = 100
 
 _FIELDS: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -161,6 +105,11 @@ _MAX_COUNTS: Final = {b",": 2**20, b":": 2**18, b"[": 2**17, b"{": 2**17}
 _COUNTED_BYTES: Final = 2**20
 _MAX_FIELDS: Final = 1000
 _MAX_NOTHING_BYTES: Final = 256  # of a value that asks for nothing
+_BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"  # that some shells put before a file
+_WHOLE_NUMBERS: Final = frozenset(
+    {"best_of", "logprobs", "max_completion_tokens", "max_tokens", "min_tokens", "n", "seed", "top_k", "top_logprobs"}
+)
+_WHOLE: Final = re.compile(rb"(-?\d{1,19})\.0{1,19}")
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 
@@ -177,6 +126,7 @@ class BodyParser:
 
         Nobody else is served meanwhile, so each value is made once, and none of those that nothing is done with.
         """
+        data = data.removeprefix(_BYTE_ORDER_MARK)
         _check_counts(data)
         try:
             fields = _FIELDS.decode(data)
@@ -185,7 +135,8 @@ class BodyParser:
             for name, most in _MAX_BYTES.items():
                 if name in fields and len(memoryview(fields[name])) > most:
                     raise RequestError(f"{name} takes more than {most} bytes, allowed: fewer entries", field=name)
-            body: Body = self._decoder(kind).decode(data)
+            plain = _plain(fields, kind)
+            body: Body = self._decoder(kind).decode(msgspec.json.encode(fields | plain) if plain else data)
         except msgspec.ValidationError as error:
             raise _explain(error) from None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -208,6 +159,18 @@ class BodyParser:
         if name not in self._unknown and len(self._unknown) < _MAX_NAMES_LOGGED:
             self._unknown.add(name)
             _LOG.debug("ignoring the unknown field %.80r", name)
+
+
+def _plain(fields: Mapping[str, msgspec.Raw], kind: type[msgspec.Struct]) -> dict[str, msgspec.Raw]:
+    """What clients without integers write, ``40.0``, as integers; and a chat's ``logprobs: false`` in a completion."""
+    plain = {}
+    for name in _WHOLE_NUMBERS & fields.keys():
+        value = bytes(memoryview(fields[name])[:64])
+        if whole := _WHOLE.fullmatch(value):
+            plain[name] = msgspec.Raw(whole[1])
+        elif value == b"false" and name == "logprobs" and kind is CompletionBody:
+            plain[name] = msgspec.Raw(b"null")
+    return plain
 
 
 def _check_counts(data: bytes) -> None:

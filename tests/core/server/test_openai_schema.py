@@ -16,7 +16,8 @@ from aphro_core.errors import RequestError
 from aphro_core.server.openai import Generation, chat_of, completion_of
 from aphro_core.server.prompts import PromptEncoder
 from aphro_core.server.refusals import HttpError
-from aphro_core.server.schema import IGNORED, REFUSED, BodyParser, ChatBody, CompletionBody
+from aphro_core.server.schema import BodyParser, ChatBody, CompletionBody
+from aphro_core.server.unsupported import IGNORED, REFUSED
 from tests.core.server.fake_frontend import FakeFrontend
 
 HELLO = [{"role": "user", "content": "hi"}]
@@ -130,6 +131,31 @@ def test_what_would_change_the_answer_is_refused_what_asks_for_nothing_is_not(na
     for make in (completion_with, chat_with):
         with pytest.raises(RequestError, match=f"^{name} is not supported"):
             make(**{name: {"meaningful": 1}})
+
+
+@pytest.mark.parametrize(
+    ("fields", "plain"),
+    [
+        ({"max_tokens": 3.0, "top_k": 40.0, "n": 2.0}, {"max_tokens": 3, "top_k": 40, "n": 2}),
+        ({"logprobs": False}, {}),
+        ({"seed": -1}, {}),
+        ({"seed": -1.0}, {}),
+    ],
+)
+def test_the_same_in_the_words_of_other_clients(fields: dict[str, Any], plain: dict[str, Any]) -> None:
+    """Whole numbers of languages without integers, and what means nothing."""
+    (request,), (expected,) = completion_with(**fields).requests, completion_with(**plain).requests
+    assert request.sampling == expected.sampling
+
+
+@pytest.mark.parametrize("fields", [{"max_tokens": 2.5}, {"logprobs": True}, {"seed": -2}, {"n": 1e40}])
+def test_what_is_not_the_same_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(RequestError):
+        completion_with(**fields)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_body() -> None:
+    assert completion(b'\xef\xbb\xbf{"prompt": "x"}').requests
 
 
 @pytest.mark.parametrize("name", sorted(IGNORED))
