@@ -35,6 +35,7 @@ SAMPLES = [
     ("log.ib-event", "NET/IB : mlx5_2:1 Got async fatal event: local catastrophic error"),
     ("log.ib-event", "NET/IB : mlx5_0:1 Got non-fatal async event: port error(10)"),
     ("log.ib-event", "NET/IB : mlx5_0:1 async fatal event on QP (0x7f00): local access violation work queue error"),
+    ("log.ib-event", "NET/IB : mlx5_3:1 async fatal event on QP (0x7f00): invalid request local work queue error"),
     ("log.ib-event", "NET/IB : mlx5_0:1 async fatal event: local catastrophic error"),
     ("log.ib-nomem", "Call to ibv_reg_mr_iova2 failed with error Cannot allocate memory"),
     ("log.ib-nomem", "Call to ibv_create_cq failed with error Cannot allocate memory errno 12"),
@@ -89,6 +90,7 @@ SAMPLES = [
     ("log.p2p-pcie", "P2P is disabled between connected GPUs 6 and 7. You can repress this message"),
     ("log.peer-map", "Cuda failure 711 'peer mapping resources exhausted'"),
     ("log.p2p-denied", "failed to open CUDA IPC handle : 217 peer access is not supported between these"),
+    ("log.p2p-denied", "Cuda failure 217"),
     ("log.nvls", "Failed to bind NVLink SHARP (NVLS) Multicast memory of size 2097152 : CUDA error 1"),
     ("log.imex", "MNNVL (cliqueSize 8) is available but not working on some system."),
     ("log.imex", "MNNVL is not supported on this system"),
@@ -218,6 +220,8 @@ def test_harmless_records_are_no_failure(text: str) -> None:
         "NET/IB : mlx5_0:1 Got non-fatal async event: port active(9)",
         "Could not find a path for pattern 4",
         "Cannot get incoming CPU.",
+        "NET/IB: Resiliency is enabled on a recv communicator (0x7f) with a single device. This does not make sense",
+        "[Service thread] Accept failed Success",
     ],
 )
 def test_harmless_warnings_are_no_finding(text: str) -> None:
@@ -280,6 +284,23 @@ def test_two_hosts_with_one_address_of_a_container_bridge() -> None:
     refused = warn("socketStartConnect: Connect to 172.17.0.2<40001> failed : Connection refused", "n2")
     report = read(info(boot, "n1") + info(boot, "n2") + refused)
     assert (report.verdict, report.findings[0].id) == ("fail", "log.docker-bridge")
+
+
+@pytest.mark.parametrize("peer", ["128::1d<40861>", "node-a<41000>", "10.0.0.5<5>"])
+def test_the_peer_is_named_whole(peer: str) -> None:
+    text = f"socketPollConnect: Connect to {peer} returned 113(No route to host) errno 115"
+    assert f"no route to {peer} (on n1)" == read(warn(text)).findings[0].title
+
+
+def test_link_local_gids_name_the_port_without_an_address() -> None:
+    gids = "localGid fe80::4a21:1 remoteGids fe80::4a21:9 hca roceP2p1s0f0"
+    finding = read(warn(f"{COMPLETION}status=IBV_WC_RETRY_EXC_ERR(12) opcode=IBV_WC_SEND(0) {gids}")).findings[0]
+    assert finding.remedy.startswith("export NCCL_IB_HCA=^=roceP2p1s0f0 ")
+    assert "ib_write_bw -d roceP2p1s0f0" in finding.remedy
+
+
+def test_advice_about_memory_is_no_error() -> None:
+    assert read("INFO if you see CUDA out of memory, lower --gpu-memory-utilization\n").verdict == "inconclusive"
 
 
 def test_quotes_stay_in_pairs() -> None:

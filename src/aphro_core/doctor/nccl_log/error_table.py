@@ -12,7 +12,7 @@ _CAUSE, _WEAK, _SUSPECT, _SYMPTOM, _CONSEQUENCE, _TRAIL, _NOTE = Tier
 _PEER = r"(?:.*?\bpeer (?P<peer>[^\s<]+))?"
 _COMPLETION = r"Got completion" + _PEER + r".*?(?:error|status=?) ?(?:(?P<name>IBV_WC_\w+) ?\(?)?"
 _CONNECT = r"(?:connect\w*\b|Net ?:|Call to \w+|bootstrap)"
-_TO = r"(?:.*?\bto (?P<peer>[\w.:%-]*[\d:](?:<\d+>)?))?"
+_TO = r"(?:.*?\bto (?P<peer>[\w.:%-]+<\d+>|[\w.:%-]*[\d:]))?"
 _CUDA = r"(?:Cuda|HIP) failure:?"
 _MEMORY = r"(?:Cannot allocate memory|ENOMEM|\(12\))"
 
@@ -47,9 +47,10 @@ ERRORS: Final = (
           "a work request failed with completion status {status}"),
     _rule("log.ib-timeout", _CAUSE, r"IBV_WC_RETRY_EXC_ERR|transport retry counter exceeded",
           "the NIC of the peer does not answer: retries exceeded"),
-    _rule("log.ib-event", _CAUSE, r"(?:Got (?:non-fatal )?async|Got async fatal|async fatal|port) event"
-          r"(?: on [CQS]\w+ ?\([^)]*\))? ?: ?(?P<event>(?:port|local|device|CQ|QP|SRQ)[\w ]*)",
-          "the NIC reported an event: {event}"),
+    _rule("log.ib-event", _CAUSE, r"(?:Got (?:non-fatal )?async|port) event ?: ?"
+          r"(?P<event>(?:port|local|device|QP)[\w ]*)"
+          r"|(?:Got )?async fatal event(?: on [CQS]\w+ ?\([^)]*\))? ?: ?(?P<fatal>[\w ]*)",
+          "the NIC reported an event: {event}{fatal}"),
     _rule("log.ib-nomem", _CAUSE, r"ibv_(?:exp_)?(?:reg_|create_|alloc_)\w+.*" + _MEMORY
           + r"|(?:register|registration|reg_?mr).*(?:Cannot allocate memory)",
           "the NIC's memory could not be pinned: the locked-memory limit"),
@@ -131,7 +132,7 @@ ERRORS: Final = (
     _rule("log.p2p-pcie", _NOTE, r"P2P is disabled between connected GPUs (?P<who>\d+ and \d+)?",
           "no P2P between GPUs on PCIe (such as {who}): host memory is used instead", in_info=True),
     _rule("log.peer-map", _CAUSE, r"peer mapping resources exhausted", "one process maps more than 8 peer GPUs"),
-    _rule("log.p2p-denied", _CAUSE, r"failed to open CUDA IPC handle|peer access is not supported"
+    _rule("log.p2p-denied", _CAUSE, r"failed to open CUDA IPC handle|peer access is not supported|Cuda failure 217\b"
           r"|failed to peer with device|Ipc(?:Get|Open)MemHandle|Failed to import .*handle",
           "P2P between GPUs was chosen, but the driver does not allow it"),
     _rule("log.nvls", _CAUSE, r"Failed to bind NVLink SHARP|NVLS.*(?:Multicast|bind).*(?:fail|error)",

@@ -21,6 +21,7 @@ _HARMLESS_WARN: Final = re.compile(
     r"|[Uu]nable to (?:load|find) .*(?:tuner|profiler)|GDRC(?:OPY|opy)|NET/Plugin"
     r"|ncclGetVersion symbol|pciPath: Could not find"
     r"|Got (?:non-fatal )?async event ?: ?(?:client rereg|port active|GID table|LID change|SM change|P_Key|QP last)"
+    r"|Resiliency is enabled|\[Service thread\] Accept failed|Error opening file: /sys/devices/virtual/dmi"
     r"|port event: port active|Cannot get incoming CPU|Maximum retry reached for (?:accept|connect)"
 )
 

@@ -15,7 +15,7 @@ PROGRAM_ERRORS: Final = (
           r"(?P<code>48|6[1-4]|74|79|92|9[45]|119|120|13[67]|14[03]|154)\b",
           "the kernel reports a fault of GPU {bus}: Xid {code}"),
     _rule("log.host-memory", Tier.CAUSE, r"out of memory: Killed process (?P<who>\d+(?: \([^)]*\))?)|oom_kill event"
-          r"|task \d+: Out Of Memory|OOMKilled|memory pressure \(OOM\)|node running low on memory",
+          r"|task \d+: Out Of Memory|OOMKilled|memory pressure \(OOM\)|due to the node running low on memory",
           "the host ran out of memory, and the kernel killed a process: {who}"),
     _rule("log.shm-small", Tier.CAUSE, r"bus error encountered|Signal 7 \(SIGBUS\)|exitcode *: -7\b",
           "a process died of a bus error: /dev/shm is full or too small"),
@@ -24,7 +24,8 @@ PROGRAM_ERRORS: Final = (
           "a process was killed or crashed: signal {signal}{number}{mpi}{shell}, local rank {rank}"),
     _rule("log.loopback", Tier.CAUSE, r"(?i:gloo).*\[?(?P<peer>127\.[\d.]+)", "Gloo was told to connect to {peer}"),
     _rule("log.gloo", Tier.WEAK, r"Gloo connectFullMesh failed", "Gloo could not connect the ranks"),
-    _rule("log.cuda-memory", Tier.CAUSE, r"CUDA (?:error: )?out of memory", "a GPU ran out of memory"),
+    _rule("log.cuda-memory", Tier.CAUSE, r"CUDA error: out of memory|OutOfMemoryError: CUDA out of memory"
+          r"|CUDA out of memory\. Tried", "a GPU ran out of memory"),
     _rule("log.cuda", Tier.CAUSE, r"\b(?:CUDA|HIP) error: (?P<why>.*)", "a CUDA call failed: {why}"),
     _rule("log.rendezvous", Tier.WEAK, r"store->get\('[^']*'\) got error: (?P<why>.*)"
           r"|DistStoreError: (?P<store>.*)|The client socket has timed out after .*?connect to (?P<peer>[^.]*[\d)])",

@@ -28,13 +28,19 @@ def remedy_for(id: str, facts: LogFacts) -> str:
     special = _SPECIAL.get(id)
     topic = TOPICS[id].remedy
     ports = _ib_ports(facts)
-    if ports and id.startswith("log.ib-"):
-        named = next(iter(ports.values()))
+    named = next(iter(ports.values()), _blamed_hcas(facts, id))
+    if named and id.startswith("log.ib-"):
         topic = topic.replace("mlx5_0,mlx5_1", ",".join(named[:8])).replace("mlx5_0", named[0])
     if id in _ON_AMD and is_rccl(facts):
         topic = _ON_AMD[id]
     lines = [*(special(facts) if special else ()), *topic.splitlines()]
     return "\n".join(dict.fromkeys(lines))
+
+
+def _blamed_hcas(facts: LogFacts, id: str) -> list[str]:
+    """The NICs that NCCL 2.22 on names in an error."""
+    found = [re.search(r"\bhca (\w+)", note.first.record.text) for note in facts.all_notes(id)]
+    return list(dict.fromkeys(match[1] for match in found if match))
 
 
 def version_of(facts: LogFacts) -> tuple[int, ...]:
@@ -135,6 +141,10 @@ def _one_fabric(facts: LogFacts) -> list[str]:
 def _roce(facts: LogFacts) -> list[str]:
     """Peers that do not answer: one fabric, then the GID; the topic goes on with the path between them."""
     lines = _one_fabric(facts)
+    texts = [note.first.record.text for id in ("log.ib-timeout", "log.ib-rail") for note in facts.all_notes(id)]
+    if any(re.search(r"local ?Gid:? fe80:", text, re.IGNORECASE) for text in texts):
+        hca = next(iter(_blamed_hcas(facts, "log.ib-timeout")), "HCA")
+        lines += [f"export NCCL_IB_HCA=^={hca}   # its GID is link-local: give the port an address, or leave it out"]
     gid = facts.environment("NCCL_IB_GID_INDEX")
     version = version_of(facts)
     if gid and version >= _VERSION_WITH_AUTO_GID:
