@@ -29,6 +29,7 @@ SAMPLES = [
     ("log.ib-protection", f"{COMPLETION}error 4, opcode 32630, len 32629, vendor err 81"),
     ("log.ib-protection", f"{COMPLETION}status=IBV_WC_REM_ACCESS_ERR(10) opcode=0"),
     ("log.ib-flush", f"{COMPLETION}status=5 opcode=32656 len=32659 vendor err 249 (Recv)"),
+    ("log.ib-flush", "communicator encountered a fatal error (detected in ncclIbIrecv)"),
     ("log.ib-rnr", f"{COMPLETION}status=13 opcode=1"),
     ("log.ib-completion", f"{COMPLETION}status=9 opcode=1"),
     ("log.ib-event", "NET/IB : mlx5_0:1 Got async event : port error"),
@@ -297,6 +298,20 @@ def test_link_local_gids_name_the_port_without_an_address() -> None:
     finding = read(warn(f"{COMPLETION}status=IBV_WC_RETRY_EXC_ERR(12) opcode=IBV_WC_SEND(0) {gids}")).findings[0]
     assert finding.remedy.startswith("export NCCL_IB_HCA=^=roceP2p1s0f0 ")
     assert "ib_write_bw -d roceP2p1s0f0" in finding.remedy
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[W225 socket.cpp:767] [c10d] The client socket cannot be initialized to connect to [::ffff:10.9.1.4]:5000"
+        " (errno: 97 - Address family not supported by protocol).",
+        "[W225 socket.cpp:697] [c10d] The client socket has failed to connect to [n1]:29500 (errno: 111 - Connection"
+        " refused).",
+        "[Gloo] Rank 9 is connected to 15 peer ranks. Expected number of connected peer ranks is : 15",
+    ],
+)
+def test_what_torch_says_on_its_way_is_no_failure(text: str) -> None:
+    assert read(f"{text}\n").verdict == "inconclusive"
 
 
 def test_advice_about_memory_is_no_error() -> None:

@@ -222,6 +222,12 @@ def test_one_name_for_two_hosts() -> None:
     ]  # fmt: skip
 
 
+def test_interfaces_do_not_matter_on_one_node() -> None:
+    one_node = info("comm 0x5 rank 0 nRanks 2 nNodes 1 localRanks 2 localRank 0 MNNVL 0")
+    found = read(info("NET/Socket : Using [0]eth0:10.0.0.1<0> [1]tailscale0:100.64.0.1<0>") + one_node + P2P)
+    assert found.verdict == "pass"
+
+
 def test_odd_interfaces() -> None:
     assert (
         read(info("NET/Socket : Using [0]eth0:10.0.0.1<0> [1]docker0:172.17.0.1<0>")).findings[0].id == "log.interfaces"

@@ -101,6 +101,8 @@ def _interfaces(facts: LogFacts, ib: bool) -> Iterator[Finding]:
     names = {name for note in notes for name in re.findall(r"(?:\[\d+\])?([^\s\[\]:]+):", note.value)}
     odd = sorted(name for name in names if _BRIDGE.match(name) or _TUNNEL.search(name))
     local = [note for note in notes if ":fe80:" in note.value.lower()]
+    if num_nodes(facts) == 1:
+        return
     if odd and len(names) > 1:
         title = f"{', '.join(odd[:4])} among the interfaces that NCCL may use between hosts"
         notes = [note for note in notes if any(name in note.value for name in odd)]

@@ -42,6 +42,8 @@ ERRORS: Final = (
     _rule("log.ib-protection", _CAUSE, _COMPLETION + r"(?:4|10)\b",
           "the NIC may not touch the GPU's buffer: completion with a protection or access error"),
     _rule("log.ib-flush", _CONSEQUENCE, _COMPLETION + r"5\b", "requests were flushed after an earlier error"),
+    _rule("log.ib-flush", _CONSEQUENCE, r"communicator encountered a fatal error \(detected in ncclIb",
+          "a NIC had failed before"),
     _rule("log.ib-rnr", _WEAK, _COMPLETION + r"13\b", "the receiver {peer} is not ready: stalled or dead"),
     _rule("log.ib-completion", _CAUSE, _COMPLETION + r"(?P<status>\d+)",
           "a work request failed with completion status {status}"),
@@ -101,7 +103,8 @@ ERRORS: Final = (
     # sockets
     _rule("log.no-interface", _CAUSE, r"no socket interface found|NET/Socket ?: no interface found"
           r"|No network interface|with family \d+ is neither AF_INET", "no network interface matches"),
-    _rule("log.family", _CAUSE, r"Address family not supported",
+    # torch's "errno: 97 - Address ..." is a warning: it goes on with IPv4
+    _rule("log.family", _CAUSE, r"(?<!errno: 97 - )Address family not supported",
           "one side advertises an IPv6 address, the other has none"),
     _rule("log.wrong-peer", _CAUSE, r"wrong type \d+|wrong magic(?: (?P<magic>[0-9a-f]{16})\b)?",
           "a connection was answered by the wrong listener{magic}"),
