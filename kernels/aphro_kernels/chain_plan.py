@@ -65,9 +65,12 @@ class ChainPlan:
 
 
 def stripes(n: int, programs: int, widest: int = SLOT_ROWS) -> Stripes:
-    """Of ``n`` outputs, as even as multiples of 8 allow: one stripe a program, or as few as keep to ``widest``."""
-    turns = -(-n // (programs * widest))
-    columns = -(-n // (programs * turns * 8)) * 8
+    """Of ``n`` outputs, as even as multiples of 8 allow: one stripe a program, or the fewest of at most ``widest`` with
+    which no program has more outputs than it must."""
+    fewest = -(-n // (programs * widest))
+    eighths = -(-n // (programs * 8))
+    turns = min(range(fewest, fewest + 3), key=lambda turns: turns * -(-eighths // turns))
+    columns = -(-eighths // turns) * 8
     return Stripes(columns, -(-n // columns))
 
 
@@ -89,9 +92,10 @@ def chain_plan(shape: ChainShape, num_rows: int, multiprocessors: int) -> ChainP
     chunks = min(_STAGE_BYTES // row_bytes, _CHUNKS)
     stages = 8 if rows <= 16 else 6
     slot_rows = SLOT_ROWS
-    if rows == 32:  # what was measured on an H100 (docs/kernels.md): small stages, and slots no larger than stripes are
+    if rows == 32:  # as measured (docs/kernels.md): small stages, and slots no larger than a stage of the widest stripe
         chunks, stages = 2, 8
-        slot_rows = max(hidden.pad, GROUPS * inner.pad, qkv.pad, _FEWEST_SLOT_ROWS)
+        slot_rows = max(chunks * hidden.pad, GROUPS * inner.pad, chunks * qkv.pad, _FEWEST_SLOT_ROWS)
+        slot_rows = min(slot_rows, SLOT_ROWS)
     behind = MAX_ROWS * 2 * _CHUNK - row_bytes  # a tile of the last rows reads so far
     halves = MAX_ROWS * 4 * max(hidden.pad, qkv.pad)
     left = _SHARED_BYTES - _OTHER_BYTES - halves - behind - stages * chunks * row_bytes

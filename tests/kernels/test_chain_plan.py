@@ -39,6 +39,7 @@ def test_plan(shape: ChainShape, num_rows: int, multiprocessors: int) -> None:
     ("shape", "programs", "widths"),
     [
         (ChainShape(4096, 4096, 14336, 6144), 128, (32, 56, 48)),
+        (ChainShape(3584, 3584, 18944, 4608), 132, (32, 24, 40)),  # three times 24, not twice 40
         (ChainShape(896, 896, 4864, 1152), 112, (8, 24, 16)),
     ],
 )
