@@ -190,7 +190,7 @@ def over_two(lab: Lab, *layout: str) -> bool:
     with lab.server(*layout, *_SMALL, faults=faults_on(lab), seconds=90) as server:
         served = Served(server)
         print(f"served after {time.monotonic() - began:.1f} s ({' '.join(layout)})", flush=True)
-        told = [line for line in server.log.read_text().splitlines() if "by NCCL" in line or "Engine ready" in line]
+        told = [line for line in server.log.read_text().splitlines() if "by NCCL" in line or " after " in line]
         print("\n".join(told), flush=True)
         where, is_tp = " ".join(layout), layout[0] == "-tp"
         held = [
