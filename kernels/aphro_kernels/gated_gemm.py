@@ -23,7 +23,7 @@ _FEWEST_ROWS: Final = 1024
 # (rows of the weight, inputs): other numbers of rows at which it is the faster one, padded decode steps' (an H200)
 # (the second and third, of ranks of two: an H100)
 _OTHER_ROWS: Final = {
-    (28672, 4096): (256, 448),
+    (28672, 4096): (128, 448),
     (14336, 4096): (256, 448, 512),
     (18944, 3584): (320, 384, 448),
 }

@@ -3,11 +3,15 @@
 ``python bench/tune.py --output kernels/aphro_kernels/tuned/NAME.json`` measures one. A device without a file takes the
 library's kernel: slower at worst, never wrong. So does a shape that its file does not hold, but for one row, where the
 table leaves no doubt and a rule serves all shapes.
+
+``tuned/cublas`` has files of the same kind (``bench/tune_cublas.py``): which of cuBLAS's own algorithms a product takes
+where the library would choose a slower one.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -15,8 +19,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from aphro_kernels.cublas_lt import LtAlgorithm, LtProduct, library_version, lt_product
 from aphro_kernels.skinny_linear import MAX_ROWS, SkinnyConfig, rows_bucket
 
+_LOG: Final = logging.getLogger(__name__)
 _FOLDER: Final = Path(__file__).parent / "tuned"
 _PROGRAMS: Final = 512  # of the rule: about four a multiprocessor
 _Key = tuple[int, int, bool, int]  # n, k, is_gated, rows
@@ -33,6 +39,17 @@ def skinny_config(weight: Tensor, num_rows: int, *, is_gated: bool = False) -> S
     if table and key not in table and num_rows == 1:
         return _for_one_row(n, k, is_gated)
     return table.get(key)
+
+
+def library_product(weight: Tensor, num_rows: int, *, has_bias: bool = False) -> LtProduct | None:
+    """For ``num_rows`` rows times ``weight`` [N, K]; None: what the library chooses is as good, or nothing is known."""
+    if not weight.is_cuda or weight.dtype != torch.bfloat16:
+        return None
+    index = weight.device.index
+    algorithm = _algorithms(_device_name(index)).get((*weight.shape, num_rows))
+    if algorithm is None:
+        return None
+    return lt_product(num_rows, *weight.shape, weight.dtype, has_bias, index, algorithm)
 
 
 def _for_one_row(n: int, k: int, is_gated: bool) -> SkinnyConfig:
@@ -55,6 +72,21 @@ def _table(device_name: str) -> dict[_Key, SkinnyConfig | None]:
         content = json.loads(path.read_text())
         if device_name in content["devices"]:
             return {_key_of(entry): _config_of(entry) for entry in content["entries"]}
+    return {}
+
+
+@cache
+def _algorithms(device_name: str) -> dict[tuple[int, ...], LtAlgorithm]:
+    """By n, k and rows."""
+    for path in sorted((_FOLDER / "cublas").glob("*.json")):
+        content = json.loads(path.read_text())
+        if device_name not in content["devices"]:
+            continue
+        if library_version() != content["library_version"]:
+            said = "cuBLAS %d chooses the algorithms of its products itself: %s is of version %d"
+            _LOG.info(said, library_version(), path.name, content["library_version"])
+            return {}
+        return {(e["n"], e["k"], e["rows"]): LtAlgorithm(**e["algorithm"]) for e in content["entries"]}
     return {}
 
 

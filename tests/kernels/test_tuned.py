@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from aphro_kernels import tuned
+from aphro_kernels.cublas_lt import LtAlgorithm
 from aphro_kernels.packed_linear import PackedWeight, packed_config
 from aphro_kernels.skinny_linear import SkinnyConfig, build_skinny_workspace
 
 FILES = sorted((Path(tuned.__file__).parent / "tuned").glob("*.json"))
+CUBLAS_FILES = sorted((Path(tuned.__file__).parent / "tuned" / "cublas").glob("*.json"))
 SHARED_MEMORY = 227 * 1024  # bytes that one program may have on Hopper
 
 
@@ -49,6 +53,33 @@ def test_each_entry_fits(path: Path) -> None:
             assert_fits(config, entry["n"], entry["k"], entry["is_gated"], entry["rows"])
 
 
+@pytest.mark.parametrize("path", CUBLAS_FILES, ids=lambda path: path.stem)
+def test_each_entry_of_cublas_is_a_gain(path: Path) -> None:
+    content = json.loads(path.read_text())
+    assert content["measured_on"] in content["devices"]
+    assert content["library_version"] in (12, 13)
+    keys = [(e["n"], e["k"], e["rows"]) for e in content["entries"]]
+    assert len(keys) == len(set(keys)) > 0
+    for entry in content["entries"]:
+        assert min(astuple(LtAlgorithm(**entry["algorithm"]))) >= 0
+        assert entry["us"] < entry["library_us"]
+
+
+@pytest.mark.parametrize(("version", "num_lines"), [(13, 0), (12, 1)])
+def test_the_table_of_cublas_is_for_one_version(
+    version: int, num_lines: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tuned, "_device_name", lambda _: "NVIDIA H200")
+    monkeypatch.setattr(tuned, "library_version", lambda: version)
+    monkeypatch.setattr(tuned, "lt_product", lambda *arguments: arguments[-1])
+    tuned._algorithms.cache_clear()
+    with caplog.at_level(logging.INFO):
+        found: Any = [tuned.library_product(Weight(4096, 14336), rows) for rows in (192, 192, 193)]  # type: ignore[arg-type]
+    tuned._algorithms.cache_clear()
+    assert [one is not None for one in found] == [version == 13, version == 13, False]
+    assert len(caplog.records) == num_lines
+
+
 def look_up(monkeypatch: pytest.MonkeyPatch, device: str, *shape: int, rows: int, is_gated: bool = False) -> Any:
     monkeypatch.setattr(tuned, "_device_name", lambda _: device)
     return tuned.skinny_config(Weight(*shape), rows, is_gated=is_gated)  # type: ignore[arg-type]
@@ -81,6 +112,7 @@ def test_one_row_of_an_unknown_shape_takes_the_rule(
 
 def test_no_cpu_tensor_takes_the_kernel() -> None:
     assert tuned.skinny_config(torch.zeros(6144, 16, dtype=torch.bfloat16), 1) is None
+    assert tuned.library_product(torch.zeros(4096, 14336, dtype=torch.bfloat16), 192) is None
 
 
 @pytest.mark.parametrize(

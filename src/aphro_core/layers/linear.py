@@ -10,7 +10,7 @@ from aphro_kernels.cpu_linear import CpuLinear
 from aphro_kernels.gated_gemm import gated_linear, is_faster
 from aphro_kernels.silu_and_mul import silu_and_mul
 from aphro_kernels.skinny_linear import SkinnyWorkspace, skinny_linear
-from aphro_kernels.tuned import skinny_config
+from aphro_kernels.tuned import library_product, skinny_config
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -27,7 +27,8 @@ class Linear:
 
     On CPUs weights are put into another order once: bfloat16 for a kernel of our own where the CPU has its
     instructions, bfloat16 elsewhere and float32 for oneDNN. Drop the plain ``weight`` afterwards: nothing here keeps it
-    then. On GPUs few rows take a kernel of our own where the tables of aphro_kernels/tuned.py say that it is faster.
+    then. On GPUs the tables of aphro_kernels/tuned.py say where a kernel of our own is faster, or another
+    algorithm of cuBLAS than it chooses itself.
     """
 
     __slots__ = ("_bias", "_cpu", "_is_packed", "_row_sizes", "_weight", "_workspace")
@@ -59,8 +60,8 @@ class Linear:
         without bias on a GPU."""
         if self._cpu is not None:
             return self._cpu(x)
-        if self._workspace is not None and (config := skinny_config(self._weight, x.shape[0])) is not None:
-            return skinny_linear(x, self._weight, self._bias, config=config, workspace=self._workspace, out=out)
+        if self._workspace is not None and (y := self._by_table(x, out, self._workspace)) is not None:
+            return y
         if out is not None:
             assert self._bias is None
             return torch.mm(x, self._weight.t(), out=out)
@@ -92,6 +93,15 @@ class Linear:
         """Whether a call may have this ``out``."""
         is_alike = out.is_cuda and out.dtype == self._weight.dtype and out.shape[1] == self._weight.shape[0]
         return is_alike and self._bias is None
+
+    def _by_table(self, x: Tensor, out: Tensor | None, workspace: SkinnyWorkspace) -> Tensor | None:
+        """None: there is nothing faster than what cuBLAS chooses."""
+        weight, bias, num_rows = self._weight, self._bias, x.shape[0]
+        if (config := skinny_config(weight, num_rows)) is not None:
+            return skinny_linear(x, weight, bias, config=config, workspace=workspace, out=out)
+        if x.is_contiguous() and (product := library_product(weight, num_rows, has_bias=bias is not None)) is not None:
+            return product(x, weight, bias, out)
+        return None
 
     def _multiply(self, x: Tensor) -> Tensor:
         if not self._is_packed:
