@@ -277,7 +277,7 @@ def test_a_rank_that_fails_where_others_wait_for_it_is_not_waited_for_long(
 
         peer_meeting.build_peer_sums = build  # type: ignore[assignment]
         began = time.monotonic()
-        with links.hurried(1.0, 30.0):
+        with links.hurried(0.3, 30.0):
             answer = refusals(links, rank, caplog)
         assert links.store is not None
         assert links.store.timeout.total_seconds() == 30.0
