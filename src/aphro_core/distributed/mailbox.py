@@ -104,12 +104,12 @@ def meet_neighbours(
         if is_refused(failure):  # nobody reads before all have sent
             return False
         has_come = mailbox.words() == [everybody[(rank - 1) % size][1]]
-        lost = f"what rank {(rank - 1) % size} sends to {socket_path(os.getpid())} does not arrive"
+        lost = _sentence(f"what rank {(rank - 1) % size} sends to {socket_path(os.getpid())} does not arrive")
         return not is_refused(None if has_come else lost)
     finally:
         if mailbox is not None:
             mailbox.close()
 
 
-def _sentence(error: OSError) -> str:
+def _sentence(error: OSError | str) -> str:
     return f"ranks cannot hand each other descriptors, as in containers of their own ({error})"
