@@ -137,6 +137,18 @@ BARE = [
     ("log.rank-died", "  traceback : Signal 9 (SIGKILL) received by PID 99"),
     ("log.rank-died", "mpirun noticed that process rank 3 on node n1 exited on signal 11 (Segmentation fault)."),
     ("log.rank-died", "srun: error: n1: task 3: Exited with exit code 137"),
+    ("log.shm-small", "Fatal Python error: Bus error"),
+    ("log.rank-died", "[gpu9:3326:0:3326] Caught signal 11 (Segmentation fault: address not mapped to object)"),
+    ("log.rank-died", "2026-08-31 12:27:50 [n3:00956] Signal: Segmentation fault (11)"),
+    ("log.rank-died", "Fatal Python error: Segmentation fault"),
+    ("log.rank-died", "!!!!!!! Segfault encountered !!!!!!!"),
+    ("log.rank-died", "*** SIGSEGV received at time=1736 on cpu 12 ***"),
+    ("log.rank-died", "srun: error: n7: task 3: Segmentation fault (core dumped)"),
+    ("log.rank-died", "/bin/bash: line 1:  4242 Killed                  python train.py"),
+    ("log.fabric", "n1: Test CUDA failure common.cu:941 'system not yet initialized'"),
+    ("log.fabric", "RuntimeError: Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized"),
+    ("log.cuda", "n1: Test CUDA failure common.cu:941 'invalid device ordinal'"),
+    ("log.wrong-data", "# Out of bounds values : 24 FAILED"),
     ("log.cuda-memory", "[rank3]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."),
     ("log.cuda", "[E] [Rank 0] NCCL watchdog thread terminated with exception: CUDA error: an illegal memory access"),
     ("log.port-busy", "DistNetworkError: port: 29500, name: EADDRINUSE, message: address already in use"),
@@ -338,3 +350,23 @@ def test_floods_are_bounded() -> None:
     facts = scan(warn(f"{COMPLETION}status=12 opcode=1") * 20_000)
     (note,) = facts.all_notes("log.ib-timeout")
     assert 1000 < note.count <= 20_000
+
+
+def test_an_error_that_torch_quotes_counts_once() -> None:
+    report = read("ncclInvalidUsage: invalid usage.\nLast error:\nDuplicate GPU detected : rank 1 and rank 0\n")
+    assert (report.findings[0].id, "times" in report.findings[0].title) == ("log.dup-gpu", False)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["# Out of bounds values : 0 OK", "n1: Process 12 was Killed by the user", "[n1:12] Signal: Aborted (6)"],
+)
+def test_other_words_of_programs_are_no_failure(text: str) -> None:
+    assert read(text + "\n").verdict == "inconclusive"
+
+
+def test_a_queue_pair_with_an_ipv4_gid_is_not_told_to_choose_one() -> None:
+    text = "Call to ibv_modify_qp failed with 110 Connection timed out, on dev mlx5_3:1, local GID index 3, local GID "
+    advice = [read(warn(text + gid)).findings[0].remedy for gid in ("::ffff:10.1.3.5", "fe80::1")]
+    assert ["GID_INDEX" in remedy for remedy in advice] == [False, True]
+    assert all("NCCL_CROSS_NIC=0" in remedy for remedy in advice)

@@ -14,12 +14,15 @@ from aphro_core.doctor.nccl_log.records import Record, read_bare, read_records
 # One alternative a first letter, of letters that are rare in prose: a search skips to them. What begins with a common
 # letter is looked for apart.
 _RARE: Final = (
-    rb"C(?:CL|OLL|uda fail|ommunicator ranks|UDA (?:error: |out of))|N(?:ET[/ ]|VLS|VRM: )|S(?:HM|IG(?:KILL|SEGV|BUS))"
-    rb"|\](?: INFO| WARN| The client socket|: [\w.]*(?:Error|Exception): )|P(?:2P[/ ]|rocess \d+ on n)|Killed process"
+    rb"C(?:CL|OLL|uda fail|ommunicator ranks|UDA (?:error: |out of))|N(?:ET[/ ]|VLS|VRM: )"
+    rb"|S(?:HM|IG(?:KILL|SEGV|BUS|ILL)|eg(?:mentation f|fault enc))|Illegal instr|Bus err|Test CUDA|Error 802: "
+    rb"|\](?: INFO| WARN| The client socket|: [\w.]*(?:Error|Exception): )|P(?:2P[/ ]|rocess \d+ on n)"
+    rb"|Killed (?:process|  )"
     rb"|R(?:ank +\d+ .*Pid|AS network)|M(?:ultiple Ranks|NNVL|issing comm)|IBV_|G(?:ot compl|loo conn)"
     rb"|H(?:IP (?:fail|error: )|eartbeat m)"
-    rb"|D(?:uplicate GPU|ist(?:Network|Store)Error)|O(?:ut Of Memory|OMKilled|OM\))|Last error|Bootstrap"
-    rb"|xit(?:ed on signal| ?code *:? *(?:-|13))|W(?:atchdog c|ARN [A-Z])|_(?:(?<=bv_)[a-z]|kill event)|ket\w*: "
+    rb"|D(?:uplicate GPU|ist(?:Network|Store)Error)|O(?:ut (?:Of Memory|of bounds v)|OMKilled|OM\))"
+    rb"|Last error|Bootstrap|xit(?:ed on signal| ?code *:? *(?:-|13))"
+    rb"|W(?:atchdog c|ARN [A-Z])|_(?:(?<=bv_)[a-z]|kill event)|ket\w*: "
 )
 COMMON_WORDS: Final = (b"ccl", b"mote rails", b"memory segment", b"direct shared mem")
 TELLING_WITHOUT_COMMON: Final = re.compile(_RARE)
@@ -48,6 +51,7 @@ class LineReader:
 
     def __init__(self, facts: LogFacts) -> None:
         self.file = ""
+        self._quoted = "", 0  # the file and number of a line that was read as the one before it says
         self.boring: set[bytes] = set()  # shapes that say nothing
         self.channel_shapes: set[bytes] = set()
         # the text behind "Channel NN" -> the process that said it last, and its pair; and the same for all processes
@@ -102,12 +106,13 @@ class LineReader:
             is_hop = is_hop or any(pair for _, pair in results)
             if len(results) == 1 and results[0][1] is not None and not records[0].num_folded and " : " in part:
                 self.channel_shapes.add(shape)
-            if not records:
+            if not records and self._quoted != (self.file, number):
                 told = self._read_bare(part, number) or told
         if "Last error:" in text and index + 1 < len(lines):
             quoted = lines[index + 1].decode("utf-8", "replace")
             record = Record(read_bare(re.sub(r"^.*?\[\w+\|?\d*\]:", "", quoted)).text, "WARN")
-            self._read_record(record, number + 1, quoted)
+            if self._read_record(record, number + 1, quoted)[0]:
+                self._quoted = self.file, number + 1
         if not is_hop:  # each hop counts, however many there are
             self._weigh_shape(shape, told)
 

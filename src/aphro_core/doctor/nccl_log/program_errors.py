@@ -7,6 +7,8 @@ from typing import Final
 from aphro_core.doctor.nccl_log.error_rule import Tier
 from aphro_core.doctor.nccl_log.error_rule import rule as _rule
 
+# UCX, Open MPI, Python, Slurm and Abseil, in this order
+_CRASH = r"(?:Caught signal \d+ \(|Signal: |Fatal Python error: |task [\d,-]+: |\*\*\* )"
 _NOT_NCCLS = r"(?!.*(?:NCCL|nccl))"
 
 PROGRAM_ERRORS: Final = (
@@ -17,16 +19,25 @@ PROGRAM_ERRORS: Final = (
     _rule("log.host-memory", Tier.CAUSE, r"out of memory: Killed process (?P<who>\d+(?: \([^)]*\))?)|oom_kill event"
           r"|task \d+: Out Of Memory|OOMKilled|memory pressure \(OOM\)|due to the node running low on memory",
           "the host ran out of memory, and the kernel killed a process: {who}"),
-    _rule("log.shm-small", Tier.CAUSE, r"bus error encountered|Signal 7 \(SIGBUS\)|exitcode *: -7\b",
+    _rule("log.shm-small", Tier.CAUSE, r"bus error encountered|Signal 7 \(SIGBUS\)|exitcode *: -7\b|"
+          + _CRASH + r"(?:Bus error|SIGBUS)",
           "a process died of a bus error: /dev/shm is full or too small"),
     _rule("log.rank-died", Tier.WEAK, r"exit ?code *: *-(?P<signal>9|11|4)\b(?:\) local_rank: (?P<rank>\d+))?"
           r"|Signal (?P<number>9|11|4) \(SIG|exited on signal (?P<mpi>9|11|4)\b|exit code (?P<shell>137|139)\b",
           "a process was killed or crashed: signal {signal}{number}{mpi}{shell}, local rank {rank}"),
+    _rule("log.rank-died", Tier.WEAK, _CRASH + r"(?P<what>Segmentation fault|SIGSEGV|Illegal instruction|SIGILL)"
+          r"|line \d+: +\d+ (?P<shell>Killed|Segmentation fault)|(?P<torch>Segfault) encountered",
+          "a process was killed or crashed: {what}{shell}{torch}"),
     _rule("log.loopback", Tier.CAUSE, r"(?i:gloo).*\[?(?P<peer>127\.[\d.]+)", "Gloo was told to connect to {peer}"),
     _rule("log.gloo", Tier.WEAK, r"Gloo connectFullMesh failed", "Gloo could not connect the ranks"),
     _rule("log.cuda-memory", Tier.CAUSE, r"CUDA error: out of memory|OutOfMemoryError: CUDA out of memory"
-          r"|CUDA out of memory\. Tried", "a GPU ran out of memory"),
-    _rule("log.cuda", Tier.CAUSE, r"\b(?:CUDA|HIP) error: (?P<why>.*)", "a CUDA call failed: {why}"),
+          r"|CUDA out of memory\. Tried|Test CUDA failure.*out of memory", "a GPU ran out of memory"),
+    _rule("log.fabric", Tier.CAUSE, r"(?:CUDA error|Error 802|Test CUDA failure).*system not yet initialized",
+          "the NVSwitch fabric is not initialised"),
+    _rule("log.cuda", Tier.CAUSE, r"\b(?:CUDA|HIP) error: (?P<why>.*)|Test CUDA failure \S+ (?P<test>.*)",
+          "a CUDA call failed: {why}{test}"),
+    _rule("log.wrong-data", Tier.CAUSE, r"Out of bounds values : (?P<number>\d+) FAILED",
+          "nccl-tests got {number} wrong values: data is damaged on its way"),
     _rule("log.rendezvous", Tier.WEAK, r"store->get\('[^']*'\) got error: (?P<why>.*)"
           r"|DistStoreError: (?P<store>.*)|The client socket has timed out after .*?connect to (?P<peer>[^.]*[\d)])",
           "ranks did not meet at the rendezvous: {why}{store}{peer}"),

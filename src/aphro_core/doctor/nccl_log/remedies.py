@@ -149,6 +149,8 @@ def _roce(facts: LogFacts) -> list[str]:
     version = version_of(facts)
     if gid and version >= _VERSION_WITH_AUTO_GID:
         lines += [f"unset NCCL_IB_GID_INDEX   # {gid.value}; NCCL 2.21 and later choose it themselves"]
+    elif any(re.search(r"local ?Gid:? ::ffff:", text, re.IGNORECASE) for text in texts):
+        return lines  # RoCE with an IPv4 address already
     elif "RoCE" in _ib_ports(facts) or not _ib_ports(facts):
         lines += ["show_gids; export NCCL_IB_GID_INDEX=3   # RoCE: the RoCE v2 IPv4 index; NCCL 2.21 chooses it"]
     return lines

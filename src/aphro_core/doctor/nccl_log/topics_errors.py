@@ -43,6 +43,11 @@ connections or wait until they time out.
 > sudo dmesg | grep -i -e oom -e 'killed process' -e segfault   # on the host of that process, at that time
 > # its own log, just before the end
 
+log.wrong-data
+The collective ended, and its result is wrong. Mostly P2P over PCIe through an IOMMU or ACS, else a faulty link or GPU.
+> export NCCL_P2P_DISABLE=1   # to compare; the same with NCCL_NVLS_ENABLE=0, NCCL_NET_GDR_LEVEL=LOC, and fewer GPUs
+> sudo lspci -vvv | grep ACSCtl   # with SrcValid+: switch ACS off; in a virtual machine ATS has to be on
+
 log.rendezvous
 Ranks did not all come to the rendezvous in time: one ended before, or waits for something else, or the address or port
 of the first one cannot be reached.
@@ -277,10 +282,10 @@ IPC needs.
 > export NCCL_P2P_DISABLE=1   # goes on through host memory; then look at driver, ACS and IOMMU
 
 log.nvls
-Multicast memory of the NVSwitch could not be bound: the fabric manager or the switches are in a bad state, or a
-container may not.
+Multicast memory of the NVSwitch could not be bound: the fabric manager or the switches are in a bad state, most often
+because the fabric manager was restarted without a reset of the GPUs; or a container may not.
 > export NCCL_NVLS_ENABLE=0
-> sudo systemctl restart nvidia-fabricmanager
+> # without GPU programs: sudo systemctl stop nvidia-fabricmanager; sudo nvidia-smi -r; then start it. Or reboot
 
 log.imex
 NVLink across hosts needs the IMEX service and its channel devices.
