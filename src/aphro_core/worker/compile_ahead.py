@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import select
@@ -21,6 +22,7 @@ from aphro_core.lifeline import die_with_parent
 _LOG: Final = logging.getLogger(__name__)
 _SECONDS: Final = 120.0  # after which what is left is compiled here
 _JOB_BYTES: Final = 2
+_NAME_BYTES: Final = 150  # of a kernel's name in the cache on disk
 _LONG: Final = {  # seconds that a kernel takes, about; the others take 0.1 to 0.8
     "hopper_attention_kernel": 6.0,
     "packed_chain_kernel": 5.0,
@@ -43,8 +45,7 @@ def compiling_ahead(num_processes: int) -> Iterator[Callable[[], None]]:
     notes, processes, started = _Notes(), list[_Processes](), time.monotonic()
 
     def begin() -> None:
-        num_begun = sum(len(group.jobs) for group in processes)
-        jobs = [compile_ for compile_, _ in notes.jobs[num_begun:]]
+        jobs, notes.to_compile = notes.to_compile, []
         if num_processes > 1 and (jobs if processes else jobs[1:]):  # a single kernel is compiled here as fast
             processes.append(_Processes(_longest_first(jobs), min(num_processes, len(jobs))))
 
@@ -58,7 +59,8 @@ def compiling_ahead(num_processes: int) -> Iterator[Callable[[], None]]:
         for group in processes:
             group.end()
     if processes:
-        _LOG.info("%d kernels by %d processes in %.1f s", len(notes.jobs), num_processes, time.monotonic() - started)
+        num_jobs = sum(len(group.jobs) for group in processes)
+        _LOG.info("%d kernels by %d processes in %.1f s", num_jobs, num_processes, time.monotonic() - started)
     for compile_, finish in notes.jobs:
         finish(compile_())
 
@@ -78,11 +80,14 @@ class _Notes:
 
     def __init__(self) -> None:
         self.jobs: list[tuple[Callable[[], Any], Callable[[Any], None]]] = []
+        self.to_compile: list[Callable[[], Any]] = []  # of them, what is not on disk and not begun
 
     def submit(
         self, key: str, compile_: Callable[[], Any], finish: Callable[[Any], None], *others: object
     ) -> _NotLaunched:
         self.jobs.append((compile_, finish))
+        if not _is_on_disk(key, _kernel_of(compile_)):
+            self.to_compile.append(compile_)
         kernel = _NotLaunched()
         finish(kernel)  # so that its next launch does not come here again
         return kernel
@@ -103,6 +108,23 @@ def _kernel_of(job: Callable[[], Any]) -> str:
             if name == "src":
                 return str(getattr(cell.cell_contents, "name", ""))
     return ""
+
+
+def _is_on_disk(key: str, kernel: str) -> bool:
+    """Whether Triton's cache has it, and it need not be forked for. What a Triton keeps under another name is compiled
+    all the same, which finds it there."""
+    from triton.runtime.cache import get_cache_manager
+
+    folder = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
+    return folder.get_group(f"{kernel[:_NAME_BYTES]}.json") is not None
+
+
+def read_compiler() -> None:
+    """Triton hashes all of itself, half a GB, before its first kernel, and keeps that."""
+    with suppress(ImportError):  # where another Triton has it
+        from triton.runtime.cache import triton_key
+
+        triton_key()
 
 
 @contextmanager

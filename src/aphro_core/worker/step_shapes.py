@@ -51,9 +51,9 @@ class StepShapes:
 
     @property
     def kinds(self) -> list[StepShape]:
-        """Enough of them for every kernel to be launched."""
-        ends = (self._tokens[:1] or ()) + self._tokens[-1:]
-        mixed = {self._mixed(size, is_long=is_long) for size in ends for is_long in {False, size in self._long}}
+        """Enough of them for every kernel to be launched: kernels of chunks are made for powers of two."""
+        sizes = [size for size in self._tokens if size & (size - 1) == 0 or size == self._tokens[-1]]
+        mixed = {self._mixed(size, is_long=is_long) for size in sizes for is_long in {False, size in self._long}}
         return [*map(self.of_rows, self._rows), *sorted(mixed, key=lambda shape: (shape.num_tokens, shape.is_long))]
 
     def has(self, shape: StepShape) -> bool:

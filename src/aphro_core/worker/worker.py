@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ from aphro_core.models.registry import load_spec
 from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel import memory
 from aphro_core.parallel.shard import build_plan
+from aphro_core.worker.compile_ahead import read_compiler
 from aphro_core.worker.device import use_device
 from aphro_core.worker.device_runner import DeviceRunner
 from aphro_core.worker.fetched_model import Fetch, FetchedModel
@@ -62,6 +64,7 @@ class Worker:
         self._dtype: torch.dtype = getattr(torch, start.config.model.dtype)
         self._cache_dtype = FLOAT8 if start.config.cache.dtype == "fp8" else self._dtype
         self._device = torch.device("cpu" if start.config.device == "cpu" else f"cuda:{start.local_rank}")
+        self._reading = threading.Thread(target=read_compiler, daemon=True)  # beside the driver, and weights
         self._decoder: Decoder | None = None
         self._runner: ModelRunner | DeviceRunner | None = None
         self._failed: StepResult | None = None  # the step that failed here since all was forgotten
@@ -70,6 +73,7 @@ class Worker:
     def load(self) -> WorkerLoaded:
         """Join the group and put this rank's slices of the weights in place."""
         if self._device.type == "cuda":
+            self._reading.start()
             with self._phase("device"):
                 use_device(self._device)
         model, parallel, rank = self._config.model, self._config.parallel, self._start.rank
@@ -142,6 +146,7 @@ class Worker:
             graph_tokens=self._graph_tokens,
         )
         cores = num_cores() // self._start.num_ranks_here
+        self._reading.join()  # kernels are compiled in processes that are forked from this one
         warm_up(runner, self._config, num_blocks, cores, self._progress)
         self._runner = runner
 

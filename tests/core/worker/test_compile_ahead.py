@@ -23,6 +23,11 @@ from aphro_core.worker import compile_ahead
 from aphro_core.worker.compile_ahead import can_compile_ahead, compiling_ahead
 
 
+@pytest.fixture(autouse=True)
+def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+
+
 def launch(folder: Path, name: str, made: dict[str, Any], compiled_here: list[str]) -> None:
     """What Triton does for a kernel: compile it once, by the cache on disk if it is there, and launch it."""
 
@@ -139,17 +144,29 @@ def chain_kernel(x) -> None:
     tl.store(x, 1)
 
 
-def test_the_triton_that_is_here_says_whose_a_job_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has kernels in the closures of its jobs, under a name that no document promises."""
+def test_the_triton_that_is_here_says_whose_a_job_is_and_what_is_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has kernels in the closures of its jobs, and their files, under names that no document promises."""
     target = GPUTarget("cuda", 90, 32)
     backend = make_backend(target)
     monkeypatch.setattr(chain_kernel, "device_caches", {0: ({}, {}, target, backend, None)})
     monkeypatch.setattr(chain_kernel, "ASTSource", ASTSource, raising=False)
-    notes = compile_ahead._Notes()
-    with compile_ahead._active(notes):
-        chain_kernel._do_compile("a key", {"x": "*i32"}, 0, {}, backend.parse_options({}), {}, False)
-    ((job, _),) = notes.jobs
+    monkeypatch.setattr(chain_kernel, "compile", triton.compiler.compile, raising=False)
+
+    def note() -> compile_ahead._Notes:
+        notes = compile_ahead._Notes()
+        with compile_ahead._active(notes):
+            chain_kernel._do_compile("a key", {"x": "*i32"}, 0, {}, backend.parse_options({}), {}, False)
+        return notes
+
+    ((job, _),) = note().jobs
     assert compile_ahead._kernel_of(job) == "chain_kernel"
+    assert len(note().to_compile) == 1
+    try:
+        job()
+    except RuntimeError as error:
+        pytest.skip(f"this Triton cannot compile for a GPU here: {error}")
+    assert note().to_compile == []
+    assert len(note().jobs) == 1
 
 
 def test_kernels_that_take_long_are_there() -> None:

@@ -51,11 +51,19 @@ def test_shapes_are_few_and_each_stands_once(max_rows: int, graph_tokens: int) -
     assert shapes.max_tokens == max(shape.num_tokens for shape in shapes.padded)
 
 
+@given(st.integers(1, 600), st.integers(1, 9000))
+def test_few_shapes_launch_every_kernel_that_begins_one(max_rows: int, graph_tokens: int) -> None:
+    shapes = StepShapes(max_rows, graph_tokens, 192, lambda num_tokens: True)
+    mixed, rehearsed = ({shape for shape in those if shape.num_seqs} for those in (shapes.padded, shapes.kinds))
+    assert {places_of(shape.num_rows) for shape in rehearsed} == {places_of(shape.num_rows) for shape in mixed}
+    assert {shape.is_long for shape in rehearsed} == {shape.is_long for shape in mixed}
+
+
 @given(st.integers(1, 600), st.integers(256, 9000))
 def test_what_begins_a_longer_step_is_compiled_for_a_padded_one(max_rows: int, graph_tokens: int) -> None:
     """Rows of one token beside chunks have a kernel without embeddings, which decode steps do not compile."""
     shapes = StepShapes(max_rows, graph_tokens, 192, lambda num_tokens: True)
-    compiled = {places_of(shape.num_rows) for shape in shapes.padded if shape.num_seqs}
+    compiled = {places_of(shape.num_rows) for shape in shapes.kinds if shape.num_seqs}
     for num_rows in range(1, min(max_rows, graph_tokens) + 1):
         shape = shapes.with_chunks(graph_tokens + num_rows + 1, num_rows, 1)
         assert not shapes.has(shape)
