@@ -16,12 +16,11 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from aphro_kernels.chain_kernel import chain_kernel
-from aphro_kernels.chain_plan import MAX_ROWS, ChainShape, can_chain, chain_plan
+from aphro_kernels.chain_plan import MAX_ROWS, ChainShape, can_chain, chain_plan, fewest_rows
 from aphro_kernels.hopper import TensorDescriptor, gl, num_multiprocessors, suits_hopper
 from aphro_kernels.language import chain_options, next_power_of_2
 
 _PARTS: Final = 256  # programs that add squares, at most
-_FEW_WEIGHTS: Final = 2**25  # of a layer: below, one row waits for launches more than for memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,7 @@ def build_chain_workspace(shape: ChainShape, device: torch.device) -> ChainWorks
 
 
 def chain_rows(shape: ChainShape, sample: Tensor) -> range:
-    """Numbers of rows for which a chain of such layers is made and is the faster way, measured on an H100
+    """Numbers of rows for which a chain of such layers is made and is the faster way, as measured
     (docs/kernels.md): none on other devices, or where the weights, of which ``sample`` is one, have another dtype.
 
     bfloat16 alone: what is written times a norm's gain, before its scale, may leave the range of float16.
@@ -61,7 +60,7 @@ def chain_rows(shape: ChainShape, sample: Tensor) -> range:
         return range(0)
     if not can_chain(shape, num_multiprocessors(sample.device.index)):
         return range(0)
-    return range(1 if shape.num_weights <= _FEW_WEIGHTS else 2, MAX_ROWS + 1)
+    return range(fewest_rows(shape), MAX_ROWS + 1)
 
 
 @dataclass(frozen=True, slots=True)

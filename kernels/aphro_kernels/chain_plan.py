@@ -14,8 +14,9 @@ _CHUNK: Final = 64  # inputs: 128 bytes, the widest row that shared memory swizz
 _SHARED_BYTES: Final = 227 * 1024  # of a program on Hopper
 _OTHER_BYTES: Final = 1024  # barriers and scales
 GROUPS: Final = 2  # of four multiplying warps
-_STAGE_BYTES: Final = 16 * 1024  # of rows
-_CHUNKS: Final = 4
+_WIDE: Final = 32  # columns of a stripe
+_FEW_WEIGHTS: Final = 2**25  # of a layer: below, one row waits for launches more than for memory
+_BLOCK: Final = 1024  # inputs that a product of one row reads at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,20 +83,27 @@ def can_chain(shape: ChainShape, multiprocessors: int) -> bool:
     return is_aligned and is_wide and max(shape.hidden, shape.qkv) <= multiprocessors * SLOT_ROWS
 
 
+def fewest_rows(shape: ChainShape) -> int:
+    """From how many rows on the chain is faster than a launch a product: two, if those of one row are fast: in large
+    layers whose inputs come in whole blocks."""
+    is_large = shape.num_weights > _FEW_WEIGHTS
+    return 2 if is_large and not shape.hidden % _BLOCK and not shape.inner % _BLOCK else 1
+
+
 def chain_plan(shape: ChainShape, num_rows: int, multiprocessors: int) -> ChainPlan:
     assert 0 < num_rows <= MAX_ROWS
     hidden = stripes(shape.hidden, multiprocessors)
     inner = stripes(shape.inner, GROUPS * multiprocessors, SLOT_ROWS // 2)  # a slot has gate and up
     qkv = stripes(shape.qkv, multiprocessors) if shape.qkv else Stripes(8, 1)
     rows = max(next_power_of_2(num_rows), 8)
-    row_bytes = rows * 2 * _CHUNK
-    chunks = min(_STAGE_BYTES // row_bytes, _CHUNKS)
-    stages = 8 if rows <= 16 else 6
+    # all of this as measured (docs/kernels.md)
+    chunks = 4 if rows <= 16 and hidden.pad < _WIDE else 2
+    stages = 8 if rows <= 32 else 6
     slot_rows = SLOT_ROWS
-    if rows == 32:  # as measured (docs/kernels.md): small stages, and slots no larger than a stage of the widest stripe
-        chunks, stages = 2, 8
-        slot_rows = max(chunks * hidden.pad, GROUPS * inner.pad, chunks * qkv.pad, _FEWEST_SLOT_ROWS)
-        slot_rows = min(slot_rows, SLOT_ROWS)
+    if rows > 16:  # the more room rows take, the less of a slot may stay empty: no larger than widest stripes
+        widest = max(hidden.pad, qkv.pad) * (chunks if rows == 32 else 1)
+        slot_rows = min(max(widest, GROUPS * inner.pad, _FEWEST_SLOT_ROWS), SLOT_ROWS)
+    row_bytes = rows * 2 * _CHUNK
     behind = MAX_ROWS * 2 * _CHUNK - row_bytes  # a tile of the last rows reads so far
     halves = MAX_ROWS * 4 * max(hidden.pad, qkv.pad)
     left = _SHARED_BYTES - _OTHER_BYTES - halves - behind - stages * chunks * row_bytes

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 import pytest
-from aphro_kernels.chain_plan import GROUPS, MAX_ROWS, SLOT_ROWS, ChainShape, Stripes, can_chain, chain_plan
+from aphro_kernels.chain_plan import (
+    GROUPS,
+    MAX_ROWS,
+    SLOT_ROWS,
+    ChainShape,
+    Stripes,
+    can_chain,
+    chain_plan,
+    fewest_rows,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,17 +45,18 @@ def test_plan(shape: ChainShape, num_rows: int, multiprocessors: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "programs", "widths"),
+    ("shape", "programs", "widths", "fewest"),
     [
-        (ChainShape(4096, 4096, 14336, 6144), 128, (32, 56, 48)),
-        (ChainShape(3584, 3584, 18944, 4608), 132, (32, 24, 40)),  # three times 24, not twice 40
-        (ChainShape(896, 896, 4864, 1152), 112, (8, 24, 16)),
+        (ChainShape(4096, 4096, 14336, 6144), 128, (32, 56, 48), 2),
+        (ChainShape(3584, 3584, 18944, 4608), 132, (32, 24, 40), 1),  # three times 24, not twice 40
+        (ChainShape(896, 896, 4864, 1152), 112, (8, 24, 16), 1),
     ],
 )
-def test_known_models(shape: ChainShape, programs: int, widths: tuple[int, int, int]) -> None:
+def test_known_models(shape: ChainShape, programs: int, widths: tuple[int, int, int], fewest: int) -> None:
     plan = chain_plan(shape, 32, 132)
     assert plan.programs == programs
     assert (plan.hidden.columns, plan.inner.columns, plan.qkv.columns) == widths
+    assert fewest_rows(shape) == fewest
 
 
 def test_what_cannot_be_chained() -> None:
