@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from aphro_kernels.cublas_lt import (
     ATTRIBUTES,
+    WORKSPACE_BYTES,
     Found,
     LtAlgorithm,
     LtProduct,
@@ -60,10 +61,10 @@ class Tile:
 
 
 def propose(shape: LtProduct, count: int = 24) -> list[LtAlgorithm]:
-    """What the library would choose, the first one first; without a workspace."""
+    """What the library would choose, the first one first. (Of those that split the inputs only the tile is tried.)"""
     preference = c_void_p()
     call("cublasLtMatmulPreferenceCreate", byref(preference))
-    workspace = c_uint64(0)
+    workspace = c_uint64(WORKSPACE_BYTES)
     call("cublasLtMatmulPreferenceSetAttribute", preference, c_int(1), byref(workspace), c_size_t(8))
     found, returned = (Found * count)(), c_int()
     asked = (_handle(), shape.desc, *shape.layouts, preference, c_int(count), found, byref(returned))
@@ -92,13 +93,13 @@ def learn_tiles() -> list[Tile]:
     numbers = (c_uint32 * (written.value // 4))()
     call("cublasLtMatmulAlgoCapGetAttribute", byref(raw), c_int(_TILES), numbers, written, byref(written))
     x, weight = (torch.zeros(rows, 512, device="cuda", dtype=DTYPE) for rows in (512, 4096))
+    workspace = torch.zeros(WORKSPACE_BYTES, device="cuda", dtype=torch.uint8)
     launched = []
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for number in numbers:
             wanted = replace(first, tile=number, cluster=_NO_CLUSTER, swizzle=0, option=0)
-            shape.algorithm = shape.raw(wanted)
-            if shape.algorithm is not None:
-                shape(x, weight)
+            if shape.choose(wanted):
+                shape(x, weight, workspace=workspace)
                 launched.append(wanted)
         torch.cuda.synchronize()
     events = [event for event in profile.events() if _TILE_NAME.search(event.name)]
@@ -122,6 +123,7 @@ class Tuner:
         self._tiles: list[Tile] | None = None
         self._tiles_per_shape = tiles_per_shape
         self._multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+        self._workspace = torch.zeros(WORKSPACE_BYTES, device="cuda", dtype=torch.uint8)
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self.entries: list[dict[str, object]] = []
 
@@ -137,11 +139,13 @@ class Tuner:
         timed: dict[LtAlgorithm, tuple[float, torch.cuda.CUDAGraph]] = {}
         calls = max(6, len(weights))
 
+        def multiply(index: int) -> Tensor:
+            return shape(x, weights[index], out=out, workspace=self._workspace)
+
         def try_all(algorithms: list[LtAlgorithm]) -> list[LtAlgorithm]:
             for wanted in dict.fromkeys(algorithms):
-                shape.algorithm = shape.raw(wanted) if wanted not in timed else None
-                if shape.algorithm is not None:
-                    graph = self._capture(lambda i: shape(x, weights[i], out=out), calls, len(weights))
+                if wanted not in timed and shape.choose(wanted):
+                    graph = self._capture(multiply, calls, len(weights))
                     timed[wanted] = (min(seconds(graph) for _ in range(2)), graph)
             return sorted(timed, key=lambda wanted: timed[wanted][0])
 
@@ -180,9 +184,10 @@ class Tuner:
             self.entries.append({"n": n, "k": k, "rows": rows, **figures, "algorithm": asdict(best)})
 
     def _is_right(self, shape: LtProduct, wanted: LtAlgorithm, x: Tensor, weight: Tensor, expected: Tensor) -> bool:
-        shape.algorithm = shape.raw(wanted)
+        assert shape.choose(wanted)
         out = torch.full_like(expected, float("nan"), dtype=DTYPE)
-        error = float((shape(x, weight, out=out).float() - expected).norm() / expected.norm())
+        shape(x, weight, out=out, workspace=self._workspace)
+        error = float((out.float() - expected).norm() / expected.norm())
         if not error < 1e-2:
             print(f"WRONG {wanted}: error {error}")
         return error < 1e-2

@@ -26,6 +26,7 @@ _EPILOGUE: Final = 7
 _BIAS_POINTER: Final = 8
 _IS_TRANSPOSED: Final = 1
 _ADD_BIAS: Final = 4
+WORKSPACE_BYTES: Final = 2**24  # that an algorithm may want
 
 
 class RawAlgorithm(ctypes.Structure):
@@ -81,6 +82,7 @@ class LtProduct:
         self.num_rows, self.n, self.k, self.has_bias = num_rows, n, k, has_bias
         self.kind = _CUDA_TYPES[dtype]
         self.algorithm: RawAlgorithm | None = None
+        self.workspace_bytes = 0
         self._scales = c_float(1.0), c_float(0.0)
         # the library's matrices stand in columns: out^T [n, rows] = (W^T)^T x^T
         self.desc = c_void_p()
@@ -94,8 +96,20 @@ class LtProduct:
     def _set(self, attribute: int, value: Any) -> None:
         call("cublasLtMatmulDescSetAttribute", self.desc, c_int(attribute), byref(value), c_size_t(sizeof(value)))
 
+    def choose(self, wanted: LtAlgorithm) -> bool:
+        """False: the library has none such for this shape, or one that needs too large a workspace."""
+        self.algorithm, self.workspace_bytes = None, 0
+        if (raw := self.raw(wanted)) is None:
+            return False
+        found = Found()
+        checked = status("cublasLtMatmulAlgoCheck", _handle(), self.desc, *self.layouts, byref(raw), byref(found))
+        if checked or found.status or found.workspace_bytes > WORKSPACE_BYTES:
+            return False
+        self.algorithm, self.workspace_bytes = raw, found.workspace_bytes
+        return True
+
     def raw(self, wanted: LtAlgorithm) -> RawAlgorithm | None:
-        """None: the library has none such for this shape, or one that needs a workspace."""
+        """Not yet asked whether this shape can be had so; None: the library knows no such algorithm."""
         raw = RawAlgorithm()
         kinds = (c_int(self.kind),) * 4
         started = ("cublasLtMatmulAlgoInit", _handle(), c_int(_COMPUTE_FLOAT32), c_int(_FLOAT32), *kinds)
@@ -106,19 +120,24 @@ class LtProduct:
             set_one = ("cublasLtMatmulAlgoConfigSetAttribute", byref(raw), c_int(attribute), byref(value))
             if status(*set_one, c_size_t(sizeof(value))):
                 return None
-        return raw if self.takes(raw) else None
-
-    def takes(self, raw: RawAlgorithm) -> bool:
-        found = Found()
-        checked = status("cublasLtMatmulAlgoCheck", _handle(), self.desc, *self.layouts, byref(raw), byref(found))
-        return not checked and not found.status and not found.workspace_bytes
+        return raw
 
     @property
     def layouts(self) -> tuple[c_void_p, c_void_p, c_void_p, c_void_p]:
         return self.weight_layout, self.x_layout, self.out_layout, self.out_layout
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        out: Tensor | None = None,
+        *,
+        workspace: Tensor,
+    ) -> Tensor:
+        """``workspace``: any bytes; calls that share it must follow each other on one stream."""
         assert self.algorithm is not None
+        assert workspace.nbytes >= self.workspace_bytes
         assert x.shape == (self.num_rows, self.k)
         assert weight.shape == (self.n, self.k)
         assert x.is_contiguous()
@@ -133,7 +152,8 @@ class LtProduct:
         result = (c_void_p(out.data_ptr()), self.out_layout)
         stream = c_void_p(torch.cuda.current_stream(x.device).cuda_stream)
         sums = (_handle(), self.desc, byref(one), *first, byref(zero), *result, *result)
-        call("cublasLtMatmul", *sums, byref(self.algorithm), c_void_p(), c_size_t(0), stream)
+        room = (c_void_p(workspace.data_ptr()), c_size_t(workspace.nbytes))
+        call("cublasLtMatmul", *sums, byref(self.algorithm), *room, stream)
         return out
 
 
@@ -144,8 +164,8 @@ def lt_product(
     """None: the library refuses the algorithm, which the log says once."""
     with torch.cuda.device(device):
         product = LtProduct(num_rows, n, k, dtype, has_bias=has_bias)
-        product.algorithm = product.raw(wanted)
-    if product.algorithm is None:
+        is_taken = product.choose(wanted)
+    if not is_taken:
         _LOG.warning("cuBLAS refuses %s for %d rows of %d x %d, and chooses itself", wanted, num_rows, n, k)
         return None
     return product

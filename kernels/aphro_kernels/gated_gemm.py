@@ -20,11 +20,11 @@ COLUMNS: Final = 128  # of the gate, and as many of up
 INPUTS: Final = 64
 _STAGES: Final = 4
 _FEWEST_ROWS: Final = 1024
-# (rows of the weight, inputs): other numbers of rows at which it is the faster one, padded decode steps' (an H200)
-# (the second and third, of ranks of two: an H100)
+# (rows of the weight, inputs): other numbers of rows at which it is the faster one, padded decode steps', beside cuBLAS
+# by its table (the first two: an H200; the third, of ranks of two: an H100 and cuBLAS's own choice)
 _OTHER_ROWS: Final = {
-    (28672, 4096): (128, 448),
-    (14336, 4096): (256, 448, 512),
+    (28672, 4096): (128,),
+    (14336, 4096): (448, 512),
     (18944, 3584): (320, 384, 448),
 }
 _GROUP: Final = 16  # tiles of rows that take turns over one stripe of columns: they share the second-level cache

@@ -100,7 +100,7 @@ class Linear:
         if (config := skinny_config(weight, num_rows)) is not None:
             return skinny_linear(x, weight, bias, config=config, workspace=workspace, out=out)
         if x.is_contiguous() and (product := library_product(weight, num_rows, has_bias=bias is not None)) is not None:
-            return product(x, weight, bias, out)
+            return product(x, weight, bias, out, workspace=workspace.parts)
         return None
 
     def _multiply(self, x: Tensor) -> Tensor:
