@@ -6,6 +6,7 @@ Outputs and workspaces are NaN before a kernel runs, and so is all of a cache th
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,7 @@ from aphro_kernels import (
     paged_attention,
     peer_all_reduce,
     peer_columns,
+    peer_line,
     peer_rows,
     peer_two_shot,
     quantise_rows,
@@ -559,6 +561,36 @@ def compare_peer_columns(num_rows: int, columns: int, size: int, dtype: torch.dt
         assert not any(int(end.status) for end in ends)
     peer_columns.peer_columns(parts[0], ends[0], max_polls=2)
     assert int(ends[0].status) == 1  # nobody else has come
+
+
+def compare_peer_line(
+    calls: Sequence[tuple[bool, int]], width: int, num_slots: int, programs: int, dtype: torch.dtype
+) -> None:
+    """Both ends in one process: any order of ``calls`` (whether it puts, rows) against a queue. A message is put while
+    there is a free slot and taken while there is one, and else nothing happens."""
+    max_rows = max(rows for _, rows in calls)
+    row_bytes = width * dtype.itemsize
+    num_bytes = peer_line.peer_line_bytes(num_slots, max_rows, row_bytes)
+    memories = [torch.zeros(num_bytes, dtype=torch.uint8) for _ in range(2)]
+    shape = {"num_slots": num_slots, "max_rows": max_rows, "row_bytes": row_bytes, "programs": programs}
+    writer, reader = (
+        peer_line.join_peer_line(memories[end], memories[1 - end].data_ptr(), **shape) for end in range(2)
+    )
+    sent: deque[Tensor] = deque()
+    for number, (puts, num_rows) in enumerate(calls):
+        end, can = (writer, len(sent) < num_slots) if puts else (reader, bool(sent))
+        if puts:
+            x = torch.empty(num_rows, width, dtype=dtype)
+            peer_line.put(x.fill_(number % 100 + 1), end, max_polls=2)
+            if can:
+                sent.append(x)
+        else:
+            out = torch.full((len(sent[0]) if sent else num_rows, width), -1, dtype=dtype)
+            expected = sent.popleft() if can else out.clone()
+            peer_line.take_(out, end, max_polls=2)
+            assert torch.equal(out, expected)
+        assert int(end.status) == (not can)
+        end.status.zero_()
 
 
 def compare_peer_two_shot(num_rows: int, width: int, size: int, dtype: torch.dtype, mode: str) -> None:

@@ -170,6 +170,14 @@ KERNELS["peer_columns._columns_kernel"] = {
     **{"RANK": 0, "SIZE": 3, "FLAG_BYTES": 128, "IS_FATAL": True, "BLOCK": 4096},
 }
 
+PEER_LINE: dict[str, Any] = {
+    **{"x": "*i32", "memory": "*u8", "peer": "*i64", "calls": "*i32", "status": "*i32"},
+    **{"num_rows": "i32", "max_polls": "i32", "SLOTS": 2, "SLOT_WORDS": 4096, "WORDS": 2048, "FLAG_LINE": 32},
+    **{"IS_FATAL": True, "ROWS": 1, "COLUMNS": 2048},
+}
+KERNELS["peer_line._line_kernel put"] = PEER_LINE | {"IS_WRITER": True}
+KERNELS["peer_line._line_kernel take"] = PEER_LINE | {"IS_WRITER": False}
+
 KERNELS["peer_two_shot._two_shot_kernel"] = {
     **dict.fromkeys(["x", "residual", "gain", "out"], "*bf16"),
     **{"memory": "*u8", "peers": "*i64", "calls": "*i32", "status": "*i32", "eps": "fp32"},
