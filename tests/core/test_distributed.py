@@ -228,7 +228,7 @@ SHAPE = (33, torch.float32, 2048)
 
 
 def meeting(links: Links) -> PeerMeeting:
-    return PeerMeeting(links.tensor.rank, links.tensor.size, links.tensor._group, CPU)
+    return PeerMeeting(links.tensor.rank, links.tensor.size, links.tensor._group, CPU, "tensor-parallel sums all go")
 
 
 def refusals(links: Links, rank: int, caplog: pytest.LogCaptureFixture) -> tuple[bool, list[str]]:
@@ -294,10 +294,10 @@ def test_ranks_wait_for_a_late_one(tmp_path: Path) -> None:
     def meet(links: Links, rank: int) -> tuple[float, float]:
         time.sleep(0.5 * rank)
         came = time.monotonic()
-        links.tensor.meet(CPU)
+        links.meet(CPU)
         return came, time.monotonic()
 
-    times = run_ranks(tmp_path, build_plan(SPEC, 3, 1), meet)
+    times = run_ranks(tmp_path, build_plan(SPEC, 1, 3), meet)
     assert min(left for _, left in times) >= max(came for came, _ in times)
 
 
@@ -327,7 +327,7 @@ def test_what_forbids_peer_memory_is_told_of_once(
 
 def test_a_gpu_that_a_rank_does_not_see_is_none_that_it_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in containers of one host with different numbers of GPUs: torch would raise on that rank alone."""
-    met = PeerMeeting(1, 2, None, CPU)
+    met = PeerMeeting(1, 2, None, CPU, "sums go")
     monkeypatch.setattr(met, "_gpus_of_all", lambda: [3, 0])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", mock.Mock(side_effect=AssertionError("Invalid peer")))

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from aphro_kernels.decode_work import build_decode_work, plan_decode_
 from aphro_kernels.float8_linear import Float8Config
 from aphro_kernels.skinny_linear import SkinnyConfig
 from aphro_kernels.tile_linear import TileConfig
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from aphro_core.distributed import stage_lines
+from aphro_core.distributed.links import Links
+from aphro_core.distributed.stage_lines import Messages, by_peer_memory, num_bytes
+from aphro_core.distributed.stage_links import StageLink
+from aphro_core.distributed.tensor_group import TensorParallelGroup
+from aphro_core.parallel.shard import build_plan
+from tests.core.worker.test_batch import SPEC
 from tests.kernels.comparisons import (
     compare_attention,
     compare_begin_step,
@@ -20,6 +31,7 @@ from tests.kernels.comparisons import (
     compare_packed_linear,
     compare_peer_all_reduce,
     compare_peer_columns,
+    compare_peer_line,
     compare_peer_two_shot,
     compare_plan_tiles,
     compare_quantise_rows,
@@ -212,6 +224,47 @@ def test_peer_all_reduce(num_rows: int, width: int, is_added: bool, is_normed: b
 @pytest.mark.parametrize(("num_rows", "columns", "size"), [(1, 64, 2), (17, 4100, 2), (3, 9, 4)])
 def test_peer_columns(num_rows: int, columns: int, size: int) -> None:
     compare_peer_columns(num_rows, columns, size, F32)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(1, 5)), min_size=1, max_size=25),
+    st.sampled_from([(2, torch.int64), (64, BF16), (2500, F32)]),
+    st.sampled_from([1, 2, 4]),
+    st.integers(1, 3),
+)
+def test_peer_line(calls: list[tuple[bool, int]], kind: tuple[int, torch.dtype], num_slots: int, programs: int) -> None:
+    compare_peer_line(calls, kind[0], num_slots, programs, kind[1])
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 2), (2, 3)])
+def test_stages_by_peer_memory(tp: int, pp: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them in one process, more steps than there are slots: each tp rank to its counterpart, tokens back."""
+    monkeypatch.setattr(stage_lines, "_HIDDEN_PROGRAMS", 2)
+    plan, messages = build_plan(SPEC, tp, pp), Messages(num_tokens=9, row_bytes=64, num_draws=3)
+    memories = [torch.zeros(num_bytes(plan, messages), dtype=torch.uint8) for _ in plan.ranks]
+    handle = SimpleNamespace(buffer_ptrs=[memory.data_ptr() for memory in memories])
+    every = [
+        by_peer_memory(
+            Links(TensorParallelGroup(0, 1), StageLink(rank - tp, rank + tp)), plan, rank, messages, memory, handle
+        )
+        for rank, memory in enumerate(memories)
+    ]
+    for step in range(10):
+        for rank, links in enumerate(every):
+            x = torch.full((1 + step % 9, 32), 10.0 * step + rank, dtype=BF16)
+            tokens = torch.full((1 + step % 3,), 10 * step + rank)
+            if not plan.ranks[rank].has_embedding:
+                assert bool((links.stage.receive_(x.clone()) == x - tp).all())
+            if not plan.ranks[rank].has_head:
+                links.stage.send(x)
+            else:
+                assert links.tokens is not None
+                links.tokens.send(tokens)
+        for rank, links in enumerate(every[:tp]):
+            assert links.tokens is not None
+            drawn = links.tokens.receive(1 + step % 3, torch.device("cpu"))
+            assert drawn.unique().tolist() == [10 * step + rank + (pp - 1) * tp]
 
 
 @pytest.mark.parametrize(("num_rows", "width", "size"), [(1, 64, 2), (17, 40, 2), (66, 40, 3)])

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 
 from aphro_core.distributed.stage_links import StageLink, TokenLink
 from aphro_core.distributed.tensor_group import TensorParallelGroup
-from aphro_core.parallel.shard import RankShard, ShardingPlan
+from aphro_core.parallel.shard import ShardingPlan
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Links:
     stage: StageLink
     tokens: TokenLink | None = None
     store: Store | None = None  # the groups go on asking it, and torch alone does not keep one made in Python
+    shared: Any = None  # keeps the stages' mapping of each other's memory alive
 
     def begin_step(self) -> None:
         """Count its collectives from here on."""
@@ -31,6 +33,14 @@ class Links:
         self.stage.begin_step()
         if self.tokens is not None:
             self.tokens.begin_step()
+
+    def meet(self, device: torch.device) -> None:
+        """Return when all ranks have come, however late: what goes by peer memory is waited for a minute and a half,
+        and then fails for good."""
+        if dist.is_initialized():
+            came = torch.zeros(1, device=device)
+            dist.all_reduce(came)
+            came.item()
 
     @contextmanager
     def hurried(self, seconds: float, usual_seconds: float) -> Iterator[None]:
@@ -52,7 +62,9 @@ class Links:
 def join(
     plan: ShardingPlan, rank: int, open_store: Callable[[], Store], device: torch.device, timeout_seconds: float
 ) -> Links:
-    """Meet the other ranks in a store. Returns when all have come; raises after ``timeout_seconds``."""
+    """Meet the other ranks in a store. Returns when all have come; raises after ``timeout_seconds``.
+
+    Stages on GPUs have no way to each other yet (stage_lines.py)."""
     shard = plan.ranks[rank]
     previous = rank - plan.tp_size if shard.pp_rank > 0 else None
     following = rank + plan.tp_size if shard.pp_rank < plan.pp_size - 1 else None
@@ -71,25 +83,7 @@ def join(
     # of a single stage the group of all: another communicator would hold memory of its own
     group = dist.group.WORLD if plan.pp_size == 1 else _stage_group(plan, rank)
     stage = StageLink(previous, following, max_sends=plan.pp_size)
-    tokens = _token_link(plan, rank) if device.type == "cuda" and plan.pp_size > 1 else None
-    links = Links(TensorParallelGroup(shard.tp_rank, plan.tp_size, group), stage, tokens, store)
-    if device.type == "cuda" and plan.pp_size > 1:
-        _open_lines(links, shard, device)
-    return links
-
-
-def _open_lines(links: Links, shard: RankShard, device: torch.device) -> None:
-    """NCCL makes the buffers of a line of messages with the first one: here, before the KV cache is sized."""
-    token = torch.zeros(1, dtype=torch.int64, device=device)
-    if not shard.has_embedding:
-        links.stage.receive((1,), token.dtype, device)
-    if not shard.has_head:
-        links.stage.send(token)
-    if links.tokens is not None and shard.has_embedding:
-        links.tokens.receive(1, device)
-    elif links.tokens is not None:
-        links.tokens.send(token)
-    torch.cuda.synchronize(device)
+    return Links(TensorParallelGroup(shard.tp_rank, plan.tp_size, group), stage, store=store)
 
 
 def _stage_group(plan: ShardingPlan, rank: int) -> dist.ProcessGroup | None:
@@ -100,15 +94,3 @@ def _stage_group(plan: ShardingPlan, rank: int) -> dist.ProcessGroup | None:
         if pp_rank == plan.ranks[rank].pp_rank:
             group = made
     return group
-
-
-def _token_link(plan: ShardingPlan, rank: int) -> TokenLink | None:
-    """Between the ranks of the first and the last stage that have the same tp rank."""
-    link = None
-    last = (plan.pp_size - 1) * plan.tp_size
-    for tp_rank in range(plan.tp_size):  # every rank takes part in the making of every group, in one order
-        ends = [tp_rank, last + tp_rank]
-        made = dist.new_group(ends)
-        if rank in ends:
-            link = TokenLink(ends[0] if rank == ends[1] else ends[1], made)
-    return link

@@ -1,4 +1,4 @@
-"""Ranks of one stage on their way to each other's memory: no step is taken that one of them cannot take.
+"""Ranks on their way to each other's memory: no step is taken that one of them cannot take.
 
 A rank that fails alone would leave the others waiting for it, so each step is voted on, by a collective of its own: the
 first rank that objects says why, in one line, and all go on by NCCL.
@@ -30,38 +30,57 @@ _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 class PeerMeeting:
     """All ranks of ``group`` make the same calls, each on its ``device``."""
 
-    def __init__(self, rank: int, size: int, group: dist.ProcessGroup | None, device: torch.device) -> None:
-        self._rank, self._size, self._group, self._device = rank, size, group, device
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        what: str,
+    ) -> None:
+        """``what`` goes by NCCL where somebody objects, as the line says."""
+        self._rank, self._size, self._group, self._device, self._what = rank, size, group, device, what
 
     def connect(self, width: int, dtype: torch.dtype, most_rows: int) -> PeerSums | None:
         """For sums of ``[rows, width]``, up to ``most_rows``, over GPUs of one host that reach each other."""
-        spread = None if self._is_on_one_host() else "its ranks are on several hosts"
-        if self.is_refused(spread) or self.is_refused(self._unreached()) or not self._can_hand_over():
+        if not self.is_possible():
             return None
-        torch.cuda.empty_cache()  # the buffers come from the driver, which has nothing of what torch keeps unused
         shape = (width, dtype, self._device, most_rows)
-        buffers, failure = self._attempt(lambda: allocate_peer_buffers(self._size, *shape))
-        if self.is_refused(failure) or buffers is None:
-            return None
-        peers, failure = self._attempt(lambda: build_peer_sums(self._group, buffers, *shape))
-        # also the barrier behind which ranks may write to each other
-        return None if self.is_refused(failure) else peers
+        buffers = self.make(lambda: allocate_peer_buffers(self._size, *shape))
+        return None if buffers is None else self.make(lambda: build_peer_sums(self._group, buffers, *shape))
 
     def connect_logits(self, max_rows: int, vocab_size: int, dtype: torch.dtype) -> PeerColumns | None:
         """For logits of up to ``max_rows`` rows, written to where tp rank 0 draws from them."""
         num_bytes = peer_columns_bytes(max_rows, vocab_size, dtype)
-        memory, failure = self._attempt(lambda: allocate_shared(num_bytes, self._device))
-        if self.is_refused(failure, "logits go") or memory is None:
+        memory = self.make(lambda: allocate_shared(num_bytes, self._device))
+        if memory is None:
             return None
-        columns, failure = self._attempt(lambda: build_peer_columns(self._group, memory, vocab_size, dtype))
-        return None if self.is_refused(failure, "logits go") else columns
+        return self.make(lambda: build_peer_columns(self._group, memory, vocab_size, dtype))
 
-    def is_refused(self, objection: str | None, what: str = "tensor-parallel sums all go") -> bool:
+    def is_possible(self) -> bool:
+        """Whether all are GPUs of one host that reach each other, and can show each other what they allocate next."""
+        spread = None if self._is_on_one_host() else "its ranks are on several hosts"
+        if self.is_refused(spread) or self.is_refused(self._unreached()) or not self._can_hand_over():
+            return False
+        torch.cuda.empty_cache()  # what is shared comes from the driver, which has nothing of what torch keeps unused
+        return True
+
+    def make(self, make: Callable[[], T]) -> T | None:
+        """What each of them made; None for all where one could not. Also a barrier: ranks may write to each other
+        behind it."""
+        made, failure = None, None
+        try:
+            made = make()
+        except RuntimeError as error:
+            failure = f"no peer memory on {self._device} of {socket.gethostname()}: {error}"
+        return None if self.is_refused(failure) else made
+
+    def is_refused(self, objection: str | None) -> bool:
         """Whether some rank objects to peer memory. Returns when all have been asked, however late they come."""
         first = torch.tensor([self._size if objection is None else self._rank], dtype=torch.int64, device=self._device)
         dist.all_reduce(first, op=dist.ReduceOp.MIN, group=self._group)
         if objection is not None and first.item() == self._rank:
-            _LOG.warning("%s by NCCL: %s", what, objection)
+            _LOG.warning("%s by NCCL: %s", self._what, objection)
         return bool(first.item() < self._size)
 
     def _is_on_one_host(self) -> bool:
@@ -90,10 +109,3 @@ class PeerMeeting:
         every = [torch.empty_like(own) for _ in range(self._size)]
         dist.all_gather(every, own, group=self._group)
         return [each.tolist() for each in every]
-
-    def _attempt(self, make: Callable[[], T]) -> tuple[T | None, str | None]:
-        """What it made, or what to say of why it did not."""
-        try:
-            return make(), None
-        except RuntimeError as error:
-            return None, f"no peer memory on {self._device} of {socket.gethostname()}: {error}"

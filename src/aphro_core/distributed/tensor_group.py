@@ -39,22 +39,15 @@ class TensorParallelGroup:
         All ranks call it together; whatever forbids it on one of them leaves all with NCCL, and one line says what.
         """
         if self.size > 1 and device.type == "cuda":
-            self._peers = self._meeting(device).connect(width, dtype, most_rows)
+            meeting = PeerMeeting(self.rank, self.size, self._group, device, "tensor-parallel sums all go")
+            self._peers = meeting.connect(width, dtype, most_rows)
 
     def connect_logits(self, max_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
         """Let ranks whose sums go by peer memory write logits to where tp rank 0 draws from them, up to ``max_rows``.
         All call it together."""
         if self._peers is not None:
-            self._columns = self._meeting(device).connect_logits(max_rows, vocab_size, dtype)
-
-    def meet(self, device: torch.device) -> None:
-        """Return when all ranks have come, however late: a sum by peer memory waits a minute and a half, and then fails
-        for good."""
-        if self.size > 1:
-            self._meeting(device).is_refused(None)
-
-    def _meeting(self, device: torch.device) -> PeerMeeting:
-        return PeerMeeting(self.rank, self.size, self._group, device)
+            meeting = PeerMeeting(self.rank, self.size, self._group, device, "logits go")
+            self._columns = meeting.connect_logits(max_rows, vocab_size, dtype)
 
     def place_of_logits(self, num_rows: int) -> Tensor | None:
         """``[num_rows, vocab_size]``: the ``out`` of :meth:`gather_columns` for the rows that a step draws from; None:

@@ -34,9 +34,11 @@ class Decoder:
         cache_format: CacheFormat | None = None,
         *,
         is_deterministic: bool = False,
+        is_alone: bool = True,
     ) -> None:
         """Empties ``weights`` (ARCHITECTURE.md, "Weights of a rank"): a reordered one must not stay in memory twice.
-        ``cache_format`` None: the weights' dtype. ``is_deterministic``: a row is the same bits in any step (CPU)."""
+        ``cache_format`` None: the weights' dtype. ``is_deterministic``: a row is the same bits in any step (CPU).
+        ``is_alone``: no other kernels run beside a step's."""
         sample = next(weight for weight in weights.values() if isinstance(weight, Tensor))
         parts = Parts(spec, shard, weights, group, cache_format or CacheFormat(sample.dtype), is_deterministic)
         ropes = [spec.rope_of(layer) for layer in shard.layers]
@@ -51,9 +53,8 @@ class Decoder:
         self._places: Sequence[int] = range(len(self._blocks))
         self._group = group
         self._can_share_out = all(block.can_share_out for block in self._blocks)
-        # stages of a pipeline have other kernels beside them, and all programs of a chain must run at once
-        is_alone = sample.is_cuda and shard.pp_size == 1
-        self._chained = chain_layers([block.parts for block in self._blocks]) if is_alone else None
+        can_chain = sample.is_cuda and is_alone  # all programs of a chain must run at once
+        self._chained = chain_layers([block.parts for block in self._blocks]) if can_chain else None
         self.weights_bytes = parts.num_bytes + (0 if self._chained is None else self._chained.workspace_bytes)
         assert not weights, f"no part of the decoder reads {sorted(weights)}"
 

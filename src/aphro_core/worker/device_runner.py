@@ -91,8 +91,8 @@ class DeviceRunner:
         return self._shapes.graph_tokens
 
     def meet(self) -> None:
-        """Wait for the other ranks of the stage, who may compile for minutes longer."""
-        self._links.tensor.meet(self._device)
+        """Wait for the other ranks, who may compile for minutes longer."""
+        self._links.meet(self._device)
 
     def rehearsing(self) -> AbstractContextManager[None]:
         """Inside the block steps launch every kernel that they would, over few of the layers, and give no answers."""
@@ -175,12 +175,11 @@ class DeviceRunner:
     def _run_rows(self, step: PagedStep, asking: list[ScheduledSequence]) -> list[PromptLogprobs]:
         size = step.shape.num_tokens
         if not self._shard.has_embedding:
-            shape = size, self._hidden.shape[1]
-            self._hidden[:size] = self._links.stage.receive(shape, self._dtype, self._device)
+            self._links.stage.receive_(self._hidden[:size])
         self._padded.run(step.shape)
         self._links.tensor.num_sums = self._links.tensor.num_gathers = 2**31  # in a graph: all of the step's
         if not self._shard.has_head:
-            self._links.stage.send(self._hidden[:size].clone())
+            self._links.stage.send(self._hidden[:size])
         return self._found_of_rows(step, asking) if self._samples and asking else []
 
     def _found_of_rows(self, step: PagedStep, asking: list[ScheduledSequence]) -> list[PromptLogprobs]:
@@ -205,7 +204,7 @@ class DeviceRunner:
         elif step.draws and self._needs_host:  # rows of a decode step have moved on
             self._memory.last_token_ids.index_copy_(0, self._memory.draw_slots(step), tokens)
         if step.draws and self._links.tokens is not None:
-            self._links.tokens.send(tokens.clone())
+            self._links.tokens.send(tokens)
         answer.expect(len(step.draws))
         if result is not None or not self._samples:
             return result

@@ -31,7 +31,7 @@ class MixedSteps:
         keeps_draws = self._padded.keeps_draws and not asking
         hidden = self._states(step, keeps_draws=keeps_draws)
         if not self._padded.has_head:
-            self._links.stage.send(hidden.clone())
+            self._links.stage.send(hidden)
             return []
         found = [
             prompt_logprobs(self._decoder, hidden[step.first_rows[entry.seq_id] :], entry, row) for entry, row in asking
@@ -65,14 +65,13 @@ class MixedSteps:
         hidden = padded.hidden[:num_tokens]
         received = None
         if not padded.has_embedding:
-            size = num_tokens, hidden.shape[1]
-            received = self._links.stage.receive(size, hidden.dtype, hidden.device)
+            # of a step that is not padded there may be more
+            into = hidden if len(hidden) == num_tokens else hidden.new_empty(num_tokens, hidden.shape[1])
+            received = self._links.stage.receive_(into)
         if not self._shapes.has(step.shape) or keeps_draws != padded.keeps_draws:
             batch = self._memory.mixed_batch(step)
             kept = self._pad(batch.sampled_rows, num_tokens) if keeps_draws else None
             return self._decoder(batch, received, self._caches, kept)
-        if received is not None:
-            hidden.copy_(received)
         padded.run(step.shape)
         self._links.tensor.num_sums = 2**31  # in a graph: all of the step's
         return hidden

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from typing import Final
 
 from torch import Tensor
 
-from aphro_core.distributed.stage_links import TokenLink
+from aphro_core.distributed.stage_links import MOST_DUE, TokenLink
 from aphro_core.messages.steps import StepPlan
 from aphro_core.worker.sequences import SequenceState
-
-_MOST_DUE: Final = 7  # NCCL holds 8 messages that nobody has asked for yet: the last stage never waits with its tokens
 
 
 class ReturningTokens:
@@ -21,7 +18,7 @@ class ReturningTokens:
 
     def __init__(self, link: TokenLink, last_token_ids: Tensor, num_stages: int) -> None:
         self._link = link
-        self._most_due = max(_MOST_DUE, num_stages)  # fewer would not fill that many stages
+        self._most_due = max(MOST_DUE, num_stages)  # fewer would not fill that many stages
         self._last_token_ids = last_token_ids
         self._due: deque[tuple[int, Tensor]] = deque()  # step number, slots of its tokens
         self._num_steps = 0

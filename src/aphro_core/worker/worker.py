@@ -20,6 +20,7 @@ from aphro_core.checkpoint.cache_scales import read_cache_scales
 from aphro_core.checkpoint.checkpoint import Checkpoint
 from aphro_core.checkpoint.open import open_checkpoint, read_hf_config
 from aphro_core.distributed.links import join
+from aphro_core.distributed.stage_lines import Messages, open_lines
 from aphro_core.host import num_cores
 from aphro_core.layers.cache_format import CacheFormat
 from aphro_core.layers.decoder import Decoder
@@ -27,7 +28,7 @@ from aphro_core.messages.steps import LinkCost, StartWorker, StepPlan, StepResul
 from aphro_core.models.registry import load_spec
 from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel import memory
-from aphro_core.parallel.shard import build_plan
+from aphro_core.parallel.shard import ShardingPlan, build_plan
 from aphro_core.worker.compile_ahead import read_compiler
 from aphro_core.worker.device import use_device
 from aphro_core.worker.device_runner import DeviceRunner
@@ -101,16 +102,17 @@ class Worker:
                 if self._cache_dtype == FLOAT8:
                     cache_scales = read_cache_scales(checkpoint, self._shard.layers)
                 bytes_read = checkpoint.bytes_read
-        if self._links.tensor.size > 1 and self._device.type == "cuda":
+        if len(plan.ranks) > 1 and self._device.type == "cuda":
             with self._phase("peer memory"):
-                self._links.tensor.meet(self._device)  # some read their weights for longer
+                self._links.meet(self._device)  # some read their weights for longer
                 with self._links.hurried(_PEER_SECONDS, timeout):
-                    self._connect_peers()
+                    self._connect_peers(plan)
         self._links.tensor.adds_in_order = is_deterministic = self._config.deterministic
         cache_format = CacheFormat(self._cache_dtype, cache_scales)
         parts = (self._spec, self._shard, weights, self._links.tensor)
         with self._phase("layers"):  # on CPUs weights are packed or put in another order
-            self._decoder = Decoder(*parts, cache_format, is_deterministic=is_deterministic)
+            is_alone = self._links.stage.is_alone
+            self._decoder = Decoder(*parts, cache_format, is_deterministic=is_deterministic, is_alone=is_alone)
         self._weights_bytes = self._decoder.weights_bytes
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # what loading took besides the weights
@@ -248,12 +250,15 @@ class Worker:
         most_tokens = min(scheduler.most_tokens, scheduler.max_num_seqs * self._config.model.max_model_len)
         return memory.graph_tokens(self._spec, tp_size, most_tokens)
 
-    def _connect_peers(self) -> None:
+    def _connect_peers(self, plan: ShardingPlan) -> None:
         scheduler, tensor = self._config.scheduler, self._links.tensor
         most_rows = max(scheduler.most_tokens, scheduler.max_num_seqs)
         tensor.connect(self._spec.hidden_size, self._dtype, self._device, most_rows)
         if self._shard.has_head and self._spec.has_plain_logits:
             tensor.connect_logits(scheduler.max_num_seqs, self._spec.vocab_size, self._dtype, self._device)
+        if plan.pp_size > 1:
+            messages = Messages(most_rows, self._spec.hidden_size * self._dtype.itemsize, scheduler.max_num_seqs)
+            self._links = open_lines(self._links, plan, self._start.rank, messages, self._device)
 
     def _measure_link(self) -> LinkCost | None:
         group = self._links.tensor

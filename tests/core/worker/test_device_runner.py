@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from aphro_core.checkpoint.open import open_checkpoint
-from aphro_core.distributed.links import Links, _token_link
+from aphro_core.distributed.links import Links
+from aphro_core.distributed.stage_lines import token_link
 from aphro_core.distributed.stage_links import StageLink
 from aphro_core.distributed.tensor_group import TensorParallelGroup
 from aphro_core.layers.decoder import Decoder
@@ -304,7 +305,7 @@ def test_plans_run_ahead_in_a_group(tmp_path: Path, tp: int, pp: int) -> None:
 
     def rank_of_group(links: Links, rank: int) -> list[tuple[int, int]]:
         if pp > 1:
-            links = replace(links, tokens=_token_link(sharding, rank))
+            links = replace(links, tokens=token_link(sharding, rank))
         runner, planner = device_runner(model, links, tp, pp, rank), Planner()
         planner.add(0, model.prompts[4], PLAIN)
         planner.add(1, model.prompts[3], PLAIN)

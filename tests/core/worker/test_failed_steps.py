@@ -18,7 +18,8 @@ import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aphro_core.config import EngineConfig, ModelConfig, ParallelConfig
-from aphro_core.distributed.links import Links, _token_link
+from aphro_core.distributed.links import Links
+from aphro_core.distributed.stage_lines import token_link
 from aphro_core.messages.steps import StartWorker, StepPlan, StepResult
 from aphro_core.request import SamplingParams
 from aphro_core.worker.step import LaunchedStep
@@ -136,7 +137,7 @@ def test_no_wrong_token_after_a_fault_at_any_operation(
             runner = build_runner(model.folder, sharding, rank, links)
         else:
             if pp > 1:
-                links = replace(links, tokens=_token_link(sharding, rank))
+                links = replace(links, tokens=token_link(sharding, rank))
             runner = device_runner(model, links, tp, pp, rank)
         worker = worker_of(links, rank, tp, pp, runner, sharding.ranks[rank])
         history = History(model, is_ahead=way == "gpu")

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from aphro_core.distributed.stage_links import MOST_DUE
 from aphro_core.messages.steps import ScheduledSequence, StepPlan
-from aphro_core.worker.returning_tokens import _MOST_DUE, ReturningTokens
+from aphro_core.worker.returning_tokens import ReturningTokens
 
 SLOTS = 6
 
@@ -60,7 +61,7 @@ def test_tokens_are_in_place_before_they_are_read(steps: list[tuple[set[int], bo
         before = len(line.sent)
         returning.take_for(plan_of(seq_ids, sequences, ahead), cast(Any, sequences))
         assert all(last[seq_id] == drawn[seq_id] for seq_id in ahead)
-        assert ahead or len(line.sent) >= min(before, _MOST_DUE - 1)  # nobody needs one: none is asked for
+        assert ahead or len(line.sent) >= min(before, MOST_DUE - 1)  # nobody needs one: none is asked for
         line.has_passed = False
         line.sent.append(torch.tensor([100 * number + seq_id for seq_id in seq_ids]))
         if fails:
@@ -69,7 +70,7 @@ def test_tokens_are_in_place_before_they_are_read(steps: list[tuple[set[int], bo
             returning.expect(seq_ids, torch.tensor(seq_ids))
             drawn |= {seq_id: 100 * number + seq_id for seq_id in seq_ids}
         assert line.has_passed
-        assert 0 < len(line.sent) <= _MOST_DUE
+        assert 0 < len(line.sent) <= MOST_DUE
     returning.forget_all()
     assert not line.sent
 

@@ -148,7 +148,9 @@ def _link_last_to_first_stage(module: ModuleType) -> None:
         links = join(plan, rank, *arguments)
         if plan.pp_size == 1:
             return links
-        return module.Links(links.tensor, links.stage, module._token_link(plan, rank), links.store)
+        from aphro_core.distributed.stage_lines import token_link
+
+        return module.Links(links.tensor, links.stage, token_link(plan, rank), links.store)
 
     module.join = join_as_a_gpu
 
