@@ -19,6 +19,7 @@ from aphro_core import peer_sums
 from aphro_core.distributed import peer_meeting, tensor_group
 from aphro_core.distributed.links import Links
 from aphro_core.distributed.peer_meeting import PeerMeeting
+from aphro_core.distributed.stage_lines import Messages, open_lines
 from aphro_core.distributed.tensor_group import TensorParallelGroup
 from aphro_core.parallel.shard import build_plan
 from tests.core.ranks import run_ranks
@@ -288,6 +289,36 @@ def test_a_rank_that_fails_where_others_wait_for_it_is_not_waited_for_long(
     lines = [line for (_, lines), _, _ in answers for line in lines]
     assert len(lines) == 1, lines
     assert [total for _, _, total in answers] == [[3.0, 3.0]] * 2
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_stages_without_peer_memory_hand_on_by_the_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tp: int
+) -> None:
+    """One line says so, if it could have been otherwise; tokens have a way of their own past the hosts."""
+    plan = build_plan(SPEC, tp, 3)
+    monkeypatch.setattr(PeerMeeting, "_is_on_one_host", lambda self: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+
+    def hand_on(links: Links, rank: int) -> tuple[list[str], list[int], bool]:
+        links = open_lines(links, plan, rank, Messages(4, 64, 4), CPU)
+        shard, x, tokens = plan.ranks[rank], torch.zeros(2, 3), torch.full((2,), rank)
+        if not shard.has_embedding:
+            links.stage.receive_(x)
+        if not shard.has_head:
+            links.stage.send(x + 1)
+        elif links.tokens is not None:
+            links.tokens.send(tokens)
+        drawn = links.tokens.receive(2, CPU).tolist() if links.tokens and shard.has_embedding else []
+        assert (x == shard.pp_rank).all()
+        links.meet(CPU)  # what is on its way lives as long as its link
+        return [record.getMessage() for record in caplog.records], drawn, links.stage.is_alone
+
+    answers = run_ranks(tmp_path, plan, hand_on)
+    lines = [line for lines, *_ in answers for line in lines]
+    assert lines == ["stages hand on all by NCCL: its ranks are on several hosts"] * (tp == 1)
+    assert [drawn for _, drawn, _ in answers[:tp]] == [[rank + 2 * tp] * 2 for rank in range(tp)]
+    assert not any(is_alone for *_, is_alone in answers)
 
 
 def test_ranks_wait_for_a_late_one(tmp_path: Path) -> None:
