@@ -241,7 +241,8 @@ async def open_session(
             if not is_replacement:
                 tasks.start_soon(session.expect)
             if not options.skip_tokenizer_init:
-                frontend.use_tokenizer(await anyio.to_thread.run_sync(_open_tokenizer, prepared, options, renderer))
+                parts = (prepared, options, renderer)  # a signal is not answered seconds later, when it has been read
+                frontend.use_tokenizer(await anyio.to_thread.run_sync(_open_tokenizer, *parts, abandon_on_cancel=True))
             yield session
             tasks.cancel_scope.cancel()
 

@@ -86,13 +86,13 @@ class _End:
     text: str
     is_final: bool
     signal: int = 0  # that killed it before it served
-    stopped_by: str = ""  # the signal that was passed on before it served, where it has not spoken of it itself
+    interrupted: StartInterruptedError | None = None  # before it served, where it has not spoken of it itself
 
 
 def _check_start(end: _End) -> None:
     """One that says itself what it ends with has said so; one that was killed has not."""
-    if end.stopped_by:
-        raise StartInterruptedError(end.stopped_by, "the API process, which had no time to say more")
+    if end.interrupted is not None:
+        raise end.interrupted
     if end.signal:
         raise AphroError(
             f"the API process {end.text} before it served",
@@ -184,7 +184,9 @@ class _ApiProcess:
 
     def _explain(self, code: int, has_served: bool) -> _End:
         if self._stopped_by and not has_served and code <= 0:
-            return _End(ExitCode.INTERNAL, "was stopped", is_final=True, stopped_by=self._stopped_by)
+            error = StartInterruptedError(self._stopped_by, "the API process, which had no time to say more")
+            has_spoken = code < 0 and self.reports.is_leaving  # it was killed on its way out
+            return _End(error.exit_code, "was stopped", is_final=True, interrupted=None if has_spoken else error)
         if code >= 0:
             # it says itself what it ends with; an end that nobody asked for is a death
             is_final = bool(self._stopped_by) or not has_served or code not in (ExitCode.OK, ExitCode.INTERNAL)

@@ -130,9 +130,15 @@ def test_a_signal_is_passed_on_and_its_end_is_ours(
 
 
 @pytest.mark.parametrize(
-    ("kept", "num_signals", "code"), [(DEAF, 1, ExitCode.TERMINATED), (READY + DEAF, 2, 0)], indirect=["kept"]
+    ("kept", "num_signals", "code", "has_line"),
+    [
+        (DEAF, 1, ExitCode.TERMINATED, True),
+        ("kept.leave();" + DEAF, 1, ExitCode.TERMINATED, False),  # it has said so, and a thread of it goes on
+        (READY + DEAF, 2, 0, False),
+    ],
+    indirect=["kept"],
 )
-def test_one_that_does_not_listen_is_ended(kept: Kept, num_signals: int, code: int) -> None:
+def test_one_that_does_not_listen_is_ended(kept: Kept, num_signals: int, code: int, has_line: bool) -> None:
     kept.wait_runs(1)
     time.sleep(0.2)
     began = time.monotonic()
@@ -142,6 +148,7 @@ def test_one_that_does_not_listen_is_ended(kept: Kept, num_signals: int, code: i
     assert kept.process.wait(10) == code
     assert 1.0 < time.monotonic() - began < 3.0
     assert kept.num_runs == 1
+    assert ("SIGTERM before the server was up" in kept.words.read_text()) == has_line
 
 
 @pytest.mark.parametrize("kept", [READY + "signal.signal(signal.SIGTERM, lambda *_: os._exit(0)); time.sleep(60)"],
