@@ -144,8 +144,8 @@ class LtProduct:
         assert weight.is_contiguous()
         out = x.new_empty(self.num_rows, self.n) if out is None else out
         assert out.is_contiguous()
+        assert self.has_bias == (bias is not None)
         if bias is not None:
-            assert self.has_bias
             self._set(_BIAS_POINTER, c_void_p(bias.data_ptr()))
         one, zero = self._scales
         first = (c_void_p(weight.data_ptr()), self.weight_layout, c_void_p(x.data_ptr()), self.x_layout)

@@ -38,7 +38,7 @@ class SkinnyConfig:
 
 @dataclass(frozen=True, slots=True)
 class SkinnyWorkspace:
-    """What the launches of one stream share; zeros between them."""
+    """What the launches of one stream share. Between them ``parts`` hold anything, ``arrivals`` zeros."""
 
     parts: Tensor  # float32
     arrivals: Tensor  # int32

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from aphro_kernels import tuned
-from aphro_kernels.cublas_lt import LtAlgorithm
+from aphro_kernels.cublas_lt import WORKSPACE_BYTES, LtAlgorithm
 from aphro_kernels.packed_linear import PackedWeight, packed_config
 from aphro_kernels.skinny_linear import SkinnyConfig, build_skinny_workspace
 
@@ -63,6 +63,10 @@ def test_each_entry_of_cublas_is_a_gain(path: Path) -> None:
     for entry in content["entries"]:
         assert min(astuple(LtAlgorithm(**entry["algorithm"]))) >= 0
         assert entry["us"] < entry["library_us"]
+
+
+def test_algorithms_of_cublas_have_the_workspace_that_they_may_want() -> None:
+    assert build_skinny_workspace(torch.device("cpu")).parts.nbytes >= WORKSPACE_BYTES
 
 
 @pytest.mark.parametrize(("version", "num_lines"), [(13, 0), (12, 1)])
