@@ -82,7 +82,7 @@ class Session:
         """What this start may take of the memory, to be compared with what it takes. Beside the processes' imports:
         nvidia-smi has been seen to answer after seconds."""
         expected = await anyio.to_thread.run_sync(expect_memory, self.prepared, self._reporter, abandon_on_cancel=True)
-        if self._phases.has_ranks:  # what they have would count as other programs'
+        if expected is not None and self._phases.has_ranks:  # what they have would count as other programs'
             self._reporter.line("No estimate to compare with: the ranks were faster than the question what is free.")
         else:
             self._expected = expected
