@@ -301,7 +301,7 @@ def test_stages_without_peer_memory_hand_on_by_the_library(
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
 
     def hand_on(links: Links, rank: int) -> tuple[list[str], list[int], bool]:
-        links = open_lines(links, plan, rank, Messages(4, 64, 4), CPU)
+        links = open_lines(links, plan, rank, Messages(4, 64, 4), CPU, nullcontext())
         shard, x, tokens = plan.ranks[rank], torch.zeros(2, 3), torch.full((2,), rank)
         if not shard.has_embedding:
             links.stage.receive_(x)

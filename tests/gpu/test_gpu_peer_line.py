@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ def _stages(rank: int, store: str) -> None:
     torch.cuda.set_device(device)
     plan = build_plan(SPEC, 1, NUM_GPUS)
     links = links_of.join(plan, rank, lambda: dist.FileStore(store, NUM_GPUS), device, 60.0)
-    links = open_lines(links, plan, rank, Messages(64, 256, 8), device)
+    links = open_lines(links, plan, rank, Messages(64, 256, 8), device, nullcontext())
     is_first, is_last = rank == 0, rank == NUM_GPUS - 1
     assert (links.stage._line is None, links.stage._line_behind is None) == (is_first, is_last)
     assert (links.tokens is not None) == (is_first or is_last)

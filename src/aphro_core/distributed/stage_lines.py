@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -29,17 +30,36 @@ class Messages:
     num_draws: int
 
 
-def open_lines(links: Links, plan: ShardingPlan, rank: int, messages: Messages, device: torch.device) -> Links:
-    """With a way for hidden states, and for tokens. All ranks of all stages call it together, once."""
-    meeting = PeerMeeting(rank, len(plan.ranks), dist.group.WORLD, device, "stages hand on all")
-    if plan.tp_size == 1 and meeting.is_possible():  # with tensor-parallel ranks it gains nothing: no layer is chained
-        memory = meeting.make(lambda: allocate_shared(num_bytes(plan, messages), device))
-        handle = None if memory is None else meeting.make(lambda: _show(memory, device))
-        if memory is not None and handle is not None:
-            return by_peer_memory(links, plan, rank, messages, memory, handle)
+def open_lines(
+    links: Links,
+    plan: ShardingPlan,
+    rank: int,
+    messages: Messages,
+    device: torch.device,
+    hurry: AbstractContextManager[None],
+) -> Links:
+    """With a way for hidden states, and for tokens. All ranks of all stages call it together, once. Ranks meet on the
+    way to each other's memory within ``hurry``; NCCL has its usual time, over hosts it needs more."""
+    with hurry:
+        opened = _open_peer_lines(links, plan, rank, messages, device)
+    if opened is not None:
+        return opened
     links = replace(links, tokens=token_link(plan, rank))
     _begin(links, plan, rank, device)
     return links
+
+
+def _open_peer_lines(
+    links: Links, plan: ShardingPlan, rank: int, messages: Messages, device: torch.device
+) -> Links | None:
+    meeting = PeerMeeting(rank, len(plan.ranks), dist.group.WORLD, device, "stages hand on all")
+    if plan.tp_size > 1 or not meeting.is_possible():  # tp gains nothing: no layer is chained
+        return None
+    memory = meeting.make(lambda: allocate_shared(num_bytes(plan, messages), device))
+    handle = None if memory is None else meeting.make(lambda: _show(memory, device))
+    if memory is None or handle is None:
+        return None
+    return by_peer_memory(links, plan, rank, messages, memory, handle)
 
 
 def _hidden_shape(messages: Messages) -> dict[str, int]:

@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -105,8 +106,7 @@ class Worker:
         if len(plan.ranks) > 1 and self._device.type == "cuda":
             with self._phase("peer memory"):
                 self._links.meet(self._device)  # some read their weights for longer
-                with self._links.hurried(_PEER_SECONDS, timeout):
-                    self._connect_peers(plan)
+                self._connect_peers(plan, timeout)
         self._links.tensor.adds_in_order = is_deterministic = self._config.deterministic
         cache_format = CacheFormat(self._cache_dtype, cache_scales)
         parts = (self._spec, self._shard, weights, self._links.tensor)
@@ -250,15 +250,17 @@ class Worker:
         most_tokens = min(scheduler.most_tokens, scheduler.max_num_seqs * self._config.model.max_model_len)
         return memory.graph_tokens(self._spec, tp_size, most_tokens)
 
-    def _connect_peers(self, plan: ShardingPlan) -> None:
+    def _connect_peers(self, plan: ShardingPlan, timeout: float) -> None:
         scheduler, tensor = self._config.scheduler, self._links.tensor
         most_rows = max(scheduler.most_tokens, scheduler.max_num_seqs)
-        tensor.connect(self._spec.hidden_size, self._dtype, self._device, most_rows)
-        if self._shard.has_head and self._spec.has_plain_logits:
-            tensor.connect_logits(scheduler.max_num_seqs, self._spec.vocab_size, self._dtype, self._device)
+        hurried = partial(self._links.hurried, _PEER_SECONDS, timeout)
+        with hurried():
+            tensor.connect(self._spec.hidden_size, self._dtype, self._device, most_rows)
+            if self._shard.has_head and self._spec.has_plain_logits:
+                tensor.connect_logits(scheduler.max_num_seqs, self._spec.vocab_size, self._dtype, self._device)
         if plan.pp_size > 1:
             messages = Messages(most_rows, self._spec.hidden_size * self._dtype.itemsize, scheduler.max_num_seqs)
-            self._links = open_lines(self._links, plan, self._start.rank, messages, self._device)
+            self._links = open_lines(self._links, plan, self._start.rank, messages, self._device, hurried())
 
     def _measure_link(self) -> LinkCost | None:
         group = self._links.tensor
