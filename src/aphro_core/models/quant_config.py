@@ -36,10 +36,12 @@ _COMPRESSED_FORMATS: Final = {
 def quant_spec(section: HfConfig) -> QuantSpec:
     """Of ``quantization_config``. Raises ModelError for a method or setting that is not supported, naming it."""
     method = section.text("quant_method")
+    if method not in (*METHODS, *RECOGNISED):
+        raise section.refuse("quant_method", ", ".join(METHODS))
     if method not in METHODS:
-        known = "recognised but not supported" if method in RECOGNISED else "not supported"
         raise ModelError(
-            f"the model is quantised by {method[:80]}, which is {known}; supported: {', '.join(METHODS)}",
+            f"the model is quantised by {method}, which is recognised but not supported; supported: "
+            f"{', '.join(METHODS)}",
             hint="aphro quants lists them; or quantise the unquantised model while loading, with -q int4",
         )
     return METHODS[method](section)

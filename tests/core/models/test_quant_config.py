@@ -34,7 +34,7 @@ def test_gptq_keys() -> None:
         ({"checkpoint_format": "marlin"}, "checkpoint_format = 'marlin', allowed: gptq, gptq_v2"),
         ({"dynamic": {"-:.*": {}}}, "dynamic"),
         ({"is_marlin_format": True}, "is_marlin_format = True, allowed: false"),
-        ({"quant_method": "new"}, "by new, which is not supported; supported: fp8, gptq"),
+        ({"quant_method": "new"}, "quant_method = 'new', allowed: fp8, gptq"),
         ({"modules_in_block_to_quantize": [1]}, "modules_in_block_to_quantize = .*, allowed: a list of lists"),
         ({"quant_method": "aqlm"}, "by aqlm, which is recognised but not supported; supported: fp8, gptq"),
         ({"quant_method": 4}, "quant_method = 4, allowed: a string"),
