@@ -21,8 +21,9 @@ _GIB: Final = 2**30
 # sized: the driver's context with torch's own kernels 0.60 GiB; at tp 2 a rank's communicator with its channels and the
 # peers' buffers 0.84 GiB, at pp 2 the same and 0.33 GiB for the lines between stages; a second communicator of the same
 # ranks 0.48 GiB (tp 2 x pp 2 itself was not measured). By peer memory lines take two steps' hidden states: less, unless
-# a step's have more than 0.16 GiB. Outside torch, later: our kernels' modules 0.07 GiB. In torch: a step of 8,192 tokens reserves
-# 1.45 times what is in use at its peak, because blocks are rounded and fragments of the last step do not fit the next.
+# a step's have more than 0.16 GiB. Outside torch, later: our kernels' modules 0.07 GiB. In torch: a step of 8,192
+# tokens reserves 1.45 times what is in use at its peak, because blocks are rounded and fragments of the last step do
+# not fit the next.
 CONTEXT_BYTES: Final = round(0.6 * _GIB)
 COMMUNICATOR_BYTES: Final = round(0.84 * _GIB)
 _LINES_BYTES: Final = round(0.33 * _GIB)
