@@ -1,13 +1,14 @@
 """S1 to S5 for three model shapes (X1 to X256 for Mixtral's) with dummy weights: rates, latencies, shares of the limit.
 
     python bench/scenarios.py [--models llama3-8b qwen2.5-0.5b] [--scenarios S1 S2] [--rounds 3] [-tp 2] [--json FILE]
-                              [--http] [-q fp8|int8|int4] [--kv-cache-dtype fp8] [--layers 8]
+                              [--http | --generate] [-q fp8|int8|int4] [--kv-cache-dtype fp8] [--layers 8]
 
 One untimed run of each scenario, then ``--rounds``; medians. Throughput counts from the first submission to the last
 token; TTFT and ITL (time between a stream's tokens) are those of each stream as its client sees them, pooled over the
 rounds. "of limit" is the share of what the card's bandwidth and FLOPs allow (bench/workloads.py), "x vLLM" the ratio to
 vLLM's recorded figure on an H200: on another card only the share of the limit means anything. ``--http`` asks a server,
 ``aphro run``, with a stream a request from four client processes; ITL is then the time between a stream's chunks.
+``--generate`` hands all requests to ``LLM.generate``, which begins with the longest; it has rates alone.
 ``--layers``: only so many of the model's, for cards that do not hold all; the limit and the first column say so.
 """
 
@@ -31,6 +32,7 @@ from typing import Any
 import anyio
 from workloads import CEILINGS, MODELS, SCENARIOS, VLLM, WEIGHT_BYTES, limit, requests
 
+from aphro import LLM
 from aphro_core.prepare import EngineOptions, prepare
 from aphro_core.reporter import SilentReporter
 from aphro_core.request import Request, SamplingParams
@@ -168,6 +170,26 @@ async def run_http_round(where: dict[str, Any], vocab_size: int, scenario: str, 
 
 
 @asynccontextmanager
+async def generating(model: str, options: dict[str, Any]) -> AsyncIterator[LLM]:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(MODELS[model]))
+        with LLM(folder, load_format="dummy", skip_tokenizer_init=True, **options) as llm:
+            yield llm
+
+
+async def run_generate_round(llm: LLM, vocab_size: int, scenario: str, repeat: int) -> Round:
+    asked = requests(scenario, vocab_size, repeat)
+    common = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
+    params = [SamplingParams(max_tokens=most, **common) for _, most in asked]
+    prompts = [prompt for prompt, _ in asked]
+    started = time.perf_counter()
+    outputs = await anyio.to_thread.run_sync(lambda: llm.generate(prompts, params, use_tqdm=False))
+    took = time.perf_counter() - started
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [most for _, most in asked]
+    return Round(took)
+
+
+@asynccontextmanager
 async def opened(model: str, options: dict[str, Any]) -> AsyncIterator[Session]:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(MODELS[model]))
@@ -189,14 +211,17 @@ async def measure(model: str, arguments: argparse.Namespace, ceilings: tuple[flo
     }
     rows = []
     started = time.perf_counter()
-    open_target = served if arguments.http else opened
+    open_target = served if arguments.http else generating if arguments.generate else opened
     async with open_target(model, options) as target:
         print(f"{model}: ready after {time.perf_counter() - started:.1f} s", flush=True)
         for scenario in arguments.scenarios:
+            vocab_size = MODELS[model]["vocab_size"]
             if isinstance(target, Session):
                 run = partial(run_round, target, scenario)
+            elif isinstance(target, LLM):
+                run = partial(run_generate_round, target, vocab_size, scenario)
             else:
-                run = partial(run_http_round, target, MODELS[model]["vocab_size"], scenario)
+                run = partial(run_http_round, target, vocab_size, scenario)
             await run(-1)
             rounds = [await run(repeat) for repeat in range(arguments.rounds)]
             kept = {"quantization": arguments.q, "kv_dtype_bytes": 1 if arguments.kv_cache_dtype == "fp8" else 2}
@@ -243,7 +268,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("-tp", type=int, default=1)
     parser.add_argument("-pp", type=int, default=1)
-    parser.add_argument("--http", action="store_true", help="over HTTP, with streaming clients")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--http", action="store_true", help="over HTTP, with streaming clients")
+    way.add_argument("--generate", action="store_true", help="through LLM.generate")
     parser.add_argument("-q", choices=[name for name in WEIGHT_BYTES if name], help="quantise the weights")
     parser.add_argument("--kv-cache-dtype", choices=["auto", "fp8"], default="auto")
     parser.add_argument("--layers", type=int, help="of the model, to fit a card that does not hold all")

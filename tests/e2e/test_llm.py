@@ -6,13 +6,15 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
 
 from aphro import LLM, SamplingParams
 from aphro_core.errors import ModelError, PlacementError, RequestError, UsageError
+from aphro_core.request import OutputDelta, Request
 from tests.e2e.server_process import descendants_of, is_running
 from tests.tiny import write_tiny_checkpoint
 
@@ -57,6 +59,22 @@ def test_choices_and_params_per_prompt(llm: LLM) -> None:
     assert second.outputs[0].cumulative_logprob == pytest.approx(
         sum(position[token].logprob for position, token in zip(positions, second.outputs[0].token_ids, strict=True))
     )
+
+
+def test_the_longest_begin_first_and_answers_keep_their_order(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    frontend, begun = llm._session.frontend, []
+
+    def stream(request: Request, *, is_whole: bool) -> AbstractAsyncContextManager[AsyncIterator[OutputDelta]]:
+        begun.append((request.prompt_token_ids[0], request.sampling.max_tokens))
+        return type(frontend).stream(frontend, request, is_whole=is_whole)
+
+    monkeypatch.setattr(frontend, "stream", stream)
+    lengths = [2, 5, None, 5, 3]
+    params = [SamplingParams(temperature=0, max_tokens=most, ignore_eos=True) for most in lengths]
+    outputs = llm.generate([[number] for number in range(1, 6)], params, use_tqdm=False)
+    assert begun == [(3, None), (2, 5), (4, 5), (5, 3), (1, 2)]
+    assert [output.prompt_token_ids for output in outputs] == [[1], [2], [3], [4], [5]]
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [2, 5, 127, 5, 3]
 
 
 def test_prompt_logprobs_cover_the_prompt(llm: LLM) -> None:
