@@ -123,14 +123,17 @@ def sample(
     workspace: SampleWorkspace,
     position_offset: int = 0,
     all_greedy: bool = False,
+    peaks: Tensor | None = None,
     out: tuple[Tensor, Tensor] | None = None,
     end: RowsEnd | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Token ids ``[rows]`` int64, and ``[rows]`` bool: where none can be chosen (NaN, +inf, or -inf alone; token 0).
 
     ``logits`` [rows, vocab_size] of any float dtype, rows may be strided; ``positions`` [rows] int64, plus
-    ``position_offset``, are those of the tokens to draw. ``all_greedy`` promises that every temperature is 0. ``out``
-    takes the answers. With ``end`` they are told too, as :func:`aphro_kernels.step_rows.end_rows_` does.
+    ``position_offset``, are those of the tokens to draw. ``all_greedy`` promises that every temperature is 0.
+    ``peaks`` [at least rows, blocks] float32: the largest of each block, where they are known (peer_columns.py); of a
+    row of temperature 0 only the first block with the largest of all is read then. ``out`` takes the answers. With
+    ``end`` they are told too, as :func:`aphro_kernels.step_rows.end_rows_` does.
     """
     num_rows = logits.shape[0]
     if out is None:
@@ -139,7 +142,7 @@ def sample(
             torch.empty(num_rows, dtype=torch.bool, device=logits.device),
         )
     if runs_kernels(logits):
-        _launch(logits, positions, dials, workspace, position_offset, all_greedy, out, end)
+        _launch(logits, positions, dials, workspace, position_offset, all_greedy, out, end, peaks)
     else:
         for answer, found in zip(out, sample_reference(logits, positions + position_offset, dials), strict=True):
             answer[:num_rows] = found
@@ -157,6 +160,7 @@ def _launch(
     all_greedy: bool,
     out: tuple[Tensor, Tensor],
     end: RowsEnd | None = None,
+    peaks: Tensor | None = None,
 ) -> None:
     num_rows, vocab_size = logits.shape
     assert logits.stride(1) == 1
@@ -168,9 +172,12 @@ def _launch(
     common = {"VOCAB": vocab_size, "BLOCKS": num_blocks, "BLOCKS_PADDED": next_power_of_2(num_blocks)}
     row_dials = (dials.temperature, dials.log_min_p, dials.top_k, dials.top_p, dials.seed_hashes)
     chain = chain_options(logits)
-    peaks_kernel[(num_rows, -(-num_blocks // 32))](
-        logits, workspace.peaks, logits.stride(0), VOCAB=vocab_size, BLOCKS=num_blocks, num_warps=4, **chain
-    )
+    if peaks is None:
+        peaks = workspace.peaks
+        peaks_kernel[(num_rows, -(-num_blocks // 32))](
+            logits, peaks, logits.stride(0), VOCAB=vocab_size, BLOCKS=num_blocks, num_warps=4, **chain
+        )
+    assert peaks.shape[1] == num_blocks
     if not all_greedy:
         # of greedy rows programs do nothing, but there are as many: few of them where there are many rows
         tiles_each = min(-(-num_rows * num_tiles // _MOST_PROGRAMS), num_tiles)
@@ -178,7 +185,7 @@ def _launch(
             logits,
             *row_dials,
             positions,
-            workspace.peaks,
+            peaks,
             workspace.best,
             workspace.best_ids,
             workspace.mass,
@@ -195,7 +202,7 @@ def _launch(
         logits,
         *row_dials,
         positions,
-        workspace.peaks,
+        peaks,
         workspace.best,
         workspace.best_ids,
         workspace.mass,

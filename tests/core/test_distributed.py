@@ -199,13 +199,12 @@ def test_logits_that_are_drawn_from_go_by_peer_memory_if_there_is_any(
 
     monkeypatch.setattr(tensor_group, "peer_columns", by_peers)
     group = TensorParallelGroup(rank, 2)
-    assert group.place_of_logits(3) is None
+    assert group.logits is None
     memory = torch.zeros(peer_columns_bytes(4, 10, torch.float32), dtype=torch.uint8)
-    group._columns = join_peer_columns(rank, 2, memory, 0, 10, torch.float32, None)
-    place = group.place_of_logits(3)
-    assert place is not None
-    assert place.shape == (3, 10)
-    found = group.gather_columns(torch.zeros(3, 8), place)
+    group._columns = join_peer_columns(rank, 2, memory, 0, 4, 10, torch.float32, None)
+    assert group.logits is not None
+    assert group.logits.rows.shape == (4, 10)
+    found = group.gather_columns(torch.zeros(3, 8), group.logits.rows[:3])
     assert (found is None) == (rank == 1)
     assert written == [3]
     assert group.num_gathers == 1

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from aphro_kernels.peer_all_reduce import PeerMemory, build_peer_memory, peer_all_reduce
 from aphro_kernels.peer_columns import PeerColumns, build_peer_columns, peer_columns, peer_columns_bytes
 from aphro_kernels.peer_rows import allocate_shared
+from aphro_kernels.sample import SamplingDials, build_sample_workspace, sample
 from torch import Tensor
 
 from tests.gpu.all_gpus import NUM_GPUS, everybodys, join, needs_two, run_over_all_gpus
@@ -23,7 +24,7 @@ def _compare(rank: int, store: str) -> None:
     sums = build_peer_memory(dist.group.WORLD, 1, 64, torch.float32, device)
     dist.barrier()
     for columns, dtype in ((10_000, torch.bfloat16), (4099, torch.float32), (100, torch.float32)):
-        width = -(-columns // (64 * NUM_GPUS)) * 64  # the last ranks have padding, perhaps nothing else
+        width = -(-columns // (128 * NUM_GPUS)) * 128  # the last ranks have padding, perhaps nothing else
         peers = _build(70, columns, dtype, device)
         for num_rows in (1, 7, 70, 33, 1):
             torch.manual_seed(100 * num_rows + rank)
@@ -33,14 +34,36 @@ def _compare(rank: int, store: str) -> None:
             found = peer_columns(x, peers)
             if rank == 0:
                 assert torch.equal(found, expected)
+            _compare_greedy(rank, x, expected, sums, peers)
         _replay(rank, sums, peers, width)
         assert int(peers.status) == 0
     dist.destroy_process_group()
 
 
+def _compare_greedy(rank: int, x: Tensor, logits: Tensor, sums: PeerMemory, peers: PeerColumns) -> None:
+    """Of rows that need not be whole the largest can be drawn; every third row is whole all the same."""
+    num_rows, columns = logits.shape
+    is_whole = torch.arange(num_rows, device=x.device) % 3 == 0
+    peers.is_whole[:num_rows].copy_(is_whole)
+    peers.rows.fill_(torch.nan)
+    torch.cuda.synchronize()
+    dist.barrier()
+    _meet(sums)
+    found = peer_columns(x, peers)
+    if rank == 0:
+        assert torch.equal(found[is_whole], logits[is_whole])
+        zeros = torch.zeros(num_rows, device=x.device)
+        dials = SamplingDials(zeros, zeros, zeros.int(), zeros, zeros.long())
+        workspace = build_sample_workspace(num_rows, columns, x.device)
+        tokens, is_bad = sample(found, zeros.long(), dials, workspace=workspace, peaks=peers.peaks)
+        assert torch.equal(tokens, logits.argmax(dim=-1))
+        assert not bool(is_bad.any())
+    peers.is_whole.fill_(1)
+
+
 def _build(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> PeerColumns:
     memory = allocate_shared(peer_columns_bytes(rows, columns, dtype), device)
-    peers = build_peer_columns(dist.group.WORLD, memory, columns, dtype)
+    peers = build_peer_columns(dist.group.WORLD, memory, rows, columns, dtype)
     dist.barrier()
     return peers
 
@@ -80,10 +103,10 @@ def _replay(rank: int, sums: PeerMemory, peers: PeerColumns, width: int) -> None
 
 def _alone(rank: int, store: str) -> None:
     device = join(rank, store)
-    peers = _build(4, 128, torch.bfloat16, device)
+    peers = _build(4, 256, torch.bfloat16, device)
     if rank == 0:
         started = time.monotonic()
-        peer_columns(torch.ones(2, 64, device=device, dtype=torch.bfloat16), peers, max_polls=100_000)
+        peer_columns(torch.ones(2, 128, device=device, dtype=torch.bfloat16), peers, max_polls=100_000)
         torch.cuda.synchronize()
         assert int(peers.status) == 1
         assert time.monotonic() - started < 20

@@ -545,22 +545,64 @@ def compare_peer_columns(num_rows: int, columns: int, size: int, dtype: torch.dt
     num_bytes = peer_columns.peer_columns_bytes(num_rows + 1, columns, dtype)
     memories = [torch.zeros(num_bytes, dtype=torch.uint8) for _ in range(size)]
     first = memories[0].data_ptr()
-    ends = [
-        peer_columns.join_peer_columns(rank, size, memories[rank], first, columns, dtype, None, 5)
-        for rank in range(size)
-    ]
-    width = -(-columns // size) + 3  # the last ranks have padding
+    shape = (num_rows + 1, columns, dtype)
+    ends = [peer_columns.join_peer_columns(rank, size, memories[rank], first, *shape, None, 5) for rank in range(size)]
+    width = -(-columns // (128 * size)) * 128  # the last ranks have padding, perhaps nothing else
     for call in range(3):
         parts = [random(num_rows, width, dtype=dtype, device="cpu", seed=10 * call + rank) for rank in range(size)]
-        found = ends[0].rows.fill_(math.nan)
-        for rank in range(1, size):
-            peer_columns.peer_columns(parts[rank], ends[rank], max_polls=2)
-        found = peer_columns.peer_columns(parts[0], ends[0], max_polls=2)
-        assert torch.equal(found, torch.cat(parts, dim=-1)[:, :columns])
+        parts[size - 1][0, 0] = math.nan
+        logits = torch.cat(parts, dim=-1)[:, :columns]
+        is_whole = torch.arange(num_rows + 1) % 2 == call % 2
+        ends[0].rows.fill_(math.nan)
+        ends[0].peaks.fill_(math.nan)
+        for rank in reversed(range(size)):
+            ends[rank].is_whole.copy_(is_whole)
+            found = peer_columns.peer_columns(parts[rank], ends[rank], max_polls=2)
+        compare_written(found, ends[0].peaks[:num_rows], logits, is_whole[:num_rows], width)
         assert bool(ends[0].rows[num_rows].isnan().all())
         assert not any(int(end.status) for end in ends)
     peer_columns.peer_columns(parts[0], ends[0], max_polls=2)
     assert int(ends[0].status) == 1  # nobody else has come
+
+
+def compare_drawn_columns(num_rows: int, columns: int, dtype: torch.dtype) -> None:
+    """What is drawn of rows that two ranks wrote, some of them whole, is what is drawn of all logits."""
+    width = -(-columns // 256) * 128
+    memory = torch.zeros(peer_columns.peer_columns_bytes(num_rows, columns, dtype), dtype=torch.uint8)
+    shape = (num_rows, columns, dtype)
+    dials = sampling_dials(num_rows, columns, "cpu")
+    dials.temperature[::2] = 0.0
+    parts = [random(num_rows, width, dtype=torch.float32, device="cpu", seed=rank).mul(2).to(dtype) for rank in (0, 1)]
+    for rank in (1, 0):
+        end = peer_columns.join_peer_columns(rank, 2, memory, memory.data_ptr(), *shape, None)
+        end.is_whole.copy_(dials.temperature > 0)
+        rows = peer_columns.peer_columns(parts[rank], end, max_polls=2)
+    positions = torch.arange(num_rows)
+    workspace = sample.build_sample_workspace(num_rows, columns, torch.device("cpu"))
+    workspace.peaks.fill_(math.nan)
+    out = (torch.full((num_rows,), -7), torch.ones(num_rows, dtype=torch.bool))
+    sample._launch(rows, positions, dials, workspace, 0, False, out, None, end.peaks)
+    expected = sample.sample_reference(torch.cat(parts, dim=-1)[:, :columns], positions, dials)
+    assert torch.equal(out[0], expected[0])
+    assert torch.equal(out[1], expected[1])
+
+
+def compare_written(found: Tensor, peaks: Tensor, logits: Tensor, is_whole: Tensor, width: int) -> None:
+    """What peer_columns has written of ``logits`` into rows and peaks of NaN, ``width`` columns a rank."""
+    num_rows, columns = logits.shape
+    padded = torch.nn.functional.pad(logits.float(), (0, -columns % 128), value=-math.inf)
+    blocks = padded.nan_to_num(math.inf, math.inf, -math.inf).view(num_rows, -1, 128)
+    assert torch.equal(peaks, blocks.amax(dim=-1))
+    for row in range(num_rows):
+        is_written = torch.full_like(logits[row], is_whole[row], dtype=torch.bool)
+        for start in range(0, columns, width):  # of a rank
+            for first in range(start, min(start + width, columns), 32 * 128):
+                stop = min(first + 32 * 128, start + width, columns)
+                best = int(peaks[row, first // 128 : -(-stop // 128)].argmax())
+                at = first + best * 128
+                is_written[at : min(at + 128, stop)] = True
+        assert torch.equal(found[row][is_written].nan_to_num(7.0), logits[row][is_written].nan_to_num(7.0))
+        assert bool(found[row][~is_written].isnan().all())
 
 
 def compare_peer_line(

@@ -23,6 +23,7 @@ from tests.core.worker.test_batch import SPEC
 from tests.kernels.comparisons import (
     compare_attention,
     compare_begin_step,
+    compare_drawn_columns,
     compare_end_rows,
     compare_expert_rows,
     compare_grouped_linear,
@@ -221,9 +222,14 @@ def test_peer_all_reduce(num_rows: int, width: int, is_added: bool, is_normed: b
     compare_peer_all_reduce(num_rows, width, F32, is_added=is_added, is_normed=is_normed)
 
 
-@pytest.mark.parametrize(("num_rows", "columns", "size"), [(1, 64, 2), (17, 4100, 2), (3, 9, 4)])
+@pytest.mark.parametrize(("num_rows", "columns", "size"), [(1, 64, 2), (17, 4100, 2), (3, 9, 4), (3, 9000, 2)])
 def test_peer_columns(num_rows: int, columns: int, size: int) -> None:
     compare_peer_columns(num_rows, columns, size, F32)
+
+
+@pytest.mark.parametrize(("num_rows", "columns"), [(1, 300), (9, 9001)])
+def test_what_is_drawn_of_peers_columns(num_rows: int, columns: int) -> None:
+    compare_drawn_columns(num_rows, columns, BF16)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

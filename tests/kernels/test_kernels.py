@@ -165,9 +165,9 @@ KERNELS["peer_all_reduce._one_shot_kernel"] = {
 }
 
 KERNELS["peer_columns._columns_kernel"] = {
-    **{"x": "*bf16", "memory": "*u8", "first": "*i64", "calls": "*i32", "status": "*i32"},
-    **dict.fromkeys(["num_rows", "width", "kept", "start", "columns", "max_polls"], "i32"),
-    **{"RANK": 0, "SIZE": 3, "FLAG_BYTES": 128, "IS_FATAL": True, "BLOCK": 4096},
+    **{"x": "*bf16", "is_whole": "*i32", "memory": "*u8", "first": "*i64", "expected": "*i32", "status": "*i32"},
+    **dict.fromkeys(["num_rows", "width", "kept", "start", "columns", "peaks_at", "max_polls"], "i32"),
+    **{"RANK": 0, "SIZE": 3, "FLAG_BYTES": 128, "IS_FATAL": True, "BLOCKS": 32},
 }
 
 PEER_LINE: dict[str, Any] = {

@@ -55,7 +55,7 @@ class PeerMeeting:
         memory = self.make(lambda: allocate_shared(num_bytes, self._device))
         if memory is None:
             return None
-        return self.make(lambda: build_peer_columns(self._group, memory, vocab_size, dtype))
+        return self.make(lambda: build_peer_columns(self._group, memory, max_rows, vocab_size, dtype))
 
     def is_possible(self) -> bool:
         """Whether all are GPUs of one host that reach each other, and can show each other what they allocate next."""

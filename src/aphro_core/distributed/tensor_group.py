@@ -49,10 +49,12 @@ class TensorParallelGroup:
             meeting = PeerMeeting(self.rank, self.size, self._group, device, "logits go")
             self._columns = meeting.connect_logits(max_rows, vocab_size, dtype)
 
-    def place_of_logits(self, num_rows: int) -> Tensor | None:
-        """``[num_rows, vocab_size]``: the ``out`` of :meth:`gather_columns` for the rows that a step draws from; None:
-        any other is as good. Sums of the next step come before it is written again."""
-        return None if self._columns is None else self._columns.rows[:num_rows]
+    @property
+    def logits(self) -> PeerColumns | None:
+        """Whose ``rows``, the first ones, are the ``out`` of :meth:`gather_columns` for those that a step draws from,
+        and whose ``is_whole`` says beforehand, on all ranks, which of them have to be whole; None: any other ``out`` is
+        as good. Sums of the next step come before it is written again."""
+        return self._columns
 
     def parts(self, num_rows: int) -> list[tuple[int, range]]:
         """In which order a summand of so many rows is best made: whose rows, and which, this rank's last. Empty: in one

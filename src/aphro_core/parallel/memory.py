@@ -10,7 +10,7 @@ from typing import Final
 from aphro_core.models.packed import dequantised_weights, parameter_bytes, tied_copy_bytes
 from aphro_core.models.registry import family_of
 from aphro_core.models.spec import DecoderSpec
-from aphro_core.parallel.shard import RankShard
+from aphro_core.parallel.shard import VOCAB_UNIT, RankShard
 
 # Float32 copies of the sampled rows' logits that live at once in the worst step, one with top-p and penalties: the
 # ranks' parts, gathered, with penalties, divided by the temperature, with noise, probabilities, and two while cutting.
@@ -170,8 +170,9 @@ def peer_bytes(hidden_size: int, tp_size: int, most_tokens: int, dtype_bytes: in
 
 def peer_logits_bytes(vocab_size: int, tp_size: int, max_num_seqs: int, dtype_bytes: int) -> int:
     """Outside torch too, of the ranks that have a head: where all write the logits that rank 0 draws from, memory that
-    each of them has (aphro_kernels/peer_columns.py)."""
-    return max_num_seqs * vocab_size * dtype_bytes if tp_size > 1 else 0
+    each of them has, and the largest of each block (aphro_kernels/peer_columns.py)."""
+    peaks = -(-vocab_size // VOCAB_UNIT) * 4
+    return max_num_seqs * (vocab_size * dtype_bytes + peaks) if tp_size > 1 else 0
 
 
 def activation_bytes(

@@ -16,7 +16,7 @@ from aphro_core.models.tensors import Axis, axis_sizes
 from aphro_core.parallel.partition import partition
 
 MLP_UNIT: Final = 32  # columns: the block of the small GGUF formats, and a tile that every kernel likes
-VOCAB_UNIT: Final = 64  # rows
+VOCAB_UNIT: Final = 128  # rows: whole blocks of those that a draw begins with (aphro_kernels/sample_kernels.py)
 
 
 @dataclass(frozen=True, slots=True)

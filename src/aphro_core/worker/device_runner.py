@@ -72,8 +72,8 @@ class DeviceRunner:
         )
         self._inputs = PagedInputs(self._memory, self._shapes, keeps_tokens=shard.pp_size == 1)
         parts = (spec, shard, decoder, caches, self._memory, self._shapes)
-        place = links.tensor.place_of_logits(max_rows) if shard.has_head else None
-        self._padded = PaddedSteps(*parts, dtype=dtype, device=device, place_of_logits=place)
+        place = links.tensor.logits if shard.has_head else None
+        self._padded = PaddedSteps(*parts, dtype=dtype, device=device, place=place)
         self._mixed = MixedSteps(self._padded, decoder, caches, links)
         self._hidden, self._logits = self._padded.hidden, self._padded.logits
         self._samples = self._padded.samples
@@ -118,9 +118,9 @@ class DeviceRunner:
             self._returning.take_for(plan, self._sequences)
         if answer is None:
             return empty_result(plan.step_id) if self._samples else None
-        self._find_rows(step.draws, is_again=plan.again is not None)
         has_part = step.chunks or step.wanted is not None
         asking = asking_entries(plan, self._sequences) if has_part else []
+        self._find_rows(step.draws, is_again=plan.again is not None, is_asked=bool(asking))
         found = self._run_chunks(step, asking) if step.chunks else self._run_rows(step, asking)
         if self._returning is not None:
             self._returning.expect(step.draws, self._memory.draw_slots(step))
@@ -128,12 +128,13 @@ class DeviceRunner:
             return None
         return self._end(plan, step, answer, found)
 
-    def _find_rows(self, draws: list[int], *, is_again: bool) -> None:
+    def _find_rows(self, draws: list[int], *, is_again: bool, is_asked: bool) -> None:
         if draws is not self._draws:
             self._draws, self._drawing = draws, [self._sequences[seq_id].row for seq_id in draws]
             self._needs_host = any(row.needs_host for row in self._drawing)
-        if self._samples:
-            self._padded.sampler.prepare([] if self._needs_host else self._drawing)
+        if self._shard.has_head:
+            rows = [] if self._needs_host else self._drawing
+            self._padded.sampler.prepare(rows, needs_logits=self._needs_host or is_asked)
         if is_again and self._needs_host:  # others do not ask where they are
             for row in self._drawing:
                 row.position += 1

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from aphro_kernels.peer_columns import PeerColumns
 from aphro_kernels.sample import SamplingDials, build_sample_workspace, hash_seeds, sample
 from aphro_kernels.step_rows import RowsEnd
 from torch import Tensor
@@ -19,7 +20,8 @@ class DeviceSampler:
     """Its dials and its answers stand in fixed memory, so that a CUDA graph draws for any rows. Dials are sent when the
     rows change, which decode steps seldom do, and some are not greedy."""
 
-    def __init__(self, vocab_size: int, max_rows: int, device: torch.device) -> None:
+    def __init__(self, vocab_size: int, max_rows: int, device: torch.device, place: PeerColumns | None = None) -> None:
+        """``place``: of logits that all ranks of a stage write; each rank prepares its own sampler, tp rank 0 draws."""
         self.rows: list[SamplingRow] = []
         self.tokens = torch.zeros(max_rows, dtype=torch.int64, device=device)  # of the last call
         self._is_bad = torch.zeros(max_rows, dtype=torch.bool, device=device)
@@ -35,18 +37,23 @@ class DeviceSampler:
             top_p=words[2].view(torch.float32),
             seed_hashes=self._sent[4 * self._width :].view(torch.int64)[:max_rows],
         )
-        self._is_greedy = True  # all that was sent
+        self._place = place
+        self._is_plain = True  # all that was sent: greedy rows, of which no logits are needed
+        self._needs_logits = False
         self._send([])
 
-    def prepare(self, rows: list[SamplingRow]) -> None:
-        """The next calls of :meth:`draw` draw for ``rows``: the list of the call before where it says the same."""
-        if rows is self.rows:
+    def prepare(self, rows: list[SamplingRow], *, needs_logits: bool = False) -> None:
+        """The next calls of :meth:`draw` draw for ``rows``: the list of the call before where it says the same.
+        ``needs_logits``: somebody else reads the logits of a step, those of greedy rows too."""
+        needs_logits = needs_logits and self._place is not None
+        is_same = rows is self.rows or not (rows or self.rows)
+        if is_same and needs_logits == self._needs_logits:
             return
-        self.rows = rows
-        is_greedy = all(row.sampling.is_greedy for row in rows)
-        if not (is_greedy and self._is_greedy):
+        self.rows, self._needs_logits = rows, needs_logits
+        is_plain = not needs_logits and all(row.sampling.is_greedy for row in rows)
+        if not (is_plain and self._is_plain):
             self._send(rows)
-        self._is_greedy = is_greedy
+        self._is_plain = is_plain
 
     def draw(self, logits: Tensor, positions: Tensor, end: RowsEnd | None = None) -> None:
         """Into the first ``tokens``, and to whom ``end`` says: -1 for a row without a finite largest logit (with
@@ -58,7 +65,8 @@ class DeviceSampler:
         n = len(logits)
         dials = first_rows(self._dials, n)
         out = tokens, is_bad = self.tokens[:n], self._is_bad[:n]
-        sample(logits, positions, dials, workspace=self._workspace, position_offset=1, out=out, end=end)
+        peaks = None if self._place is None else self._place.peaks
+        sample(logits, positions, dials, workspace=self._workspace, position_offset=1, peaks=peaks, out=out, end=end)
         if end is None:
             tokens.masked_fill_(is_bad, -1)
 
@@ -77,7 +85,13 @@ class DeviceSampler:
         seeds = np.zeros(self._width, dtype=np.int64)
         seeds[: len(rows)] = hash_seeds([row.seed for row in rows]).numpy()
         sent = torch.from_numpy(np.concatenate([words.reshape(-1), seeds.view(np.int32)]))
-        self._sent.copy_(sent if self._device.type == "cpu" else sent.pin_memory(), non_blocking=True)
+        self._sent.copy_(self._pin(sent), non_blocking=True)
+        if self._place is not None:
+            is_whole = torch.tensor([self._needs_logits or not p.is_greedy for p in params], dtype=torch.int32)
+            self._place.is_whole.copy_(self._pin(is_whole), non_blocking=True)
+
+    def _pin(self, values: Tensor) -> Tensor:
+        return values if self._device.type == "cpu" else values.pin_memory()
 
 
 def first_rows(dials: SamplingDials, n: int) -> SamplingDials:

@@ -57,7 +57,8 @@ def pay(dues: Dues, links: Links, shard: RankShard, hidden_size: int, dtype: tor
         rows = dues.gathers[index]
         is_drawn_from = dues.num_handed_out > 0 and index == len(dues.gathers) - 1
         ruin = torch.full((rows, len(shard.vocab)), torch.nan, dtype=dtype, device=device)
-        tensor.gather_columns(ruin, tensor.place_of_logits(rows) if is_drawn_from else None)
+        place = tensor.logits if is_drawn_from else None
+        tensor.gather_columns(ruin, None if place is None else place.rows[:rows])
     if not dues.num_handed_out:
         return
     tokens = torch.zeros(dues.num_handed_out, dtype=torch.int64, device=device)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
+from aphro_kernels.peer_columns import PeerColumns
 from torch import Tensor
 
 from aphro_core.layers.decoder import Decoder
@@ -35,9 +36,9 @@ class PaddedSteps:
         *,
         dtype: torch.dtype,
         device: torch.device,
-        place_of_logits: Tensor | None = None,
+        place: PeerColumns | None = None,
     ) -> None:
-        """``place_of_logits`` [>= max_rows, vocab_size]: where tp rank 0 gets them, if that is told."""
+        """``place``: where tp rank 0 gets logits, if that is told."""
         self.shapes, self.memory = shapes, memory
         self.has_head, self.samples = shard.has_head, shard.has_head and shard.tp_rank == 0
         self.has_embedding = shard.has_embedding
@@ -49,10 +50,11 @@ class PaddedSteps:
         # whatever is done to logits is done in float32, else they stay as the product gives them
         logits_dtype = dtype if spec.has_plain_logits else torch.float32
         num_logits = memory.max_rows * self.samples
-        if place_of_logits is None:
-            place_of_logits = torch.zeros(num_logits, spec.vocab_size, dtype=logits_dtype, device=device)
-        self.logits = place_of_logits[:num_logits]
-        self.sampler = DeviceSampler(spec.vocab_size, memory.max_rows, device)
+        if place is None:
+            self.logits = torch.zeros(num_logits, spec.vocab_size, dtype=logits_dtype, device=device)
+        else:
+            self.logits = place.rows[:num_logits]
+        self.sampler = DeviceSampler(spec.vocab_size, memory.max_rows, device, place)
         self.run: Callable[[StepShape], None] = self.launch
         self._kinds: Sequence[int] | None = None  # of layers
 
