@@ -37,6 +37,11 @@ class PeerLine:
     calls: Tensor  # [programs] int32
     status: Tensor  # [1] int32: 0, or 1 once a wait has ended without the other end; the host may set it to end one
 
+    @property
+    def written(self) -> Tensor:
+        """``[1]`` int32, of the reader: how many programs have written, ``programs`` a message."""
+        return self.memory[:4].view(torch.int32)
+
 
 def peer_line_bytes(num_slots: int, max_rows: int, row_bytes: int) -> int:
     """Of the memory of each end, rounded so that another line may follow."""

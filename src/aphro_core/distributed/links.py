@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from aphro_kernels.peer_columns import PeerColumns
+from aphro_kernels.peer_line import PeerLine
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from aphro_core.distributed.stage_links import StageLink, TokenLink
@@ -18,12 +20,22 @@ from aphro_core.parallel.shard import ShardingPlan
 
 
 @dataclass(frozen=True)
+class HeadLine:
+    """An end of what the last stage and the first one share the head by (worker/shared_head.py)."""
+
+    line: PeerLine  # from the last stage to the first: normed rows
+    columns: PeerColumns  # of the last stage, which has rank 0 in them
+
+
+@dataclass(frozen=True)
 class Links:
-    """All that ties a rank to others. ``tokens`` only on the first and last of several stages of GPUs."""
+    """All that ties a rank to others. ``tokens`` only on the first and last of several stages of GPUs, ``head`` if
+    these have memory of each other's, too."""
 
     tensor: TensorParallelGroup
     stage: StageLink
     tokens: TokenLink | None = None
+    head: HeadLine | None = None
     store: Store | None = None  # the groups go on asking it, and torch alone does not keep one made in Python
     shared: Any = None  # keeps the stages' mapping of each other's memory alive
 

@@ -38,7 +38,7 @@ class PeerMeeting:
         device: torch.device,
         what: str,
     ) -> None:
-        """``what`` goes by NCCL where somebody objects, as the line says."""
+        """``what`` says what happens where somebody objects."""
         self._rank, self._size, self._group, self._device, self._what = rank, size, group, device, what
 
     def connect(self, width: int, dtype: torch.dtype, most_rows: int) -> PeerSums | None:
@@ -80,7 +80,7 @@ class PeerMeeting:
         first = torch.tensor([self._size if objection is None else self._rank], dtype=torch.int64, device=self._device)
         dist.all_reduce(first, op=dist.ReduceOp.MIN, group=self._group)
         if objection is not None and first.item() == self._rank:
-            _LOG.warning("%s by NCCL: %s", self._what, objection)
+            _LOG.warning("%s: %s", self._what, objection)
         return bool(first.item() < self._size)
 
     def _is_on_one_host(self) -> bool:

@@ -8,14 +8,15 @@ from typing import Any, Final
 
 import torch
 import torch.distributed as dist
+from aphro_kernels.peer_columns import join_peer_columns, peer_columns_bytes
 from aphro_kernels.peer_line import PeerLine, join_peer_line, peer_line_bytes
 from aphro_kernels.peer_rows import allocate_shared
 from torch import Tensor
 
-from aphro_core.distributed.links import Links
+from aphro_core.distributed.links import HeadLine, Links
 from aphro_core.distributed.peer_meeting import PeerMeeting
 from aphro_core.distributed.stage_links import MOST_DUE, TokenLink
-from aphro_core.parallel.shard import ShardingPlan
+from aphro_core.parallel.shard import RankShard, ShardingPlan
 
 _HIDDEN_SLOTS: Final = 2  # a stage may be so many steps ahead of the next one, which copies what it begins with
 _HIDDEN_PROGRAMS: Final = 128  # a row of 8 KiB each where 128 decode
@@ -28,6 +29,8 @@ class Messages:
     num_tokens: int
     row_bytes: int  # of hidden states
     num_draws: int
+    vocab_size: int = 0  # of a head that the last stage shares with the first one; 0: it does not
+    dtype: torch.dtype = torch.bfloat16  # of logits
 
 
 def open_lines(
@@ -52,7 +55,7 @@ def open_lines(
 def _open_peer_lines(
     links: Links, plan: ShardingPlan, rank: int, messages: Messages, device: torch.device
 ) -> Links | None:
-    meeting = PeerMeeting(rank, len(plan.ranks), dist.group.WORLD, device, "stages hand on all")
+    meeting = PeerMeeting(rank, len(plan.ranks), dist.group.WORLD, device, "stages hand on all by NCCL")
     if plan.tp_size > 1 or not meeting.is_possible():  # tp gains nothing: no layer is chained
         return None
     memory = meeting.make(lambda: allocate_shared(num_bytes(plan, messages), device))
@@ -66,6 +69,10 @@ def _hidden_shape(messages: Messages) -> dict[str, int]:
     return {"num_slots": _HIDDEN_SLOTS, "max_rows": messages.num_tokens, "row_bytes": messages.row_bytes}
 
 
+def _normed_shape(messages: Messages) -> dict[str, int]:
+    return _hidden_shape(messages) | {"max_rows": messages.num_draws}
+
+
 def _token_shape(plan: ShardingPlan, messages: Messages) -> dict[str, int]:
     # so that the last stage never waits with its tokens, nor with those of steps in flight when one has failed
     num_slots = 1 << (max(MOST_DUE, plan.pp_size) + plan.pp_size).bit_length()
@@ -74,7 +81,11 @@ def _token_shape(plan: ShardingPlan, messages: Messages) -> dict[str, int]:
 
 def num_bytes(plan: ShardingPlan, messages: Messages) -> int:
     """Of the memory of each rank."""
-    return peer_line_bytes(**_hidden_shape(messages)) + peer_line_bytes(**_token_shape(plan, messages))
+    lines = peer_line_bytes(**_hidden_shape(messages)) + peer_line_bytes(**_token_shape(plan, messages))
+    if not messages.vocab_size:
+        return lines
+    columns = peer_columns_bytes(messages.num_draws, messages.vocab_size, messages.dtype)
+    return lines + peer_line_bytes(**_normed_shape(messages)) + columns
 
 
 def _show(memory: Tensor, device: torch.device) -> Any:
@@ -107,8 +118,22 @@ def by_peer_memory(
     if peer is None:
         return replace(links, shared=handle)
     other = handle.buffer_ptrs[peer] + cut
-    line = join_peer_line(memory[cut:], other, programs=1, **_token_shape(plan, messages))
-    return replace(links, tokens=TokenLink(peer, None, line), shared=handle)
+    size = peer_line_bytes(**_token_shape(plan, messages))
+    line = join_peer_line(memory[cut : cut + size], other, programs=1, **_token_shape(plan, messages))
+    links = replace(links, tokens=TokenLink(peer, None, line), shared=handle)
+    if not messages.vocab_size:
+        return links
+    return replace(links, head=_head_line(shard, messages, memory[cut + size :], other + size))
+
+
+def _head_line(shard: RankShard, messages: Messages, memory: Tensor, other: int) -> HeadLine:
+    """``memory`` of this rank, and the address of the ``other`` end's."""
+    size = peer_line_bytes(**_normed_shape(messages))
+    line = join_peer_line(memory[:size], other, programs=_HIDDEN_PROGRAMS, **_normed_shape(messages))
+    first = memory.data_ptr() if shard.has_head else other
+    shape = (messages.num_draws, messages.vocab_size, messages.dtype)
+    columns = join_peer_columns(0 if shard.has_head else 1, 2, memory[size:], first + size, *shape, None)
+    return HeadLine(line, columns)
 
 
 def _other_end(plan: ShardingPlan, rank: int) -> int | None:

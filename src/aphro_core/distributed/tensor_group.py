@@ -39,14 +39,14 @@ class TensorParallelGroup:
         All ranks call it together; whatever forbids it on one of them leaves all with NCCL, and one line says what.
         """
         if self.size > 1 and device.type == "cuda":
-            meeting = PeerMeeting(self.rank, self.size, self._group, device, "tensor-parallel sums all go")
+            meeting = PeerMeeting(self.rank, self.size, self._group, device, "tensor-parallel sums all go by NCCL")
             self._peers = meeting.connect(width, dtype, most_rows)
 
     def connect_logits(self, max_rows: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
         """Let ranks whose sums go by peer memory write logits to where tp rank 0 draws from them, up to ``max_rows``.
         All call it together."""
         if self._peers is not None:
-            meeting = PeerMeeting(self.rank, self.size, self._group, device, "logits go")
+            meeting = PeerMeeting(self.rank, self.size, self._group, device, "logits go by NCCL")
             self._columns = meeting.connect_logits(max_rows, vocab_size, dtype)
 
     @property

@@ -57,12 +57,15 @@ class AphroEngine:
 
     def balances_of(self, plan: ShardingPlan, sizes: Sizes) -> list[RankBalance]:
         """Each rank's balance by the engine's own memory model (parallel/memory.py)."""
+        assert self.spec is not None
         known: dict[tuple[object, ...], RankBalance] = {}
         balances, near = [], self._near_stages(sizes)
+        is_whole = self.is_gpu and self._is_on_one_host(sizes)
+        shares_head = is_whole and memory.shares_head(self.spec, sizes.tp, sizes.pp)
         for shard in plan.ranks:
             is_near = near[shard.pp_rank]
             kind = (*_kind(self.spec, shard), is_near)
-            known[kind] = known.get(kind) or self._balance(shard, sizes, is_near)
+            known[kind] = known.get(kind) or self._balance(shard, sizes, is_near, shares_head=shares_head)
             place = known[kind].at
             balances.append(place(rank=shard.rank, stage=shard.pp_rank, tp_rank=shard.tp_rank, layers=shard.layers))
         return balances
@@ -71,6 +74,12 @@ class AphroEngine:
         ranks = 1 if self.is_gpu else sizes.tp * sizes.pp  # ranks on a host's CPUs share what is free there
         ranks = ranks if self.per_host is None else min(ranks, self.per_host)
         return int(self.device_bytes * sizes.utilization / ranks)
+
+    def _is_on_one_host(self, sizes: Sizes) -> bool:
+        num_ranks = sizes.tp * sizes.pp
+        if sum(self.slots) < num_ranks:
+            return num_ranks <= (self.devices_per_host or num_ranks)
+        return len({place.host for place in place_ranks(self.slots, sizes.tp, sizes.pp)}) == 1
 
     def _near_stages(self, sizes: Sizes) -> list[bool]:
         """Of each stage whether its ranks are on one host, and have memory of each other's."""
@@ -91,7 +100,7 @@ class AphroEngine:
         logits = memory.peer_logits_bytes(vocab_size, sizes.tp, sizes.max_num_seqs, element)
         return outside + memory.peer_bytes(hidden_size, sizes.tp, rows, element) + logits
 
-    def _balance(self, shard: RankShard, sizes: Sizes, is_near: bool) -> RankBalance:
+    def _balance(self, shard: RankShard, sizes: Sizes, is_near: bool, *, shares_head: bool) -> RankBalance:
         spec, element = self.spec, DTYPE_BYTES[sizes.dtype]
         assert spec is not None
         weights = memory.weights_bytes(spec, shard, element)
@@ -109,6 +118,10 @@ class AphroEngine:
         )
         block_bytes = memory.kv_block_bytes(spec, shard, sizes.block_size, sizes.cache_bytes)
         vocab_size = spec.vocab_size if shard.has_head and spec.has_plain_logits else 0
+        overhead = self.overhead_bytes(sizes, spec.hidden_size, vocab_size, is_near)
+        if shares_head:
+            overhead += memory.shared_head_bytes(spec, sizes.max_num_seqs, element)
+            weights += memory.helped_head_bytes(spec, sizes.max_num_seqs, element) if shard.has_embedding else 0
         return RankBalance(
             rank=shard.rank,
             stage=shard.pp_rank,
@@ -119,7 +132,7 @@ class AphroEngine:
             budget_bytes=self.budget_bytes(sizes),
             weights_bytes=weights,
             activation_bytes=activations,
-            overhead_bytes=self.overhead_bytes(sizes, spec.hidden_size, vocab_size, is_near),
+            overhead_bytes=overhead,
             layout=KvLayout(block_bytes, sizes.block_size, (Group("full", None, 1),)),
         )
 

@@ -15,6 +15,7 @@ from aphro_core.layers.batch import Batch, GatheredRows, PagedRows
 from aphro_core.layers.block import Delta
 from aphro_core.layers.cache_format import CacheFormat
 from aphro_core.layers.chained import chain_layers
+from aphro_core.layers.linear import Linear
 from aphro_core.layers.parts import Parts
 from aphro_core.layers.rotary import RotaryEmbedding, Rotation
 from aphro_core.models.spec import DecoderSpec, RopeSpec
@@ -138,9 +139,19 @@ class Decoder:
         finally:
             self._places = range(len(self._blocks))
 
+    def normed(self, rows: Tensor) -> Tensor:
+        """Of chosen rows of the last stage's residual stream: what the head multiplies."""
+        normed: Tensor = self._norm(rows)
+        return normed
+
+    @property
+    def plain_head(self) -> Linear | None:
+        """The product that makes logits of :meth:`normed` rows, where it is all that does."""
+        return self._head.plain
+
     def logits(self, rows: Tensor, out: Tensor | None = None) -> Tensor | None:
         """Of chosen rows of the last stage's residual stream: ``[rows, vocab_size]`` float32, None off tp rank 0."""
-        return self._head(self._norm(rows), out)
+        return self._head(self.normed(rows), out)
 
 
 def _distinct(ropes: Sequence[RopeSpec]) -> list[RopeSpec]:

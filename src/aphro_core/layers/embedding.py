@@ -73,6 +73,13 @@ class VocabHead:
             logits.mul_(self._scale)
         return logits if self._softcap is None else logits.div_(self._softcap).tanh_().mul_(self._softcap)
 
+    @property
+    def plain(self) -> Linear | None:
+        """The product whose answers are the logits, where they are, on one GPU."""
+        is_plain = self._scale == 1.0 and self._softcap is None and self._group.size == 1
+        is_found = is_plain and isinstance(self._linear, Linear) and self._linear.plain is not None
+        return self._linear if is_found and isinstance(self._linear, Linear) else None
+
     def _writes_into(self, out: Tensor) -> bool:
         """Whether the product's answers are the logits, so that nobody need copy them."""
         is_plain = self._scale == 1.0 and self._softcap is None

@@ -89,6 +89,11 @@ class Linear:
         """Of a layer on a GPU."""
         return self._weight.shape[0]
 
+    def of_outputs(self, stop: int) -> Linear:
+        """Of a layer on a GPU without bias: what makes the first ``stop`` outputs, of the same memory."""
+        assert self._bias is None
+        return Linear(self._weight[:stop], workspace=self._workspace)
+
     def makes(self, out: Tensor) -> bool:
         """Whether a call may have this ``out``."""
         is_alike = out.is_cuda and out.dtype == self._weight.dtype and out.shape[1] == self._weight.shape[0]

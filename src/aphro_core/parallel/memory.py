@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Final
 
-from aphro_core.models.packed import dequantised_weights, parameter_bytes, tied_copy_bytes
+from aphro_core.models.packed import dequantised_weights, is_packed, parameter_bytes, tied_copy_bytes
 from aphro_core.models.registry import family_of
 from aphro_core.models.spec import DecoderSpec
-from aphro_core.parallel.shard import VOCAB_UNIT, RankShard
+from aphro_core.parallel.shard import VOCAB_UNIT, RankShard, head_halves
 
 # Float32 copies of the sampled rows' logits that live at once in the worst step, one with top-p and penalties: the
 # ranks' parts, gathered, with penalties, divided by the temperature, with noise, probabilities, and two while cutting.
@@ -173,6 +173,25 @@ def peer_logits_bytes(vocab_size: int, tp_size: int, max_num_seqs: int, dtype_by
     each of them has, and the largest of each block (aphro_kernels/peer_columns.py)."""
     peaks = -(-vocab_size // VOCAB_UNIT) * 4
     return max_num_seqs * (vocab_size * dtype_bytes + peaks) if tp_size > 1 else 0
+
+
+def shares_head(spec: DecoderSpec, tp_size: int, pp_size: int) -> bool:
+    """Whether the first stage of a pipeline of GPUs of one host makes half of a decode step's logits
+    (worker/shared_head.py)."""
+    if tp_size > 1 or pp_size == 1 or not spec.has_plain_logits or spec.vocab_size < 2 * VOCAB_UNIT:
+        return False
+    return not any(rule.parameter == "lm_head.weight" and is_packed(rule, spec) for rule in family_of(spec).tensors)
+
+
+def helped_head_bytes(spec: DecoderSpec, max_num_seqs: int, dtype_bytes: int) -> int:
+    """Of the first stage, besides its weights: the outputs of a shared head that it makes, and rows to multiply."""
+    return (len(head_halves(spec.vocab_size)[1]) + max_num_seqs) * spec.hidden_size * dtype_bytes
+
+
+def shared_head_bytes(spec: DecoderSpec, max_num_seqs: int, dtype_bytes: int) -> int:
+    """Outside torch, of each rank of such a pipeline: where the logits of both are written, and a line for rows."""
+    logits = peer_logits_bytes(spec.vocab_size, 2, max_num_seqs, dtype_bytes)
+    return logits + 2 * max_num_seqs * spec.hidden_size * dtype_bytes
 
 
 def activation_bytes(

@@ -92,6 +92,13 @@ def build_plan(
     return ShardingPlan(ranks, tp_size=tp, pp_size=pp, padded_vocab_size=tp * rows)
 
 
+def head_halves(vocab_size: int) -> tuple[range, range]:
+    """Outputs of a head that the last stage of a pipeline shares with the first: its own, then those of the first,
+    which may reach past the vocabulary."""
+    half = -(-vocab_size // (2 * VOCAB_UNIT)) * VOCAB_UNIT
+    return range(half), range(half, 2 * half)
+
+
 def legal_tensor_parallel_sizes(spec: DecoderSpec, *, expert_parallel: bool = False) -> Sequence[int]:
     """From 1 to the number of query heads (or of MLP columns, if a model has fewer): all sizes, or of quantised
     weights those that cut between their groups."""

@@ -30,6 +30,7 @@ from aphro_core.worker.prompt_logprobs import asking_entries, next_logprobs
 from aphro_core.worker.returning_tokens import ReturningTokens
 from aphro_core.worker.sampler import Sampler, SamplingRow, sampled_result
 from aphro_core.worker.sequences import SequenceState, apply_plan
+from aphro_core.worker.shared_head import HeadHelper, HeadOwner, SharedHead
 from aphro_core.worker.step import FinishedStep, LaunchedStep, RunningStep, SamplingError, empty_result
 from aphro_core.worker.step_failure import failed_step
 from aphro_core.worker.step_memory import PagedStep, StepMemory
@@ -51,8 +52,10 @@ class DeviceRunner:
         dtype: torch.dtype,
         device: torch.device,
         graph_tokens: int = 0,
+        head: SharedHead | None = None,
     ) -> None:
-        """``graph_tokens``: up to so many tokens steps with chunks have shapes that a graph can be captured of."""
+        """``graph_tokens``: up to so many tokens steps with chunks have shapes that a graph can be captured of.
+        ``head``: of a first or last stage that makes decode steps' product with the head with the other."""
         self._shard, self._links = shard, links
         self._dtype, self._device = dtype, device
         self._sequences: dict[int, SequenceState] = {}
@@ -73,7 +76,8 @@ class DeviceRunner:
         self._inputs = PagedInputs(self._memory, self._shapes, keeps_tokens=shard.pp_size == 1)
         parts = (spec, shard, decoder, caches, self._memory, self._shapes)
         place = links.tensor.logits if shard.has_head else None
-        self._padded = PaddedSteps(*parts, dtype=dtype, device=device, place=place)
+        self._head = head
+        self._padded = PaddedSteps(*parts, dtype=dtype, device=device, place=place, head=head)
         self._mixed = MixedSteps(self._padded, decoder, caches, links)
         self._hidden, self._logits = self._padded.hidden, self._padded.logits
         self._samples = self._padded.samples
@@ -104,6 +108,19 @@ class DeviceRunner:
         self._padded.launch_every_kind()
 
     @torch.inference_mode()
+    def compile_head(self) -> None:
+        """Launch what a shared head does not launch in any other step, where nothing is launched."""
+        if self._head is not None:
+            self._head.compile()
+
+    @torch.inference_mode()
+    def open_head(self) -> None:
+        """From here on the first and the last stage share the head. All ranks call it together."""
+        if self._head is not None:
+            self._head.open()
+            torch.cuda.synchronize(self._device)
+
+    @torch.inference_mode()
     def capture_graphs(self, on_progress: Callable[[int, int], None]) -> None:
         """From here on padded steps are replayed graphs."""
         self._padded.capture(on_progress)
@@ -132,9 +149,12 @@ class DeviceRunner:
         if draws is not self._draws:
             self._draws, self._drawing = draws, [self._sequences[seq_id].row for seq_id in draws]
             self._needs_host = any(row.needs_host for row in self._drawing)
-        if self._shard.has_head:
-            rows = [] if self._needs_host else self._drawing
-            self._padded.sampler.prepare(rows, needs_logits=self._needs_host or is_asked)
+        rows, needs_logits = [] if self._needs_host else self._drawing, self._needs_host or is_asked
+        if isinstance(self._head, HeadHelper):
+            with torch.cuda.stream(self._head.stream):  # in the order of its steps
+                self._padded.sampler.prepare(rows, needs_logits=needs_logits)
+        elif self._shard.has_head:
+            self._padded.sampler.prepare(rows, needs_logits=needs_logits)
         if is_again and self._needs_host:  # others do not ask where they are
             for row in self._drawing:
                 row.position += 1
@@ -164,6 +184,8 @@ class DeviceRunner:
         num_kept = None if keeps_all else self._mixed.num_kept(shape, draws)
         dues = Dues(shape.num_tokens, gathers, num_handed_out=draws, num_kept=num_kept)
         pay(dues, self._links, self._shard, self._hidden.shape[1], self._dtype, self._device)
+        if self._head is not None and not has_chunks:
+            self._head.settle(shape.num_tokens)
         if self._returning is not None:
             self._returning.expect_void(draws)
 
@@ -179,8 +201,12 @@ class DeviceRunner:
             self._links.stage.receive_(self._hidden[:size])
         self._padded.run(step.shape)
         self._links.tensor.num_sums = self._links.tensor.num_gathers = 2**31  # in a graph: all of the step's
+        if isinstance(self._head, HeadOwner):
+            self._head.has_met = True
         if not self._shard.has_head:
             self._links.stage.send(self._hidden[:size])
+        if isinstance(self._head, HeadHelper) and self._head.is_open:
+            self._head.help(size)
         return self._found_of_rows(step, asking) if self._samples and asking else []
 
     def _found_of_rows(self, step: PagedStep, asking: list[ScheduledSequence]) -> list[PromptLogprobs]:

@@ -21,7 +21,7 @@ class DeviceSampler:
     rows change, which decode steps seldom do, and some are not greedy."""
 
     def __init__(self, vocab_size: int, max_rows: int, device: torch.device, place: PeerColumns | None = None) -> None:
-        """``place``: of logits that all ranks of a stage write; each rank prepares its own sampler, tp rank 0 draws."""
+        """``place``: of logits that several ranks write; each of them prepares its own sampler, one draws."""
         self.rows: list[SamplingRow] = []
         self.tokens = torch.zeros(max_rows, dtype=torch.int64, device=device)  # of the last call
         self._is_bad = torch.zeros(max_rows, dtype=torch.bool, device=device)
@@ -55,9 +55,11 @@ class DeviceSampler:
             self._send(rows)
         self._is_plain = is_plain
 
-    def draw(self, logits: Tensor, positions: Tensor, end: RowsEnd | None = None) -> None:
+    def draw(
+        self, logits: Tensor, positions: Tensor, end: RowsEnd | None = None, *, peaks: Tensor | None = None
+    ) -> None:
         """Into the first ``tokens``, and to whom ``end`` says: -1 for a row without a finite largest logit (with
-        ``end`` it is 0 in ``tokens``).
+        ``end`` it is 0 in ``tokens``). ``peaks``: where the ``logits`` of ``place`` came with them.
 
         ``logits`` [rows, vocab]; ``positions`` [rows] int64 of the tokens that were read: one comes behind each. There
         may be more rows than were prepared; of these nothing is asked. Fit for a CUDA graph.
@@ -65,7 +67,6 @@ class DeviceSampler:
         n = len(logits)
         dials = first_rows(self._dials, n)
         out = tokens, is_bad = self.tokens[:n], self._is_bad[:n]
-        peaks = None if self._place is None else self._place.peaks
         sample(logits, positions, dials, workspace=self._workspace, position_offset=1, peaks=peaks, out=out, end=end)
         if end is None:
             tokens.masked_fill_(is_bad, -1)

@@ -46,7 +46,8 @@ class MixedSteps:
         assert step.numbers is not None
         count = len(step.draws)
         end = self._memory.draws(step) if self._links.tensor.size == 1 else None
-        self._padded.sampler.draw(self._padded.logits[:count], step.numbers.draw_positions[:count], end)
+        positions = step.numbers.draw_positions[:count]
+        self._padded.sampler.draw(self._padded.logits[:count], positions, end, peaks=self._padded.peaks)
 
     def num_kept(self, shape: StepShape, num_draws: int) -> int | None:
         """Rows that the last layer goes on with where nobody asks, which all ranks sum; None: all."""

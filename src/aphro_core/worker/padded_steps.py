@@ -7,7 +7,7 @@ known when it is launched, and a product with the head for as many as there may 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from aphro_kernels.peer_columns import PeerColumns
@@ -18,6 +18,7 @@ from aphro_core.models.spec import DecoderSpec
 from aphro_core.parallel.shard import RankShard
 from aphro_core.worker.cuda_graphs import CudaGraphs
 from aphro_core.worker.device_sampler import DeviceSampler
+from aphro_core.worker.shared_head import HeadOwner, SharedHead
 from aphro_core.worker.step_memory import StepMemory
 from aphro_core.worker.step_shapes import StepShape, StepShapes
 
@@ -37,8 +38,9 @@ class PaddedSteps:
         dtype: torch.dtype,
         device: torch.device,
         place: PeerColumns | None = None,
+        head: SharedHead | None = None,
     ) -> None:
-        """``place``: where tp rank 0 gets logits, if that is told."""
+        """``place``: where tp rank 0 gets logits, if that is told; ``head``: this stage's share in another way."""
         self.shapes, self.memory = shapes, memory
         self.has_head, self.samples = shard.has_head, shard.has_head and shard.tp_rank == 0
         self.has_embedding = shard.has_embedding
@@ -50,6 +52,8 @@ class PaddedSteps:
         # whatever is done to logits is done in float32, else they stay as the product gives them
         logits_dtype = dtype if spec.has_plain_logits else torch.float32
         num_logits = memory.max_rows * self.samples
+        self.head, self.peaks = head, None if place is None else place.peaks
+        place = place if head is None else head.columns
         if place is None:
             self.logits = torch.zeros(num_logits, spec.vocab_size, dtype=logits_dtype, device=device)
         else:
@@ -67,11 +71,15 @@ class PaddedSteps:
         if shape.num_seqs or not self.has_head:
             hidden[: len(x)].copy_(x)
             return
-        logits = self.logits[: shape.num_tokens]
-        self._decoder.logits(x, out=logits)
+        logits, peaks = self.logits[: shape.num_tokens], self.peaks
+        if isinstance(self.head, HeadOwner) and self.head.is_open:
+            self.head.logits(self._decoder.normed(x))
+            peaks = self.head.columns.peaks
+        else:
+            self._decoder.logits(x, out=logits)
         if self.samples:
             end = self.memory.end(len(logits)) if self._is_alone else None
-            self.sampler.draw(logits, self.memory.positions(len(logits)), end)
+            self.sampler.draw(logits, self.memory.positions(len(logits)), end, peaks=peaks)
 
     def launch_every_kind(self) -> None:
         """Enough shapes to launch every kernel that others do."""
@@ -91,5 +99,7 @@ class PaddedSteps:
         self.run = CudaGraphs(self._rehearse, self.launch, self.shapes.padded, self._device, on_progress)
 
     def _rehearse(self, shape: StepShape) -> None:
-        with self.rehearsing():
+        with self.rehearsing(), nullcontext() if self.head is None else self.head.closed():
             self.launch(shape)
+        if self.head is not None and not shape.num_seqs:
+            self.head.rehearse(shape.num_tokens)

@@ -44,12 +44,14 @@ def warm_up(
                 runner.run_every_kind()
                 begin()
             _run_steps(runner, steps, most, num_short, config)
+            runner.compile_head()
             # what was to be sent there by a kernel was not: nobody may wait for it outside
             runner.launch(StepPlan(next(steps), [], forgets_all=True))
         torch.cuda.synchronize()  # of what was computed there nothing is used
         runner.meet()
     with runner.rehearsing():
         _run_steps(runner, steps, most, num_short, config)
+    runner.open_head()
     on_progress("kernels", 1, 1)
     if not config.enforce_eager:
         runner.capture_graphs(partial(on_progress, "graphs"))

@@ -38,6 +38,7 @@ from aphro_core.worker.kv_cache import allocate_kv_cache
 from aphro_core.worker.link_cost import measure_link
 from aphro_core.worker.loader import dummy_weights, load_weights
 from aphro_core.worker.model_runner import ModelRunner
+from aphro_core.worker.shared_head import SharedHead, share_head
 from aphro_core.worker.step import FinishedStep, LaunchedStep, SamplingError
 from aphro_core.worker.step_failure import failed_step, is_survivable
 from aphro_core.worker.warm_up import warm_up
@@ -68,6 +69,7 @@ class Worker:
         self._device = torch.device("cpu" if start.config.device == "cpu" else f"cuda:{start.local_rank}")
         self._reading = threading.Thread(target=read_compiler, daemon=True)  # beside the driver, and weights
         self._decoder: Decoder | None = None
+        self._head: SharedHead | None = None
         self._runner: ModelRunner | DeviceRunner | None = None
         self._failed: StepResult | None = None  # the step that failed here since all was forgotten
         self._unsettled: StepPlan | None = None  # a failed step that peers still wait in
@@ -113,7 +115,10 @@ class Worker:
         with self._phase("layers"):  # on CPUs weights are packed or put in another order
             is_alone = self._links.stage.is_alone
             self._decoder = Decoder(*parts, cache_format, is_deterministic=is_deterministic, is_alone=is_alone)
-        self._weights_bytes = self._decoder.weights_bytes
+        if self._links.shared is not None and memory.shares_head(self._spec, plan.tp_size, plan.pp_size):
+            with self._phase("head"):
+                self._head = share_head(self._links, self._decoder, rank, len(plan.ranks), self._device)
+        self._weights_bytes = self._decoder.weights_bytes + (0 if self._head is None else self._head.num_bytes)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # what loading took besides the weights
             torch.cuda.reset_peak_memory_stats()
@@ -146,6 +151,7 @@ class Worker:
             dtype=self._dtype,
             device=self._device,
             graph_tokens=self._graph_tokens,
+            head=self._head,
         )
         cores = num_cores() // self._start.num_ranks_here
         self._reading.join()  # kernels are compiled in processes that are forked from this one
@@ -161,6 +167,8 @@ class Worker:
         """
         assert self._runner is not None, "allocate() comes first"
         self._links.begin_step()
+        if self._head is not None:
+            self._head.begin_step()
         if plan.forgets_all:
             self._failed = None
         if self._failed is not None:
@@ -259,7 +267,9 @@ class Worker:
             if self._shard.has_head and self._spec.has_plain_logits:
                 tensor.connect_logits(scheduler.max_num_seqs, self._spec.vocab_size, self._dtype, self._device)
         if plan.pp_size > 1:
-            messages = Messages(most_rows, self._spec.hidden_size * self._dtype.itemsize, scheduler.max_num_seqs)
+            row_bytes = self._spec.hidden_size * self._dtype.itemsize
+            vocab_size = self._spec.vocab_size if memory.shares_head(self._spec, plan.tp_size, plan.pp_size) else 0
+            messages = Messages(most_rows, row_bytes, scheduler.max_num_seqs, vocab_size, self._dtype)
             self._links = open_lines(self._links, plan, self._start.rank, messages, self._device, hurried())
 
     def _measure_link(self) -> LinkCost | None:
