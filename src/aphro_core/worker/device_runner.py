@@ -77,6 +77,7 @@ class DeviceRunner:
         self._mixed = MixedSteps(self._padded, decoder, caches, links)
         self._hidden, self._logits = self._padded.hidden, self._padded.logits
         self._samples = self._padded.samples
+        self._is_told_rows = self._samples or place is not None  # or writes its logits to where rank 0 draws
         self._sampler = Sampler(spec.vocab_size, device)
         self._draws: list[int] = []  # of the last step, and what follows from them:
         self._drawing: list[SamplingRow] = []
@@ -132,7 +133,7 @@ class DeviceRunner:
         if draws is not self._draws:
             self._draws, self._drawing = draws, [self._sequences[seq_id].row for seq_id in draws]
             self._needs_host = any(row.needs_host for row in self._drawing)
-        if self._shard.has_head:
+        if self._is_told_rows:
             rows = [] if self._needs_host else self._drawing
             self._padded.sampler.prepare(rows, needs_logits=self._needs_host or is_asked)
         if is_again and self._needs_host:  # others do not ask where they are
