@@ -6,7 +6,8 @@ gives the formula. Scores are (logit - largest logit) / temperature. A token sur
 log(min_p), at least the k-th largest, and if the probability strictly above it, among those that these two leave, is
 less than top_p; ties at a border all survive.
 
-Three launches whatever the rows ask (two if all are greedy), none of which the host needs to see: fit for CUDA graphs.
+Three launches whatever the rows ask (two if all are greedy; one less where the largest logits of blocks are known),
+none of which the host needs to see: fit for CUDA graphs.
 """
 
 from __future__ import annotations

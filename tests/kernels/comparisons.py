@@ -573,6 +573,12 @@ def compare_drawn_columns(num_rows: int, columns: int, dtype: torch.dtype) -> No
     dials = sampling_dials(num_rows, columns, "cpu")
     dials.temperature[::2] = 0.0
     parts = [random(num_rows, width, dtype=torch.float32, device="cpu", seed=rank).mul(2).to(dtype) for rank in (0, 1)]
+    if num_rows > 8:  # NaN, of a greedy row and another; nothing; all the same; the largest twice in the second rank
+        parts[1][0, 3] = parts[0][1, 5] = math.nan
+        for part in parts:
+            part[2] = -math.inf
+            part[4] = 1.0
+        parts[1][6, 200] = parts[1][6, 500] = 99.0
     for rank in (1, 0):
         end = peer_columns.join_peer_columns(rank, 2, memory, memory.data_ptr(), *shape, None)
         end.is_whole.copy_(dials.temperature > 0)

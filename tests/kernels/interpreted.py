@@ -222,7 +222,9 @@ def test_peer_all_reduce(num_rows: int, width: int, is_added: bool, is_normed: b
     compare_peer_all_reduce(num_rows, width, F32, is_added=is_added, is_normed=is_normed)
 
 
-@pytest.mark.parametrize(("num_rows", "columns", "size"), [(1, 64, 2), (17, 4100, 2), (3, 9, 4), (3, 9000, 2)])
+@pytest.mark.parametrize(
+    ("num_rows", "columns", "size"), [(1, 64, 2), (17, 4100, 2), (3, 9, 4), (3, 9000, 2), (2, 700, 3)]
+)
 def test_peer_columns(num_rows: int, columns: int, size: int) -> None:
     compare_peer_columns(num_rows, columns, size, F32)
 

@@ -17,6 +17,7 @@ from aphro_core.parallel.partition import partition
 
 MLP_UNIT: Final = 32  # columns: the block of the small GGUF formats, and a tile that every kernel likes
 VOCAB_UNIT: Final = 128  # rows: whole blocks of those that a draw begins with (aphro_kernels/sample_kernels.py)
+_WHOLE_VOCAB_UNIT: Final = 64  # rows of a rank that has all: products without padding are logits that nobody copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,8 @@ def build_plan(
     heads = _split_heads(spec, tp)
     mlp = _split_columns(spec, "mlp", tp)
     experts, expert_mlp, shared_mlp = _split_experts(spec, tp, expert_parallel)
-    rows = -(-spec.vocab_size // (tp * VOCAB_UNIT)) * VOCAB_UNIT
+    unit = VOCAB_UNIT if tp > 1 else _WHOLE_VOCAB_UNIT
+    rows = -(-spec.vocab_size // (tp * unit)) * unit
     ranks = tuple(
         RankShard(
             rank=pp_rank * tp + tp_rank,

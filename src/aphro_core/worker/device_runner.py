@@ -7,7 +7,7 @@ that the device sampler does not draw (penalties, biases, log-probabilities ...)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -81,6 +81,9 @@ class DeviceRunner:
         self._mixed = MixedSteps(self._padded, decoder, caches, links)
         self._hidden, self._logits = self._padded.hidden, self._padded.logits
         self._samples = self._padded.samples
+        self._is_told_rows = (
+            self._samples or place is not None or head is not None
+        )  # or writes logits to where another draws
         self._sampler = Sampler(spec.vocab_size, device)
         self._draws: list[int] = []  # of the last step, and what follows from them:
         self._drawing: list[SamplingRow] = []
@@ -149,12 +152,12 @@ class DeviceRunner:
         if draws is not self._draws:
             self._draws, self._drawing = draws, [self._sequences[seq_id].row for seq_id in draws]
             self._needs_host = any(row.needs_host for row in self._drawing)
-        rows, needs_logits = [] if self._needs_host else self._drawing, self._needs_host or is_asked
-        if isinstance(self._head, HeadHelper):
-            with torch.cuda.stream(self._head.stream):  # in the order of its steps
-                self._padded.sampler.prepare(rows, needs_logits=needs_logits)
-        elif self._shard.has_head:
-            self._padded.sampler.prepare(rows, needs_logits=needs_logits)
+        if self._is_told_rows:
+            rows = [] if self._needs_host else self._drawing
+            # a helper's in the order of the steps that it helps in
+            stream = torch.cuda.stream(self._head.stream) if isinstance(self._head, HeadHelper) else nullcontext()
+            with stream:
+                self._padded.sampler.prepare(rows, needs_logits=self._needs_host or is_asked)
         if is_again and self._needs_host:  # others do not ask where they are
             for row in self._drawing:
                 row.position += 1

@@ -38,22 +38,25 @@ class DeviceSampler:
             seed_hashes=self._sent[4 * self._width :].view(torch.int64)[:max_rows],
         )
         self._place = place
-        self._is_plain = True  # all that was sent: greedy rows, of which no logits are needed
+        self._is_sent = False  # what ``rows`` and the next two say, else the last prepare has failed
+        self._is_plain = True  # greedy rows, of which no logits are needed
         self._needs_logits = False
-        self._send([])
+        self.prepare([])
 
     def prepare(self, rows: list[SamplingRow], *, needs_logits: bool = False) -> None:
         """The next calls of :meth:`draw` draw for ``rows``: the list of the call before where it says the same.
         ``needs_logits``: somebody else reads the logits of a step, those of greedy rows too."""
         needs_logits = needs_logits and self._place is not None
         is_same = rows is self.rows or not (rows or self.rows)
-        if is_same and needs_logits == self._needs_logits:
+        if self._is_sent and is_same and needs_logits == self._needs_logits:
             return
-        self.rows, self._needs_logits = rows, needs_logits
         is_plain = not needs_logits and all(row.sampling.is_greedy for row in rows)
-        if not (is_plain and self._is_plain):
+        has_to_send = not (self._is_sent and is_plain and self._is_plain)
+        self.rows, self._needs_logits, self._is_plain = rows, needs_logits, is_plain
+        if has_to_send:
+            self._is_sent = False
             self._send(rows)
-        self._is_plain = is_plain
+            self._is_sent = True
 
     def draw(
         self, logits: Tensor, positions: Tensor, end: RowsEnd | None = None, *, peaks: Tensor | None = None

@@ -106,8 +106,9 @@ def test_shares_are_as_even_as_whole_units_allow(case: tuple[DecoderSpec, int, i
     assert layer_counts[-1] == min(layer_counts)
     rows = [len(rank.vocab) for rank in plan.ranks]
     assert len(set(rows)) == 1
-    assert rows[0] % 64 == 0
-    assert plan.padded_vocab_size - spec.vocab_size < tp * 64
+    unit = 128 if tp > 1 else 64
+    assert rows[0] % unit == 0
+    assert plan.padded_vocab_size - spec.vocab_size < tp * unit
 
 
 def test_smollm2_on_two_and_on_five_ranks() -> None:
@@ -127,7 +128,12 @@ def test_mlp_units_shrink_for_widths_that_32_does_not_divide_or_share() -> None:
 
 def test_ranks_behind_a_small_vocabulary_are_legal() -> None:
     vocab = [rank.vocab for rank in build_plan(spec_of(vocab_size=70), 3, 1).ranks]
-    assert vocab == [range(64), range(64, 128), range(128, 192)]
+    assert vocab == [range(128), range(128, 256), range(256, 384)]
+
+
+@pytest.mark.parametrize("vocab_size", [32064, 262208])  # Phi-3, Gemma 3
+def test_a_rank_alone_does_not_pad_what_64_divides(vocab_size: int) -> None:
+    assert build_plan(spec_of(vocab_size=vocab_size), 1, 1).padded_vocab_size == vocab_size
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from aphro_kernels.peer_columns import join_peer_columns, peer_columns_bytes
 
 from aphro_core.checkpoint.open import open_checkpoint
 from aphro_core.distributed.links import Links
@@ -250,6 +251,38 @@ def test_prompt_logprobs_of_a_token_alone(llama: Model, with_prompt: bool) -> No
     assert [entry.token_ids[0] for entry in entries] == prompt[1:]
     for row, entry in zip(llama.logprobs(prompt), entries, strict=False):
         torch.testing.assert_close(torch.tensor(entry.logprobs), row[entry.token_ids], atol=1e-4, rtol=0)
+
+
+def test_peers_are_asked_for_all_logits_where_the_host_reads_them(llama: Model) -> None:
+    """Of other greedy rows they send what the largest is in."""
+    links = Links(TensorParallelGroup(0, 1), StageLink(None, None))
+    with open_checkpoint(llama.folder) as checkpoint:
+        shape = (11, load_spec(checkpoint.hf_config).vocab_size, torch.float32)
+    memory = torch.zeros(peer_columns_bytes(*shape), dtype=torch.uint8)
+    place = join_peer_columns(0, 1, memory, 0, *shape, None)
+    links.tensor._columns = place
+    planner, runner, prompt = Planner(), device_runner(llama, links), llama.prompts[4]
+
+    def whole_after(shares: dict[int, int]) -> list[int]:
+        planner.take(execute(runner, planner.plan(shares)))
+        return place.is_whole[:3].tolist()
+
+    planner.add(0, prompt, PLAIN)
+    assert whole_after({0: len(prompt)}) == [0, 0, 0]
+    planner.add(1, prompt, SamplingParams(temperature=0.0, prompt_logprobs=1))
+    assert whole_after({0: 1, 1: 1}) == [1, 1, 1]  # rows of one token alone: their logits are those of the prompt, too
+    assert whole_after({0: 1}) == [0, 0, 0]
+    assert whole_after({0: 1, 1: len(prompt) - 1})[0] == 1
+    assert whole_after({0: 1, 1: 1}) == [0, 0, 0]
+    planner.add(2, prompt, SamplingParams(temperature=0.7))
+    assert whole_after({2: len(prompt)}) == [1, 0, 0]
+    assert whole_after({0: 1, 2: 1}) == [0, 1, 0]
+    for changes in ({"logprobs": 1}, {"presence_penalty": 1.0}):
+        planner.add(3, prompt, SamplingParams(temperature=0.0, **changes))
+        assert whole_after({0: 1, 3: len(prompt)}) == [1, 1, 1]
+        assert whole_after({0: 1, 3: 1}) == [1, 1, 1]
+        planner.release(3)
+        assert whole_after({0: 1}) == [0, 0, 0]
 
 
 def test_ranks_with_fewer_heads_have_the_same_shapes(llama: Model) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from aphro_kernels.peer_columns import PeerColumns, join_peer_columns, peer_columns_bytes
+from torch import Tensor
 
 from aphro_core.request import SamplingParams
 from aphro_core.worker.device_sampler import DeviceSampler
@@ -55,3 +57,28 @@ def test_rows_that_say_the_same_are_sent_once() -> None:
     place.is_whole.fill_(5)
     sampler.prepare([], needs_logits=True)
     assert place.is_whole.tolist() == [5, 5]
+
+
+def test_what_was_not_sent_is_sent_by_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that fails for want of memory leaves no rows behind that later ones take for theirs."""
+    place = build_place(2)
+    sampler = DeviceSampler(300, 2, CPU, place)
+    rows = [row_at(0.7)]
+
+    def fail(values: Tensor) -> Tensor:
+        raise MemoryError
+
+    for later, expected in ((rows, [1, 0]), ([row_at(0.0)], [0, 0]), ([], [0, 0])):
+        with monkeypatch.context() as patch:
+            patch.setattr(sampler, "_pin", fail)
+            with pytest.raises(MemoryError):
+                sampler.prepare([row_at(0.9)])
+        place.is_whole.fill_(7)
+        sampler.prepare(later)
+        assert place.is_whole.tolist() == expected
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler, "_pin", fail)
+        with pytest.raises(MemoryError):
+            sampler.prepare(rows)
+    sampler.prepare(rows)
+    assert place.is_whole.tolist() == [1, 0]

@@ -120,6 +120,8 @@ def _wrap_device_sampler(module: ModuleType) -> None:
         for index, row in enumerate(self.rows):
             if tokens & set(row.token_ids[: row.num_prompt_tokens]):
                 logits[index] = float("nan")
+                if self._place is not None:  # what a draw sees of NaN there
+                    self._place.peaks[index] = float("inf")
         return draw(self, logits, *others)
 
     module.DeviceSampler.draw = draw_nan
