@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from aphro_kernels.decode_work import build_decode_work, plan_decode_
 from aphro_kernels.float8_linear import Float8Config
+from aphro_kernels.peer_line import put
 from aphro_kernels.skinny_linear import SkinnyConfig
 from aphro_kernels.tile_linear import TileConfig
 from hypothesis import given, settings
@@ -19,6 +21,8 @@ from aphro_core.distributed.stage_lines import Messages, by_peer_memory, num_byt
 from aphro_core.distributed.stage_links import StageLink
 from aphro_core.distributed.tensor_group import TensorParallelGroup
 from aphro_core.parallel.shard import build_plan
+from aphro_core.worker import shared_head
+from aphro_core.worker.shared_head import HeadHelper, HeadOwner
 from tests.core.worker.test_batch import SPEC
 from tests.kernels.comparisons import (
     compare_attention,
@@ -273,6 +277,59 @@ def test_stages_by_peer_memory(tp: int, pp: int, monkeypatch: pytest.MonkeyPatch
             assert links.tokens is not None
             drawn = links.tokens.receive(1 + step % 3, torch.device("cpu"))
             assert drawn.unique().tolist() == [10 * step + rank + (pp - 1) * tp]
+
+
+@pytest.mark.parametrize(("vocab_size", "max_rows", "pp"), [(300, 44, 2), (600, 120, 3), (9000, 2300, 2)])
+def test_a_head_that_two_stages_share(vocab_size: int, max_rows: int, pp: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both in one process, more steps than there are slots: the weight, then rows, whose logits are one head's."""
+    monkeypatch.setattr(stage_lines, "_HIDDEN_PROGRAMS", 2)
+    plan, messages = build_plan(SPEC, 1, pp), Messages(9, 64, max_rows, vocab_size, F32)
+    memories = [torch.zeros(num_bytes(plan, messages), dtype=torch.uint8) for _ in plan.ranks]
+    handle = SimpleNamespace(buffer_ptrs=[memory.data_ptr() for memory in memories])
+    ends = [
+        by_peer_memory(Links(TensorParallelGroup(0, 1), StageLink(0, 0)), plan, rank, messages, memory, handle).head
+        for rank, memory in enumerate(memories)
+    ]
+    first, last = ends[0], ends[-1]
+    assert first is not None
+    assert last is not None
+    assert ends[1:-1] == [None] * (pp - 2)
+    weight = torch.randn(vocab_size, 16)
+    monkeypatch.setattr(shared_head, "Linear", Product)
+    monkeypatch.setattr(shared_head, "wait_for_count", lambda stream, counter, count: waited.append(count - counter))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *arguments, **options: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    waited: list[torch.Tensor] = []
+    owner, helper = HeadOwner(last, Product(weight)), HeadHelper(first, torch.device("cpu"))
+    owner.send_weight()
+    helper.send_weight()
+    for step in range(5):
+        normed, is_whole = torch.randn(1 + 4 * step, 16), step % 2 == 1
+        last.columns.rows.fill_(torch.nan)
+        for end in (first, last):
+            end.columns.is_whole.fill_(is_whole)
+        put(normed, last.line)
+        helper.help(len(normed))
+        owner.write(normed)
+        logits = normed @ weight.t()
+        if is_whole:
+            assert torch.allclose(last.columns.rows[: len(normed)], logits, atol=1e-5)
+        blocks = torch.nn.functional.pad(logits, (0, -vocab_size % 128), value=-torch.inf).unflatten(1, (-1, 128))
+        assert torch.allclose(last.columns.peaks[: len(normed)], blocks.amax(dim=-1), atol=1e-5)
+    assert torch.cat(waited).tolist() == [0] * 6  # exactly what has been written
+
+
+class Product:
+    """As a Linear multiplies on a GPU."""
+
+    def __init__(self, weight: torch.Tensor, workspace: object = None) -> None:
+        self.plain, self.num_outputs = (weight, None), len(weight)
+
+    def of_outputs(self, stop: int) -> Product:
+        return Product(self.plain[0][:stop])
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.mm(x, self.plain[0].t(), out=out)
 
 
 @pytest.mark.parametrize(("num_rows", "width", "size"), [(1, 64, 2), (17, 40, 2), (66, 40, 3)])

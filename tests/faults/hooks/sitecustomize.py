@@ -115,14 +115,14 @@ def _wrap_sampler(module: ModuleType) -> None:
 def _wrap_device_sampler(module: ModuleType) -> None:
     draw = module.DeviceSampler.draw
 
-    def draw_nan(self: Any, logits: Any, *others: Any) -> Any:
+    def draw_nan(self: Any, logits: Any, *others: Any, peaks: Any = None) -> Any:
         tokens = {int(token) for token, fault in _FAULTS.items() if fault == "nan"}
         for index, row in enumerate(self.rows):
             if tokens & set(row.token_ids[: row.num_prompt_tokens]):
                 logits[index] = float("nan")
-                if self._place is not None:  # what a draw sees of NaN there
-                    self._place.peaks[index] = float("inf")
-        return draw(self, logits, *others)
+                if peaks is not None:  # what a draw sees of NaN there
+                    peaks[index] = float("inf")
+        return draw(self, logits, *others, peaks=peaks)
 
     module.DeviceSampler.draw = draw_nan
 
