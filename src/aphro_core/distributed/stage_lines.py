@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from aphro_kernels.peer_columns import join_peer_columns, peer_columns_bytes
 from aphro_kernels.peer_line import PeerLine, join_peer_line, peer_line_bytes
-from aphro_kernels.peer_rows import allocate_shared
 from torch import Tensor
 
 from aphro_core.distributed.links import HeadLine, Links
@@ -58,11 +57,8 @@ def _open_peer_lines(
     meeting = PeerMeeting(rank, len(plan.ranks), dist.group.WORLD, device, "stages hand on all by NCCL")
     if plan.tp_size > 1 or not meeting.is_possible():  # tp gains nothing: no layer is chained
         return None
-    memory = meeting.make(lambda: allocate_shared(num_bytes(plan, messages), device))
-    handle = None if memory is None else meeting.make(lambda: _show(memory, device))
-    if memory is None or handle is None:
-        return None
-    return by_peer_memory(links, plan, rank, messages, memory, handle)
+    shared = meeting.share(num_bytes(plan, messages))
+    return None if shared is None else by_peer_memory(links, plan, rank, messages, *shared)
 
 
 def _hidden_shape(messages: Messages) -> dict[str, int]:
@@ -86,17 +82,6 @@ def num_bytes(plan: ShardingPlan, messages: Messages) -> int:
         return lines
     columns = peer_columns_bytes(messages.num_draws, messages.vocab_size, messages.dtype)
     return lines + peer_line_bytes(**_normed_shape(messages)) + columns
-
-
-def _show(memory: Tensor, device: torch.device) -> Any:
-    """To all others, zeros at first."""
-    from torch.distributed import _symmetric_memory as symmetric
-
-    assert dist.group.WORLD is not None
-    handle = symmetric.rendezvous(memory, dist.group.WORLD)
-    memory.zero_()
-    torch.cuda.synchronize(device)
-    return handle
 
 
 def by_peer_memory(
