@@ -228,7 +228,8 @@ SHAPE = (33, torch.float32, 2048)
 
 
 def meeting(links: Links) -> PeerMeeting:
-    return PeerMeeting(links.tensor.rank, links.tensor.size, links.tensor._group, CPU, "tensor-parallel sums all go by NCCL")
+    group = links.tensor
+    return PeerMeeting(group.rank, group.size, group._group, CPU, "tensor-parallel sums all go by NCCL")
 
 
 def refusals(links: Links, rank: int, caplog: pytest.LogCaptureFixture) -> tuple[bool, list[str]]:

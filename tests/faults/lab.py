@@ -29,10 +29,10 @@ FAULTS = (
 )
 
 
-def write_model(folder: Path) -> Path:
+def write_model(folder: Path, **sizes: int) -> Path:
     from tests.tiny import write_tiny_checkpoint
 
-    write_tiny_checkpoint(folder / "tiny-llama", "llama", max_position_embeddings=1024)
+    write_tiny_checkpoint(folder / "tiny-llama", "llama", max_position_embeddings=1024, **sizes)
     return folder / "tiny-llama"
 
 

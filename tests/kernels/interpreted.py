@@ -9,7 +9,7 @@ import pytest
 import torch
 from aphro_kernels.decode_work import build_decode_work, plan_decode_
 from aphro_kernels.float8_linear import Float8Config
-from aphro_kernels.peer_line import peer_line_bytes, put
+from aphro_kernels.peer_line import put
 from aphro_kernels.skinny_linear import SkinnyConfig
 from aphro_kernels.tile_linear import TileConfig
 from hypothesis import given, settings
@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from aphro_core.distributed import stage_lines
 from aphro_core.distributed.links import Links
-from aphro_core.distributed.peer_meeting import token_lines
 from aphro_core.distributed.stage_lines import Messages, by_peer_memory, num_bytes
 from aphro_core.distributed.stage_links import StageLink
 from aphro_core.distributed.tensor_group import TensorParallelGroup
@@ -278,29 +277,6 @@ def test_stages_by_peer_memory(tp: int, pp: int, monkeypatch: pytest.MonkeyPatch
             assert links.tokens is not None
             drawn = links.tokens.receive(1 + step % 3, torch.device("cpu"))
             assert drawn.unique().tolist() == [10 * step + rank + (pp - 1) * tp]
-
-
-@pytest.mark.parametrize("size", [2, 4])
-def test_tokens_by_peer_memory(size: int) -> None:
-    """All ranks in one process, more steps than there are slots; the last one reads late."""
-    shape = {"num_slots": 4, "max_rows": 5, "row_bytes": 8}
-    memories = [torch.zeros((size - 1) * peer_line_bytes(**shape), dtype=torch.uint8) for _ in range(size)]
-    addresses = [memory.data_ptr() for memory in memories]
-    groups = [TensorParallelGroup(rank, size) for rank in range(size)]
-    for rank, group in enumerate(groups):
-        group._token_lines = token_lines(rank, memories[rank], addresses, shape), None
-    late: list[torch.Tensor] = []
-    for step in range(11):
-        tokens = torch.arange(1 + step % 5) + 100 * step
-        groups[0].broadcast_(tokens.clone())
-        late.append(tokens)
-        for group in groups[1:-1]:
-            assert torch.equal(group.broadcast_(torch.zeros_like(tokens)), tokens)
-        if step % 3 == 2:
-            for each in late:
-                assert torch.equal(groups[-1].broadcast_(torch.zeros_like(each)), each)
-            late.clear()
-    assert groups[0].num_broadcasts == 11
 
 
 @pytest.mark.parametrize(("vocab_size", "max_rows", "pp"), [(300, 44, 2), (600, 120, 3), (9000, 2300, 2)])

@@ -10,14 +10,13 @@ import logging
 import secrets
 import socket
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import torch
 import torch.distributed as dist
 from aphro_kernels.peer_columns import PeerColumns, build_peer_columns, peer_columns_bytes
-from aphro_kernels.peer_line import PeerLine, join_peer_line, peer_line_bytes
 from aphro_kernels.peer_rows import allocate_shared
 from torch import Tensor
 
@@ -26,7 +25,6 @@ from aphro_core.peer_sums import PeerSums, allocate_peer_buffers, build_peer_sum
 
 T = TypeVar("T")
 _LOG: Final = logging.getLogger(__name__)
-_TOKEN_SLOTS: Final = 4  # tokens of so many steps that a rank has not read, before rank 0 waits
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -59,17 +57,6 @@ class PeerMeeting:
         if memory is None:
             return None
         return self.make(lambda: build_peer_columns(self._group, memory, max_rows, vocab_size, dtype))
-
-    def connect_tokens(self, max_rows: int) -> tuple[list[PeerLine], Any] | None:
-        """Lines by which rank 0 tells the others tokens, of one of which each of these has the end; and what keeps them
-        mapped."""
-        shape = {"num_slots": _TOKEN_SLOTS, "max_rows": max_rows, "row_bytes": 8}
-        size = peer_line_bytes(**shape)
-        shared = self.share((self._size - 1) * size)
-        if shared is None:
-            return None
-        memory, handle = shared
-        return token_lines(self._rank, memory, handle.buffer_ptrs, shape), handle
 
     def share(self, num_bytes: int) -> tuple[Tensor, Any] | None:
         """Memory of each, ``[num_bytes]`` uint8, zeros, which all others reach, and what keeps theirs mapped."""
@@ -138,14 +125,3 @@ class PeerMeeting:
         every = [torch.empty_like(own) for _ in range(self._size)]
         dist.all_gather(every, own, group=self._group)
         return [each.tolist() for each in every]
-
-
-def token_lines(rank: int, memory: Tensor, addresses: Sequence[int], shape: dict[str, int]) -> list[PeerLine]:
-    """Rank 0's ends to all others in their order, or another rank's one. A line to rank r has part r - 1 of either
-    ``memory``."""
-    size, others = peer_line_bytes(**shape), range(1, len(addresses)) if rank == 0 else [rank]
-    ends = [(other - 1, addresses[other if rank == 0 else 0]) for other in others]
-    return [
-        join_peer_line(memory[part * size : (part + 1) * size], address + part * size, programs=1, **shape)
-        for part, address in ends
-    ]

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from aphro_kernels.peer_columns import PeerColumns, peer_columns
-from aphro_kernels.peer_line import PeerLine, put, take_
 from torch import Tensor
 
 from aphro_core.distributed.peer_meeting import PeerMeeting
@@ -28,7 +26,6 @@ class TensorParallelGroup:
         self._group = process_group
         self._peers: PeerSums | None = None
         self._columns: PeerColumns | None = None
-        self._token_lines: tuple[list[PeerLine], Any] | None = None  # and what keeps them mapped
         self.adds_in_order = False  # of the ranks, whatever the number of rows: a library may take another one for each
         self.begin_step()
 
@@ -51,13 +48,6 @@ class TensorParallelGroup:
         if self._peers is not None:
             meeting = PeerMeeting(self.rank, self.size, self._group, device, "logits go by NCCL")
             self._columns = meeting.connect_logits(max_rows, vocab_size, dtype)
-
-    def connect_tokens(self, max_rows: int, device: torch.device) -> None:
-        """Let tp rank 0 of such ranks write tokens, up to ``max_rows``, into the others' memory. All call it
-        together."""
-        if self._peers is not None:
-            meeting = PeerMeeting(self.rank, self.size, self._group, device, "tokens go by NCCL")
-            self._token_lines = meeting.connect_tokens(max_rows)
 
     @property
     def logits(self) -> PeerColumns | None:
@@ -135,15 +125,10 @@ class TensorParallelGroup:
         return [int(number) for number in votes.nonzero().flatten().tolist()]
 
     def broadcast_(self, x: Tensor) -> Tensor:
-        """The tokens ``x`` [rows] int64 of tp rank 0, on every rank, in place."""
-        if self.size == 1:
-            return x
-        if self._token_lines is None:
+        """What tp rank 0 has in ``x``, on every rank, in place."""
+        if self.size > 1:
             dist.broadcast(x, src=self._first_rank(), group=self._group)
-        else:
-            for line in self._token_lines[0]:
-                (put if self.rank == 0 else take_)(x, line, is_fatal=True)
-        self.num_broadcasts += 1
+            self.num_broadcasts += 1
         return x
 
     def gather_columns(self, x: Tensor, out: Tensor | None = None) -> Tensor | None:

@@ -264,8 +264,6 @@ class Worker:
         hurried = partial(self._links.hurried, _PEER_SECONDS, timeout)
         with hurried():
             tensor.connect(self._spec.hidden_size, self._dtype, self._device, most_rows)
-            if self._shard.has_head:
-                tensor.connect_tokens(scheduler.max_num_seqs, self._device)
             if self._shard.has_head and self._spec.has_plain_logits:
                 tensor.connect_logits(scheduler.max_num_seqs, self._spec.vocab_size, self._dtype, self._device)
         if plan.pp_size > 1:
