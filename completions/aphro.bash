@@ -80,7 +80,7 @@ _aphro() {
     case "${COMP_WORDS[1]}" in
     run|serve)
         case "$previous" in
-        --tensor-parallel-size|-tp|--pipeline-parallel-size|-pp|--pp-layers|--wait-nodes|--wait-timeout|--env|-e|--max-num-seqs|--max-num-batched-tokens|--max-num-prefill-tokens|--gpu-memory-utilization|-gmu|--cpu-memory-utilization|--num-gpu-blocks-override|--quantization|-q|--revision|--served-model-name|--seed|--host|--port|--api-key|--api-keys|--max-queued-requests|--queue-timeout|--request-timeout|--drain-seconds|--start-timeout|--distributed-timeout|--distributed-timeout-seconds|--step-timeout|--max-recoveries) return ;;
+        --tensor-parallel-size|-tp|--pipeline-parallel-size|-pp|--pp-layers|--wait-nodes|--wait-timeout|--env|-e|--max-num-seqs|--max-num-batched-tokens|--max-num-prefill-tokens|--gpu-memory-utilization|-gmu|--cpu-memory-utilization|--num-gpu-blocks-override|--quantization|-q|--revision|--served-model-name|--seed|--host|--port|--api-key|--api-keys|--allowed-origins|--allowed-methods|--allowed-headers|--max-queued-requests|--queue-timeout|--request-timeout|--drain-seconds|--start-timeout|--distributed-timeout|--distributed-timeout-seconds|--step-timeout|--max-recoveries) return ;;
         --distributed-executor-backend) _aphro_offer "" mp ssh ray; return ;;
         --hosts) _aphro_hosts "$list"; return ;;
         --device) _aphro_offer "" auto cuda cpu; return ;;
@@ -95,7 +95,7 @@ _aphro() {
         --log-level) _aphro_offer "" debug info warning error; return ;;
         esac
         if [[ "$current" == -* ]]; then
-            _aphro_offer "" --tensor-parallel-size -tp --pipeline-parallel-size -pp --pp-layers --enable-expert-parallel --distributed-executor-backend --hosts --wait-nodes --wait-timeout --env -e --device --dtype --max-model-len --max-num-seqs --max-num-batched-tokens --max-num-prefill-tokens --enforce-eager --deterministic --gpu-memory-utilization -gmu --cpu-memory-utilization --block-size --num-gpu-blocks-override --enable-prefix-caching --no-enable-prefix-caching --kv-cache-dtype --load-format --quantization -q --revision --model-from --verify --served-model-name --chat-template --skip-tokenizer-init --seed --host --port --api-key --api-keys --allow-anonymous --max-queued-requests --queue-timeout --request-timeout --drain-seconds --json-ready --start-timeout --distributed-timeout --distributed-timeout-seconds --step-timeout --max-recoveries --log-level --config --print-config --dry-run --json --help -h
+            _aphro_offer "" --tensor-parallel-size -tp --pipeline-parallel-size -pp --pp-layers --enable-expert-parallel --distributed-executor-backend --hosts --wait-nodes --wait-timeout --env -e --device --dtype --max-model-len --max-num-seqs --max-num-batched-tokens --max-num-prefill-tokens --enforce-eager --deterministic --gpu-memory-utilization -gmu --cpu-memory-utilization --block-size --num-gpu-blocks-override --enable-prefix-caching --no-enable-prefix-caching --kv-cache-dtype --load-format --quantization -q --revision --model-from --verify --served-model-name --chat-template --skip-tokenizer-init --seed --host --port --api-key --api-keys --allow-anonymous --allowed-origins --allowed-methods --allowed-headers --allow-credentials --max-queued-requests --queue-timeout --request-timeout --drain-seconds --json-ready --start-timeout --distributed-timeout --distributed-timeout-seconds --step-timeout --max-recoveries --log-level --config --print-config --dry-run --json --help -h
         else
             _aphro_models
         fi

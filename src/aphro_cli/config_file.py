@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ class Option:
     spellings: tuple[str, ...]  # without dashes in front; the first is the one to show
     is_switch: bool
     is_repeated: bool
+    is_json_list: bool
 
 
 def read_entries(path: Path) -> list[Entry]:
@@ -80,6 +82,8 @@ def _fit(entry: Entry, option: Option, where: str) -> Value:
         raise UsageError(f"{where}: {entry.key} is {word}, which is a switch's", hint=f'a text is quoted: "{word}"')
     if option.is_repeated:
         return value if isinstance(value, list) else [value]
+    if option.is_json_list and isinstance(value, list):
+        return json.dumps(value)
     return ",".join(value) if isinstance(value, list) else value
 
 

@@ -12,6 +12,7 @@ import typer
 
 from aphro_cli.config_file import Option, match_entries, read_entries
 from aphro_cli.console import open_console, run_reported
+from aphro_cli.cors_options import JSON_LISTS
 from aphro_core.environment import is_secret
 from aphro_core.errors import UsageError
 
@@ -56,7 +57,11 @@ def _option(param: Any) -> Option:
     flags = [name for name in param.opts if name.startswith("-")] or [param.name]
     spellings = tuple(name.lstrip("-") for name in flags)
     return Option(
-        param.name, spellings, bool(getattr(param, "is_flag", False)), bool(getattr(param, "multiple", False))
+        param.name,
+        spellings,
+        is_switch=bool(getattr(param, "is_flag", False)),
+        is_repeated=bool(getattr(param, "multiple", False)),
+        is_json_list=param.name in JSON_LISTS,
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from aphro_cli import cors_options as cors
 from aphro_cli import options as opt
 from aphro_cli.console import Console, open_console, run_reported
 from aphro_core.environment import parse_assignments
@@ -76,6 +77,10 @@ def run(
     port: opt.Port = 2242,
     api_key: opt.ApiKey = None,
     allow_anonymous: opt.AllowAnonymous = False,
+    allowed_origins: cors.AllowedOrigins = cors.ALL,
+    allowed_methods: cors.AllowedMethods = cors.ALL,
+    allowed_headers: cors.AllowedHeaders = cors.ALL,
+    allow_credentials: cors.AllowCredentials = False,
     max_queued_requests: opt.MaxQueuedRequests = 1024,
     queue_timeout: opt.QueueTimeout = 600.0,
     request_timeout: opt.RequestTimeout = 3600.0,
@@ -103,6 +108,8 @@ def run(
         api_keys = tuple(api_key or ())
         opt.check_access(host, api_keys, allow_anonymous)
         opt.check_files(chat_template, json_ready)
+        origins, methods = cors.parse_origins(allowed_origins), cors.parse_methods(allowed_methods)
+        headers = cors.parse_headers(allowed_headers)
         opt.check_finite(
             drain_seconds=drain_seconds, start_timeout=start_timeout, distributed_timeout=distributed_timeout
         )
@@ -162,6 +169,10 @@ def run(
             host=host,
             port=port,
             api_keys=api_keys,
+            allowed_origins=origins,
+            allowed_methods=methods,
+            allowed_headers=headers,
+            allow_credentials=allow_credentials,
             max_queued_requests=max_queued_requests,
             queue_timeout=queue_timeout,
             request_timeout=request_timeout,

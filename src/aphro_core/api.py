@@ -30,6 +30,10 @@ class ServeOptions(EngineOptions):
     host: str = "127.0.0.1"
     port: int = 2242
     api_keys: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ("*",)
+    allowed_methods: tuple[str, ...] = ("*",)
+    allowed_headers: tuple[str, ...] = ("*",)
+    allow_credentials: bool = False
     max_queued_requests: int = 1024
     queue_timeout: float = 600.0
     request_timeout: float = 3600.0
@@ -48,6 +52,10 @@ def serve(options: ServeOptions, reporter: Reporter) -> int:
         host=options.host,
         port=options.port,
         api_keys=options.api_keys,
+        allowed_origins=options.allowed_origins,
+        allowed_methods=options.allowed_methods,
+        allowed_headers=options.allowed_headers,
+        allow_credentials=options.allow_credentials,
         max_queued_requests=options.max_queued_requests,
         queue_timeout_seconds=options.queue_timeout,
         request_timeout_seconds=options.request_timeout,

@@ -121,6 +121,10 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 2242
     api_keys: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ("*",)  # whose pages browsers let ask; none: no CORS at all
+    allowed_methods: tuple[str, ...] = ("*",)
+    allowed_headers: tuple[str, ...] = ("*",)
+    allow_credentials: bool = False
     chat_template: str | None = None  # the template's text; None = the checkpoint's own
     max_queued_requests: int = 1024
     max_num_seqs: int = 256  # that the engine computes at once

@@ -29,6 +29,8 @@ enforce-eager: yes
 api-key: [one, two]
 served-model-name: "007"
 revision: 0123
+allowed-origins: ["http://a", "http://b:1"]
+allowed-methods: '["POST"]'
 """
 TOML = """\
 model = "./llama"
@@ -41,6 +43,8 @@ enforce-eager = true
 api-key = ["one", "two"]
 served-model-name = "007"
 revision = "0123"
+allowed-origins = ["http://a", "http://b:1"]
+allowed-methods = '["POST"]'
 """
 
 
@@ -81,6 +85,8 @@ def test_values_are_as_typed(text: str, name: str, tmp_path: Path, starts: list[
         api_keys=("one", "two"),
         served_model_name="007",
         revision="0123",
+        allowed_origins=("http://a", "http://b:1"),
+        allowed_methods=("POST",),
     )
     assert result.stderr == ""
 
@@ -189,6 +195,7 @@ def test_print_config_says_where_values_are_from(tmp_path: Path, starts: list[ap
 def test_what_is_printed_can_be_read_again(tmp_path: Path, starts: list[api.ServeOptions]) -> None:
     words = ("./my model", "-tp", 3, "-pp", 2, "--pp-layers", "4,3", "--served-model-name", "no # 7", "--drain-seconds")
     words = (*words, "inf", "--no-enable-prefix-caching", "--max-model-len", "auto", "--revision", "0123")
+    words = (*words, "--allowed-origins", '["http://a"]', "--allowed-headers", "[]")
     printed = run(*words, "--print-config")
     assert printed.exit_code == 0, printed.stderr
     assert run(*words).exit_code == run("--config", write(tmp_path, printed.stdout)).exit_code == 0

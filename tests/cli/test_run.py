@@ -96,7 +96,8 @@ def test_every_option_reaches_the_core(served: list[api.ServeOptions], tmp_path:
         --served-model-name name --chat-template {template} --skip-tokenizer-init --seed 5 --host 0.0.0.0 --port 8000
         --api-key one --api-keys two --max-queued-requests 9 --drain-seconds 3 --json-ready {tmp_path}/ready.json
         --start-timeout 60 --distributed-timeout 20 --step-timeout 9 --max-recoveries 2 --hosts a:2
-        --wait-nodes 2 --wait-timeout 9 -e A=b --queue-timeout 50 --request-timeout 70"""
+        --wait-nodes 2 --wait-timeout 9 -e A=b --queue-timeout 50 --request-timeout 70
+        --allowed-origins ["http://a"] --allowed-methods ["POST"] --allowed-headers ["X-A"] --allow-credentials"""
     result = aphro("run", "model", *words.split())
     assert result.exit_code == 0, result.stderr
     (options,) = served
@@ -105,6 +106,8 @@ def test_every_option_reaches_the_core(served: list[api.ServeOptions], tmp_path:
     assert options.pp_layers == (4, 3, 3)
     assert options.dtype == "float16"
     assert options.api_keys == ("one", "two")
+    assert (options.allowed_origins, options.allowed_methods) == (("http://a",), ("POST",))
+    assert options.allowed_headers == ("X-A",)
 
 
 def test_keys_from_the_environment(served: list[api.ServeOptions]) -> None:
@@ -127,6 +130,10 @@ def test_an_open_address_is_refused_before_anything_starts(served: list[api.Serv
         ("--distributed-executor-backend dask", "dask is not a backend"),
         ("--pp-layers 3,x", "--pp-layers is '3,x'"),
         ("--max-model-len many", "--max-model-len is 'many'"),
+        ("--allowed-origins http://a", "--allowed-origins is 'http://a', allowed: a JSON list of texts"),
+        ('--allowed-origins ["http://a/"]', "--allowed-origins has 'http://a/', allowed: "),
+        ('--allowed-methods ["post"]', "--allowed-methods has 'post', allowed: "),
+        ('--allowed-headers ["X:"]', "--allowed-headers has 'X:', allowed: "),
         ("--chat-template /none.jinja", "--chat-template /none.jinja"),
         ("--drain-seconds nan", "--drain-seconds"),
         ("-tp 0", "-tp"),

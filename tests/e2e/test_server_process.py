@@ -154,6 +154,31 @@ def test_a_client_that_leaves_frees_its_blocks(tmp_path: Path, tiny: Path) -> No
             time.sleep(0.05)
 
 
+def test_a_page_of_a_named_origin(tmp_path: Path, tiny: Path) -> None:
+    """As a browser asks for it: the preflight, without the key, then the stream, and an error."""
+    page = "http://localhost:3000"
+    arguments = ("--api-key", "secret", "--allowed-origins", f'["{page}"]')
+    with running_server(tmp_path, tiny, *SMALL, *arguments) as server:
+        url = f"{server.url}/v1/completions"
+        asked = {
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization,content-type",
+        }
+        preflight = httpx.options(url, headers={"Origin": page, **asked})
+        assert (preflight.status_code, preflight.headers["access-control-allow-origin"]) == (200, page)
+        assert preflight.headers["access-control-allow-headers"] == "authorization,content-type"
+        refused = httpx.options(url, headers={"Origin": "http://localhost:3001", **asked})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "cors_refused")
+        body = {"prompt": IDS, "max_tokens": 8, "stream": True, "ignore_eos": True}
+        headers = {"Origin": page, "Authorization": "Bearer secret"}
+        stream = httpx.post(url, json=body, headers=headers, timeout=60)
+        assert (stream.status_code, stream.headers["access-control-allow-origin"]) == (200, page)
+        assert stream.text.endswith("data: [DONE]\n\n")
+        anonymous = httpx.post(url, json=body, headers={"Origin": page})
+        assert (anonymous.status_code, anonymous.headers["access-control-allow-origin"]) == (401, page)
+        assert "access-control-allow-origin" not in httpx.post(url, json=body).headers
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "names"),
     [

@@ -18,6 +18,7 @@ from aphro_core.config import ServerConfig
 from aphro_core.errors import RequestError
 from aphro_core.server.auth import Keys
 from aphro_core.server.contract import Frontend
+from aphro_core.server.cors import with_origins
 from aphro_core.server.exchange import BodyReader, Exchange, check_head, check_target
 from aphro_core.server.gate import Gate
 from aphro_core.server.generate import CHAT, COMPLETION, Generate, Limits
@@ -38,7 +39,7 @@ def build_app(frontend: Frontend, config: ServerConfig) -> App:
 
 
 class App:
-    """Per request: bounded head, key, route, answer; any error on that way becomes an OpenAI error body."""
+    """Per request: origin, bounded head, key, route, answer; any error on that way becomes an OpenAI error body."""
 
     def __init__(self, frontend: Frontend, config: ServerConfig, *, reader: BodyReader | None = None) -> None:
         num_keys = len(set(config.api_keys))
@@ -56,15 +57,14 @@ class App:
         self._encoder = PromptEncoder(frontend)
         self._created = int(time.time())
         self._router = Router(self._routes(), redirect_slashes=False)
-        self._guarded = ExceptionMiddleware(
-            self._guard, handlers={HTTPException: answer_error, Exception: answer_error}
-        )
+        guarded = ExceptionMiddleware(self._guard, handlers={HTTPException: answer_error, Exception: answer_error})
+        self._edge = with_origins(guarded, config)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             exchange = Exchange(receive, send)
             scope["app"] = self  # the router then raises 404 and 405, so that they get our shape
-            await self._guarded(scope, exchange.receive, exchange.send)
+            await self._edge(scope, exchange.receive, exchange.send)
         elif scope["type"] == "websocket":
             await receive()
             await send({"type": "websocket.close", "code": 1008})
