@@ -66,7 +66,7 @@ complete -c aphro -n '__fish_seen_subcommand_from run serve' -l host -x -d 'Addr
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l port -x -d '0 takes a free one.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l api-key -l api-keys -x -d 'Clients must send it; may be repeated.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l allow-anonymous -d 'Serve on any address without an API key.'
-complete -c aphro -n '__fish_seen_subcommand_from run serve' -l allowed-origins -x -d 'JSON list of origins whose pages may ask from a browser (CORS); * - any, which is the default; () - none.'
+complete -c aphro -n '__fish_seen_subcommand_from run serve' -l allowed-origins -x -d 'JSON list of origins whose pages may ask from a browser (CORS); * - any. Default - none.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l allowed-methods -x -d 'JSON list of methods that pages may use; default - any.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l allowed-headers -x -d 'JSON list of headers that pages may send; default - any.'
 complete -c aphro -n '__fish_seen_subcommand_from run serve' -l allow-credentials -d 'Pages may send cookies and logins of the browser; default - they do not.'

@@ -1,4 +1,5 @@
-"""Options of ``aphro run`` about pages of other origins: vLLM's names, defaults and JSON lists."""
+"""Options of ``aphro run`` about pages of other origins: vLLM's names and JSON lists. Its defaults, but that no origin
+is let in unless it is named: with vLLM's, every open page may ask a server that listens on loopback only."""
 
 from __future__ import annotations
 
@@ -12,13 +13,14 @@ from aphro_core.errors import UsageError
 
 JSON_LISTS: Final = {"allowed_origins", "allowed_methods", "allowed_headers"}  # parameters; a file may write lists
 ALL: Final = '["*"]'
+NONE: Final = "[]"
 
 AllowedOrigins = Annotated[
     str,
     typer.Option(
         "--allowed-origins",
         metavar="JSON",
-        help="JSON list of origins whose pages may ask from a browser (CORS); *: any, which is the default; []: none.",
+        help="JSON list of origins whose pages may ask from a browser (CORS); *: any. Default: none.",
     ),
 ]
 AllowedMethods = Annotated[

@@ -77,7 +77,7 @@ def run(
     port: opt.Port = 2242,
     api_key: opt.ApiKey = None,
     allow_anonymous: opt.AllowAnonymous = False,
-    allowed_origins: cors.AllowedOrigins = cors.ALL,
+    allowed_origins: cors.AllowedOrigins = cors.NONE,
     allowed_methods: cors.AllowedMethods = cors.ALL,
     allowed_headers: cors.AllowedHeaders = cors.ALL,
     allow_credentials: cors.AllowCredentials = False,

@@ -30,7 +30,7 @@ class ServeOptions(EngineOptions):
     host: str = "127.0.0.1"
     port: int = 2242
     api_keys: tuple[str, ...] = ()
-    allowed_origins: tuple[str, ...] = ("*",)
+    allowed_origins: tuple[str, ...] = ()
     allowed_methods: tuple[str, ...] = ("*",)
     allowed_headers: tuple[str, ...] = ("*",)
     allow_credentials: bool = False

@@ -121,7 +121,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 2242
     api_keys: tuple[str, ...] = ()
-    allowed_origins: tuple[str, ...] = ("*",)  # whose pages browsers let ask; none: no CORS at all
+    allowed_origins: tuple[str, ...] = ()  # whose pages browsers let ask; none: no CORS at all
     allowed_methods: tuple[str, ...] = ("*",)
     allowed_headers: tuple[str, ...] = ("*",)
     allow_credentials: bool = False

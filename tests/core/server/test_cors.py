@@ -17,14 +17,14 @@ from tests.core.server.loopback import Loopback, loopback
 
 KEY, PAGE, OTHER = "sk-one", "https://chat.example.com", "https://evil.example.com"
 BEARER = {"Authorization": f"Bearer {KEY}"}
+ANY = ("*",)
 COMPLETION = {"prompt": "x", "max_tokens": 3}
 PATHS = ["/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/fake", "/v1/tokenize", "/v1/none"]
 
 
 @pytest.fixture(scope="module")
 def anybody() -> Iterator[Loopback]:
-    """As it is without options, but for a key."""
-    with loopback(api_keys=(KEY,)) as running:
+    with loopback(api_keys=(KEY,), allowed_origins=ANY) as running:
         yield running
 
 
@@ -108,14 +108,14 @@ def test_answers_and_errors_can_be_read(
 )
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_engine_that_refuses(frontend: FakeFrontend, status: int, stream: bool) -> None:
-    with loopback(frontend) as server:
+    with loopback(frontend, allowed_origins=ANY) as server:
         answer = server.post("/v1/completions", {**COMPLETION, "stream": stream}, headers={"Origin": PAGE})
     assert answer.status_code == status
     assert cors_of(answer) == {"access-control-allow-origin": "*"}
 
 
 def test_a_server_that_is_not_ready() -> None:
-    with loopback(FakeFrontend(state=FakeHealth("recovering", ready=False))) as server:
+    with loopback(FakeFrontend(state=FakeHealth("recovering", ready=False)), allowed_origins=ANY) as server:
         answer = server.get("/readyz", headers={"Origin": PAGE})
     assert (answer.status_code, cors_of(answer)) == (503, {"access-control-allow-origin": "*"})
 
@@ -175,7 +175,7 @@ def test_another_origin_is_answered_without_the_header(named: Loopback) -> None:
 
 def test_credentials_name_the_origin_even_where_any_may_ask() -> None:
     """Browsers take no ``*`` together with credentials."""
-    with loopback(allow_credentials=True) as server:
+    with loopback(allowed_origins=ANY, allow_credentials=True) as server:
         asked, answer = preflight(server, headers="x-mine"), server.get("/v1/models", headers={"Origin": PAGE})
     allowed = {"access-control-allow-origin": PAGE, "access-control-allow-credentials": "true"}
     assert cors_of(answer) == allowed
@@ -185,7 +185,7 @@ def test_credentials_name_the_origin_even_where_any_may_ask() -> None:
 
 
 def test_no_origins_is_no_cors() -> None:
-    with loopback(allowed_origins=()) as server:
+    with loopback() as server:
         assert preflight(server).status_code == 405
         answer = server.get("/v1/models", headers={"Origin": PAGE})
         assert (answer.status_code, cors_of(answer), "vary" in answer.headers) == (200, {}, False)
@@ -202,10 +202,10 @@ def test_requests_without_an_origin_go_straight_through() -> None:
 
     async def send(message: Any) -> None: ...
 
-    edge = with_origins(app, ServerConfig())
+    edge = with_origins(app, ServerConfig(allowed_origins=ANY))
     scope = {"type": "http", "method": "POST", "headers": [(b"host", b"x")]}
     anyio.run(edge, scope, receive, send)
     assert handed == [(scope, receive, send)]
     anyio.run(edge, {**scope, "headers": [(b"origin", PAGE.encode())]}, receive, send)
     assert handed[1][2] is not send
-    assert with_origins(app, ServerConfig(allowed_origins=())) is app
+    assert with_origins(app, ServerConfig()) is app
