@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from aphro_core.doctor.nccl_log.error_table import ERRORS
@@ -77,6 +79,7 @@ SAMPLES = [
     ("log.wrong-peer", "Message truncated : received 1024 bytes instead of 256"),
     ("log.loopback", "Net : Connect to 127.0.0.1<56849> failed : Connection refused"),
     ("log.link-local", "socketStartConnect: Connect to fe80::966d:ae03:a2:8cf0%ib1<17943> failed : Software caused"),
+    ("log.link-local", "socketStartConnect: Connect to 169.254.0.1<40815> failed : Software caused connection abort"),
     ("log.no-route", "socketPollConnect: Connect to 10.0.0.5<56849> returned 113(No route to host) errno 115"),
     ("log.no-route", "Net : Connect to 10.0.0.5<56849> failed : No route to host"),
     ("log.tcp-timeout", "Net : Connect to 10.0.0.5<56849> failed : Connection timed out"),
@@ -93,6 +96,7 @@ SAMPLES = [
     ("log.p2p-denied", "failed to open CUDA IPC handle : 217 peer access is not supported between these"),
     ("log.p2p-denied", "Cuda failure 217"),
     ("log.nvls", "Failed to bind NVLink SHARP (NVLS) Multicast memory of size 2097152 : CUDA error 1"),
+    ("log.nvls", "NVLS Multicast memory bind failed"),
     ("log.imex", "MNNVL (cliqueSize 8) is available but not working on some system."),
     ("log.imex", "MNNVL is not supported on this system"),
     ("log.nvlink-down", "MNNVL topology: rank 3 busId 1000 has no active NVLinks; NVLS will be unavailable"),
@@ -100,6 +104,7 @@ SAMPLES = [
     ("log.cuda-memory", "Cuda failure 2 'out of memory'"),
     ("log.cuda", "Cuda failure 'invalid argument'"),
     ("log.cuda", "HIP failure: 'invalid device function'"),
+    ("log.no-libcuda", "Failed to find CUDA library libcuda.so (NCCL_CUDA_PATH='') : libcuda.so: cannot open shared"),
     ("log.nvml", "nvmlInit() failed: Driver/library version mismatch"),
     ("log.topology", "Failed to find reverse path from remNode 0/200000 nlinks 3 to node 0/700000"),
     ("log.topology", "XML Import Channel : dev 1 not found."),
@@ -108,6 +113,7 @@ SAMPLES = [
     ("log.heartbeat", "socketProgress: Connection closed by remote peer n2<41000>"),
     ("log.heartbeat", "[Proxy Service 0] Failed to execute operation Connect from rank 0, retcode 3"),
     ("log.heartbeat", "Socket recv failed"),
+    ("log.heartbeat", "socketProgressOpt: Call to send to 10.0.0.9<52905> failed : Connection reset by peer"),
     ("log.numa", "NUMA auto balancing enabled which can lead to variability in the RCCL performance!"),
     ("log.numa", 'Missing "iommu=pt" from kernel command line which can lead to system instablity or hang!'),
 ]  # fmt: skip
@@ -126,6 +132,17 @@ BARE = [
     ("log.exception", "ncclSystemError: System call (e.g. socket, malloc) or external library call failed."),
     ("log.exception", "Test NCCL failure all_reduce.cu:471 'internal error'"),
     ("log.heartbeat", "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting."),
+    ("log.nvls-off", "Failed to bind NVLink SHARP (NVLS) Multicast memory of size 2 : CUDA error 401 'present state'."
+     " Proceeding without NVLS support."),
+    ("log.engine-wait", "(EngineCore_DP0 pid=7) INFO 10-22 09:43:49 [shm_broadcast.py:466] No available shared memory"
+     " broadcast block found in 60 seconds. This typically happens when some processes are hanging."),
+    ("log.engine-wait", "WARNING 08-13 11:31:37 shm_broadcast.py:386] No available block found in 60 second"),
+    ("log.engine-timeout", "(EngineCore_DP0 pid=7) ERROR 10-22 [core.py:710] TimeoutError: RPC call to execute_model"
+     " timed out."),
+    ("log.engine-timeout", "[2026-02-22 08:19:45 TP3] Watchdog timeout (self.watchdog_timeout=300)"),
+    ("log.worker-lost", "(raylet) A worker died or was killed while executing a task by an unexpected system error."),
+    ("log.worker-lost", "ERROR 10-22 [multiproc_executor.py:140] Worker proc VllmWorker-0 died unexpectedly."),
+    ("log.worker-lost", "ERROR 10-30 13:46 utils.py:120] Worker VllmWorkerProcess pid 68 died, exit code: -15"),
     ("log.xid", "Mar 17 04:11:02 n7 kernel: NVRM: Xid (PCI:0000:4e:00): 79, pid=1, GPU has fallen off the bus."),
     ("log.xid", "[ 812.1] NVRM: Xid (0000:4e:00): 94, Contained: SM (0x1)"),
     ("log.host-memory", "kernel: Memory cgroup out of memory: Killed process 4321 (python3) total-vm:9kB"),
@@ -324,6 +341,159 @@ def test_link_local_gids_name_the_port_without_an_address() -> None:
 )
 def test_what_torch_says_on_its_way_is_no_failure(text: str) -> None:
     assert read(f"{text}\n").verdict == "inconclusive"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "if you see CUDA error: out of memory then lower --gpu-memory-utilization",
+        "If you get RuntimeError: CUDA error: an illegal memory access was encountered, set CUDA_LAUNCH_BLOCKING=1",
+        "# CUDA error: invalid argument: an old driver",
+        "// CUDA error: invalid device ordinal",
+        "- CUDA error: out of memory",
+        "### CUDA error: out of memory",
+        "| CUDA error: out of memory | lower it |",
+        "| `CUDA error: out of memory` | lower it |",
+        "1. CUDA error: no kernel image is available for execution on the device",
+        "**CUDA error: out of memory** on one worker",
+        "CUDA error: no kernel image means that your GPU is too new",
+        "RuntimeError: CUDA error: out of memory means you have too little",
+        "[Bug]: CUDA error: an illegal memory access was encountered",
+        "Symptom: CUDA error: out of memory",
+        "I ran it on 8 GPUs and got CUDA error: an illegal memory access was encountered",
+        '    raise RuntimeError("CUDA error: out of memory")',
+        "2024: we saw CUDA error: out of memory often",
+        "INFO 10-22 [a.py:1] if you see CUDA error: system not yet initialized, start the fabric manager",
+        "with torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB, try a smaller batch",
+        "| #19204 | `Call to bind failed: Address already in use` and P2P switched off |",
+        "HIP error: you may see this where the GPU is not supported",
+        "'No available shared memory broadcast block found in 60 seconds' is normal while it compiles",
+        "The line No available block found in 60 second is harmless",
+        "DEBUG 06-05 [shm_broadcast.py:313] No available shared memory broadcast block found in 60 second.",
+        "In the docs: TimeoutError: RPC call to execute_model timed out",
+    ],
+)
+def test_who_speaks_of_an_error_reports_none(text: str) -> None:
+    assert read(f"{text}\n").verdict == "inconclusive"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: an illegal memory access was encountered",
+        "CUDA error: the launch timed out and was terminated",
+        "RuntimeError: CUDA error: no kernel image is available for execution on the device",
+        "torch.AcceleratorError: CUDA error: an illegal memory access was encountered",
+        "  what():  CUDA error: an illegal memory access was encountered",
+        "[rank3]: RuntimeError: CUDA error: device-side assert triggered",
+        "[rank1]:[E304 12:54:52.1 ProcessGroupNCCL.cpp:1414] [PG 0 Rank 1] Process group watchdog thread ended with"
+        " exception: CUDA error: an illegal memory access was encountered",
+        "(Worker_TP0 pid=514) ERROR 10-27 13:45:16 [core.py:710] RuntimeError: CUDA error: unspecified launch failure",
+        "2025-03-21 17:07:30,745 - trainers - ERROR - RuntimeError: CUDA error: invalid device ordinal",
+        "2024-10-14 01:39:49 | ERROR | stderr | [rank0]: RuntimeError: CUDA error: invalid device ordinal",
+        "[1,3]<stderr>:RuntimeError: CUDA error: invalid device ordinal",
+        "worker-0: RuntimeError: CUDA error: invalid device ordinal",
+        "worker-0 | RuntimeError: CUDA error: invalid device ordinal",
+        '{"log":"RuntimeError: CUDA error: unknown error\\nCUDA kernel errors might be reported elsewhere"}',
+        "2026-01-01T00:00:00.1Z RuntimeError: HIP error: invalid device function",
+        "E   RuntimeError: CUDA error: unspecified launch failure",
+        "[2026-01-01 10:00:00 TP3] Scheduler hit an exception: RuntimeError: CUDA error: unspecified launch failure",
+        "engine.cu:96: CUDA error: unspecified launch failure",
+        "```RuntimeError: CUDA error: unspecified launch failure",
+    ],
+)
+def test_a_line_that_reports_an_error_of_cuda(text: str) -> None:
+    report = read(f"{text}\n")
+    assert (report.verdict, report.findings[0].id, report.findings[0].root_cause) == ("fail", "log.cuda", True)
+
+
+@pytest.mark.parametrize(
+    "unit", ["12:12:", "1-", "a.b:1 ", "[1]", "E ", "2025-03-", "a.", "Error: ", '{"msg', "x-1 | "]
+)
+def test_a_long_line_that_almost_is_a_head_takes_no_time(unit: str) -> None:
+    start = time.process_time()
+    read((unit * 2000)[:2000] + "! CUDA error: out of memory\n")
+    assert time.process_time() - start < 1
+
+
+BIND = "Failed to bind NVLink SHARP (NVLS) Multicast memory of size 2097152 : CUDA error 401 'present state'."
+INIT = "ncclCommInitRank comm 0x5 rank 0 nranks 8 cudaDev 0 nvmlDev 0 busId 1c000 commId 0x65 - Init COMPLETE"
+CUDA_IN_NVLS = warn("Cuda failure 1 'invalid argument'", where="transport/nvls.cc:598")
+
+
+@pytest.mark.parametrize(
+    ("log", "verdict", "finding"),
+    [
+        (info(f"{BIND} Proceeding without NVLS support."), "warn", "log.nvls-off"),
+        (f"{BIND} Proceeding without NVLS support.\n", "warn", "log.nvls-off"),
+        (info("NVLS multicast failed, falling back to Ring"), "warn", "log.nvls-off"),
+        (warn(BIND), "fail", "log.nvls"),
+        (f"{BIND}\n", "fail", "log.nvls"),
+        (CUDA_IN_NVLS + info("transport/nvls.cc:598 -> 1") + info(INIT), "warn", "log.nvls-off"),
+        (CUDA_IN_NVLS + "# Avg bus bandwidth    : 330.1\n", "warn", "log.nvls-off"),
+        (CUDA_IN_NVLS + info("rank 0 failed to NVLS register sendbuff 0x5 sendbuffSize 8"), "warn", "log.nvls-off"),
+        (info(INIT) + CUDA_IN_NVLS, "fail", "log.nvls"),
+        (CUDA_IN_NVLS + info(INIT, pid=99), "fail", "log.nvls"),
+        (CUDA_IN_NVLS + info("init.cc:1277 -> 1") + info(INIT), "fail", "log.nvls"),
+        (CUDA_IN_NVLS + info("transport/nvls.cc:330 -> 1"), "fail", "log.nvls"),
+        (CUDA_IN_NVLS + info(INIT) + "ncclUnhandledCudaError: Call to CUDA function failed.\n", "fail", "log.nvls"),
+    ],
+)
+def test_a_failure_of_nvls_counts_as_what_became_of_the_run(log: str, verdict: str, finding: str) -> None:
+    report = read(log)
+    assert (report.verdict, report.findings[0].id) == (verdict, finding)
+    assert "fabric" in report.findings[0].remedy
+    assert ("slower" in report.findings[0].title) == (verdict == "warn")
+
+
+def test_nvls_that_was_done_without_is_not_the_cause_of_a_later_failure() -> None:
+    report = read(CUDA_IN_NVLS + info(INIT) + warn(f"{COMPLETION}status=12 opcode=1") + info("transport/net.cc:1 -> 6"))
+    assert [(finding.id, finding.root_cause) for finding in report.findings] == [
+        ("log.ib-timeout", True),
+        ("log.nvls-off", False),
+    ]
+
+
+def test_a_trail_through_nvls_alone_is_a_failure_whose_cause_is_not_shown() -> None:
+    assert [finding.id for finding in read(info("transport/nvls.cc:330 -> 1")).findings] == ["log.trail"]
+    both = read(info("transport/nvls.cc:330 -> 1") + info("init.cc:1277 -> 1"))
+    assert [finding.id for finding in both.findings] == ["log.trail"]
+
+
+WAIT = "(EngineCore_DP0 pid=7) INFO 10-22 09:43:49 [shm_broadcast.py:466] No available block found in 60 seconds.\n"
+WORKS = "INFO: Avg prompt throughput: 0.0 tokens/s, Avg generation throughput: 12.5 tokens/s, Running: 1 reqs\n"
+
+
+@pytest.mark.parametrize(
+    ("log", "verdict"),
+    [
+        (WAIT, "warn"),
+        (WAIT * 9, "warn"),
+        (WAIT * 10, "fail"),
+        (WAIT * 9 + WORKS + WAIT * 9, "warn"),
+        (WAIT * 9 + WORKS.replace("12.5", "0.0") + WAIT, "fail"),
+        (WORKS.replace("12.5", "0.0") + WAIT * 9 + WORKS + WAIT, "warn"),
+        (WAIT * 20 + "INFO:     Application startup complete.\n", "warn"),
+        ((WAIT + WAIT.replace("pid=7", "pid=8")) * 6, "warn"),
+    ],
+)
+def test_an_engine_that_waits_has_failed_when_nothing_works_any_more(log: str, verdict: str) -> None:
+    report = read(log)
+    assert (report.verdict, report.findings[0].id) == (verdict, "log.engine-wait")
+    assert "EngineCore_DP0 pid=7" in report.findings[0].title
+
+
+def test_what_made_the_engine_wait_is_the_cause() -> None:
+    report = read(
+        WAIT * 3 + warn(f"{COMPLETION}status=12 opcode=1") + "TimeoutError: RPC call to sample_tokens timed out\n"
+    )
+    assert [finding.id for finding in report.findings] == ["log.ib-timeout", "log.engine-timeout", "log.engine-wait"]
+
+
+def test_the_port_of_ras_is_not_one_that_the_job_needs() -> None:
+    taken = "Call to bind failed: Address already in use"
+    assert read(warn(taken, where="ras/client_support.cc:160")).verdict == "inconclusive"
+    assert read(warn(taken)).findings[0].id == "log.port-busy"
 
 
 def test_advice_about_memory_is_no_error() -> None:

@@ -23,7 +23,8 @@ class Tier(IntEnum):
 class ErrorRule:
     """``title`` may name groups of ``words``; ``where``, if given, must be in the place in NCCL's source that speaks.
 
-    A record of level WARN is matched, and bare text unless ``is_general``; INFO only if ``in_info``.
+    A record of level WARN is matched, and bare text unless ``is_general``; INFO only if ``in_info``. Where the words
+    stand in prose too (``in_prose``), bare text has to be a line that reports the error.
     """
 
     id: str
@@ -33,9 +34,18 @@ class ErrorRule:
     in_info: bool = False
     is_general: bool = False  # words that other programs use too
     where: str = ""
+    in_prose: bool = False  # words that people use when they tell of an error
 
 
 def rule(
-    id: str, tier: Tier, words: str, title: str, *, in_info: bool = False, is_general: bool = False, where: str = ""
+    id: str,
+    tier: Tier,
+    words: str,
+    title: str,
+    *,
+    in_info: bool = False,
+    is_general: bool = False,
+    where: str = "",
+    in_prose: bool = False,
 ) -> ErrorRule:
-    return ErrorRule(id, tier, re.compile(words, re.IGNORECASE), title, in_info, is_general, where)
+    return ErrorRule(id, tier, re.compile(words, re.IGNORECASE), title, in_info, is_general, where, in_prose)

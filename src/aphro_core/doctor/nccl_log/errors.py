@@ -9,6 +9,7 @@ from aphro_core.doctor.nccl_log.error_rule import ErrorRule
 from aphro_core.doctor.nccl_log.error_table import ERRORS
 from aphro_core.doctor.nccl_log.facts import LogFacts, Sighting
 from aphro_core.doctor.nccl_log.records import Record
+from aphro_core.doctor.nccl_log.reports import is_said_by_a_log
 
 _MAX_TEXT: Final = 2048  # NCCL cuts a record at 1024 bytes; rules must not wander through a line of 64 KiB
 _TRAIL: Final = re.compile(r"^(?P<file>[\w./-]+\.(?:cc|h|cu|cpp|c)):\d+ -> (?P<code>\d)\b(?P<rest>.*)")
@@ -24,16 +25,23 @@ _HARMLESS_WARN: Final = re.compile(
     r"|Resiliency is enabled|\[Service thread\] Accept failed|Error opening file: /sys/devices/virtual/dmi"
     r"|port event: port active|Cannot get incoming CPU|Maximum retry reached for (?:accept|connect)"
 )
+_PORT_OF_RAS: Final = "ras/"  # of the service for reports, which the first job of a host has; others do without
 
 
 def read_error(seen: Sighting, facts: LogFacts) -> bool:
     """Take down an error, a warning or part of an error's trail. False if the text is none of these."""
     record = seen.record
-    if record.level == "WARN" and _HARMLESS_WARN.search(record.text):
+    if record.level == "WARN" and (
+        _HARMLESS_WARN.search(record.text) or (_PORT_OF_RAS in record.where and "Call to bind" in record.text)
+    ):
         return False
     rule, match = _match_rule(record)
     if rule and match:
         facts.note(rule.id, _fill(rule.title, match), seen)
+        if rule.id == "log.nvls":
+            facts.mark("nvls-failed", seen)
+        if rule.id == "log.engine-wait":
+            facts.wait(match["who"] or "", int(match["seconds"][:6]) * (1 + record.num_folded))
         return True
     if record.level == "WARN":
         facts.note("log.warn", record.text[:200].strip() or "a warning without text", seen)
@@ -46,7 +54,10 @@ def read_error(seen: Sighting, facts: LogFacts) -> bool:
         and not (trail["code"] == "3" and _FAREWELL.search(trail["file"]))
         and (_DEADLY_FILES.search(trail["file"]) or "hread]" in trail["rest"])
     ):
-        facts.note("trail", trail["code"], seen)
+        is_of_nvls = "nvls." in trail["file"]
+        facts.note("trail-nvls" if is_of_nvls else "trail", trail["code"], seen)
+        if not is_of_nvls and trail["code"] == "1":
+            facts.mark("aborts", seen)
     return bool(trail)
 
 
@@ -54,7 +65,7 @@ def _match_rule(record: Record) -> tuple[ErrorRule | None, re.Match[str] | None]
     for rule in ERRORS:
         is_said = rule.in_info if record.level == "INFO" else bool(record.level) or not rule.is_general
         match = rule.words.search(record.text[:_MAX_TEXT]) if is_said and rule.where in record.where else None
-        if match:
+        if match and (record.level or is_said_by_a_log(record.text, match, strictly=rule.in_prose)):
             return rule, match
     return None, None
 

@@ -81,6 +81,8 @@ class LogFacts:
         self.rank_hosts: dict[int, set[str]] = {}
         self.addresses: dict[str, set[str]] = {}  # host -> IPs its processes use
         self.gpus: dict[tuple[str, str, str], int] = {}  # (commId, host and address, busId) -> rank
+        self.marks: dict[str, dict[str, int]] = {}  # what happened -> process -> the order of its last time
+        self.waited: dict[str, int] = {}  # who -> seconds that it waits, with no sign of work in between
         self._process_address: dict[str, str] = {}
         self._order = 0
 
@@ -98,6 +100,15 @@ class LogFacts:
         note.count += 1 + seen.record.num_folded
         _remember(note.hosts, seen.record.host)
         _remember(note.processes, seen.record.process)
+
+    def mark(self, event: str, seen: Sighting) -> None:
+        processes = self.marks.setdefault(event, {})
+        if seen.record.process in processes or len(processes) < _MAX_RANKS:
+            processes[seen.record.process] = seen.order
+
+    def wait(self, who: str, seconds: int) -> None:
+        if who in self.waited or len(self.waited) < _MAX_PLACES:
+            self.waited[who] = self.waited.get(who, 0) + seconds
 
     def all_notes(self, kind: str) -> list[Note]:
         return list(self.notes.get(kind, {}).values())

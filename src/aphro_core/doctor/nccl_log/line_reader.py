@@ -14,15 +14,18 @@ from aphro_core.doctor.nccl_log.records import Record, read_bare, read_records
 # One alternative a first letter, of letters that are rare in prose: a search skips to them. What begins with a common
 # letter is looked for apart.
 _RARE: Final = (
-    rb"C(?:CL|OLL|uda fail|ommunicator ranks|UDA (?:error: |out of))|N(?:ET[/ ]|VLS|VRM: )"
+    rb"C(?:CL|OLL|uda fail|ommunicator ranks|UDA (?:error: |out of)|apturing CUDA|ompiling a graph)"
+    rb"|N(?:ET[/ ]|VLS|VRM: |o available (?:sh|bl))|A(?: worker died|pplication startup c|vg (?:bus|generation) )"
     rb"|S(?:HM|IG(?:KILL|SEGV|BUS|ILL)|eg(?:mentation f|fault enc))|Illegal instr|Bus err|Test CUDA|Error 802: "
-    rb"|\](?: INFO| WARN| The client socket|: [\w.]*(?:Error|Exception): )|P(?:2P[/ ]|rocess \d+ on n)"
+    rb"|\](?: INFO| WARN| The client socket|: [\w.]*(?:Error|Exception): )|P(?:2P[/ ]|rocess \d+ on n|C call to)"
     rb"|Killed (?:process|  )"
-    rb"|R(?:ank +\d+ .*Pid|AS network)|M(?:ultiple Ranks|NNVL|issing comm)|IBV_|G(?:ot compl|loo conn)"
+    rb"|R(?:ank +\d+ .*Pid|AS network)|M(?:ultiple Ranks|NNVL|issing comm|odel loading)|IBV_"
+    rb"|G(?:ot compl|loo conn|raph capt)"
     rb"|H(?:IP (?:fail|error: )|eartbeat m)"
     rb"|D(?:uplicate GPU|ist(?:Network|Store)Error)|O(?:ut (?:Of Memory|of bounds v)|OMKilled|OM\))"
     rb"|Last error|Bootstrap|xit(?:ed on signal| ?code *:? *(?:-|13))"
-    rb"|W(?:atchdog c|ARN [A-Z])|_(?:(?<=bv_)[a-z]|kill event)|ket\w*: "
+    rb"|W(?:atchdog (?:c|timeout \()|ARN [A-Z]|orker (?:proc |\w+ pid \d))|Timed out waiting for eng"
+    rb"|_(?:(?<=bv_)[a-z]|kill event)|ket\w*: "
 )
 COMMON_WORDS: Final = (b"ccl", b"mote rails", b"memory segment", b"direct shared mem")
 TELLING_WITHOUT_COMMON: Final = re.compile(_RARE)

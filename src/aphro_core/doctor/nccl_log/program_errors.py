@@ -30,12 +30,26 @@ PROGRAM_ERRORS: Final = (
           "a process was killed or crashed: {what}{shell}{torch}"),
     _rule("log.loopback", Tier.CAUSE, r"(?i:gloo).*\[?(?P<peer>127\.[\d.]+)", "Gloo was told to connect to {peer}"),
     _rule("log.gloo", Tier.WEAK, r"Gloo connectFullMesh failed", "Gloo could not connect the ranks"),
-    _rule("log.cuda-memory", Tier.CAUSE, r"CUDA error: out of memory|OutOfMemoryError: CUDA out of memory"
-          r"|CUDA out of memory\. Tried|Test CUDA failure.*out of memory", "a GPU ran out of memory"),
-    _rule("log.fabric", Tier.CAUSE, r"(?:CUDA error|Error 802|Test CUDA failure).*system not yet initialized",
+    _rule("log.cuda-memory", Tier.CAUSE, r"Test CUDA failure.*out of memory", "a GPU ran out of memory"),
+    _rule("log.cuda-memory", Tier.CAUSE, r"CUDA error: out of memory.*|OutOfMemoryError: CUDA out of memory"
+          r"|CUDA out of memory\. Tried", "a GPU ran out of memory", in_prose=True),
+    _rule("log.fabric", Tier.CAUSE, r"(?:Error 802|Test CUDA failure).*system not yet initialized",
           "the NVSwitch fabric is not initialised"),
-    _rule("log.cuda", Tier.CAUSE, r"\b(?:CUDA|HIP) error: (?P<why>.*)|Test CUDA failure \S+ (?P<test>.*)",
-          "a CUDA call failed: {why}{test}"),
+    _rule("log.fabric", Tier.CAUSE, r"CUDA error.*system not yet initialized",
+          "the NVSwitch fabric is not initialised", in_prose=True),
+    _rule("log.cuda", Tier.CAUSE, r"Test CUDA failure \S+ (?P<test>.*)", "a CUDA call failed: {test}"),
+    _rule("log.cuda", Tier.CAUSE, r"\b(?:CUDA|HIP) error: (?P<why>.*)", "a CUDA call failed: {why}", in_prose=True),
+    # at DEBUG idle workers say it too
+    _rule("log.engine-wait", Tier.NOTE,
+          r"^(?!.{0,200}\bDEBUG )(?:.{0,200}?\((?P<who>[\w. -]{1,60}?pid=\d+)[^)]{0,80}\))?"
+          r".{0,400}?(?P<at>)No available (?:shared memory )?(?:broadcast )?block found in (?P<seconds>\d+) ?s",
+          "a process of the engine waits {seconds} s for another one: {who}", in_prose=True),
+    _rule("log.engine-timeout", Tier.SYMPTOM, r"TimeoutError: RPC call to (?P<call>\w+) timed out"
+          r"|Watchdog timeout \(self\.watchdog_timeout|Timed out waiting for engine core",
+          "the engine gave up waiting for a worker: {call}", in_prose=True),
+    _rule("log.worker-lost", Tier.CONSEQUENCE, r"A worker died or was killed while executing a task"
+          r"|Worker proc (?P<name>[\w.-]+) died unexpectedly|Worker (?P<old>\w+) pid \d+ died, exit code: -?\d+",
+          "a worker of the framework is gone: {name}{old}"),
     _rule("log.wrong-data", Tier.CAUSE, r"Out of bounds values : (?P<number>\d+) FAILED",
           "nccl-tests got {number} wrong values: data is damaged on its way"),
     _rule("log.rendezvous", Tier.WEAK, r"store->get\('[^']*'\) got error: (?P<why>.*)"

@@ -48,6 +48,13 @@ READINGS: Final = (
     _row("dmabuf", r"^DMA-BUF is available on GPU"),
     _row("nodes", r"\bnNodes (\d+) localRanks (\d+)"),
     _row("complete", r"- Init COMPLETE"),
+    _row("works", r"- (?:Init|Destroy) COMPLETE|failed to NVLS register|^# Avg bus bandwidth"),
+    _row(
+        "works",
+        r"Application startup complete|generation throughput: (?!0\.0 )\d|Capturing CUDA graph"
+        r"|Graph capturing finished|Compiling a graph for|Model loading took",
+    ),
+    _row("idle", r"generation throughput: 0\.0 "),  # of the same shape as one that works
     _row("nvlink", r"\+ NVL\[|NVLS multicast support is available"),
     _row("nvls", r"^NVLS comm .*nHeads (\d+)"),
     _row("pxn", r"use ring PXN ([1-9]\d*)"),
@@ -75,6 +82,9 @@ def read_note(seen: Sighting, facts: LogFacts) -> bool:
             facts.note(reading.kind, reading.joint.join(group or "" for group in match.groups()).strip(), seen)
             if reading.kind in {"bootstrap", "oob"}:
                 facts.place_address(seen.record, match[2])
+            elif reading.kind == "works":
+                facts.mark("works", seen)
+                facts.waited.clear()
     return _read_communicator(seen, facts) or found
 
 

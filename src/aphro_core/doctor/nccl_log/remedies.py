@@ -203,6 +203,15 @@ def _cuda(facts: LogFacts) -> list[str]:
     return [line for words, line in _OF_CUDA if re.search(words, said, re.IGNORECASE)]
 
 
+def _nvls(facts: LogFacts) -> list[str]:
+    if not any("out of memory" in note.value for note in facts.all_notes("log.nvls")):
+        return []
+    return [
+        "# the switches have no multicast group left: fewer communicators at a time, or"
+        " NCCL_NVLS_ENABLE=0; the fabric manager may be well",
+    ]
+
+
 def _environment(facts: LogFacts) -> list[str]:
     return [f"unset {name}" for name in forced_choices(facts)]
 
@@ -215,6 +224,7 @@ _SPECIAL: Final[dict[str, Callable[[LogFacts], list[str]]]] = {
     "log.shm": _shm,
     "log.env": _environment,
     "log.cuda": _cuda,
+    "log.nvls": _nvls,
     "log.wrong-peer": _wrong_peer,
     "log.p2p-denied": _p2p_denied,
     "log.ib-register": _register,

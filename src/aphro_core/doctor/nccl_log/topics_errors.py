@@ -282,10 +282,24 @@ IPC needs.
 > export NCCL_P2P_DISABLE=1   # goes on through host memory; then look at driver, ACS and IOMMU
 
 log.nvls
-Multicast memory of the NVSwitch could not be bound: the fabric manager or the switches are in a bad state, most often
-because the fabric manager was restarted without a reset of the GPUs; or a container may not.
-> export NCCL_NVLS_ENABLE=0
-> # without GPU programs: sudo systemctl stop nvidia-fabricmanager; sudo nvidia-smi -r; then start it. Or reboot
+Multicast memory of the NVSwitch could not be set up: the fabric manager or the switches are in a bad state, or a
+container or virtual machine may not. A fabric manager that did not run only has to be started. One that was stopped or
+restarted while the GPUs stayed as they were (H100 and later) is not helped by one more restart: GPUs have to be reset
+between its stop and its start. 'out of memory' means that the switches have no multicast group left: too many
+communicators.
+> export NCCL_NVLS_ENABLE=0   # goes on without; large sums inside the host are slower
+> nvidia-smi -q | grep -i -A 2 fabric; systemctl status nvidia-fabricmanager   # on the host
+> sudo systemctl enable --now nvidia-fabricmanager   # enough if it did not run (State is not Completed)
+> # if it ran: end GPU programs and DCGM, then the next line; or reboot
+> sudo systemctl stop nvidia-fabricmanager && sudo nvidia-smi -r && sudo systemctl start nvidia-fabricmanager
+
+log.nvls-off
+NVLink SHARP (sums made by the NVSwitch) could not be used, and NCCL goes on by rings and trees over NVLink. Results are
+right; large sums inside a host are slower (8 H100, 4 to 8 GB: 330 instead of 430 GB/s of bus bandwidth were reported).
+NCCL 2.27 and 2.28 go on where 2.29 fails, so the next version may not start.
+> nvidia-smi -q | grep -i -A 2 fabric; systemctl status nvidia-fabricmanager
+> aphro doctor explain log.nvls   # whether to start the fabric manager, or to reset the GPUs
+> export NCCL_NVLS_ENABLE=0   # does not try, and says nothing
 
 log.imex
 NVLink across hosts needs the IMEX service and its channel devices.
@@ -306,6 +320,10 @@ memory access' or 'launch failure': the program, before NCCL; 'no kernel image':
 > nvidia-smi   # driver: at least as new as the CUDA of the NCCL in use, equal on all nodes
 > export NCCL_CUMEM_ENABLE=0   # to try; CUDA_LAUNCH_BLOCKING=1 finds the program's own error
 
+log.no-libcuda
+NCCL does not find the driver's library. It then goes on without what needs it, or fails at the first call.
+> ldconfig -p | grep libcuda.so   # containers: --gpus all; WSL: LD_LIBRARY_PATH=/usr/lib/wsl/lib
+
 log.nvml
 NVML does not answer: kernel module and library of different versions, or a GPU that fell off the bus.
 > nvidia-smi; cat /proc/driver/nvidia/version   # after a driver update: reload the module or reboot
@@ -321,6 +339,24 @@ PyTorch's watchdog ended a collective that hung. This is a symptom: a rank is mi
 others), or ranks run different programs (they differ). The first error of any other rank is the cause.
 > export TORCH_NCCL_TRACE_BUFFER_SIZE=2000 TORCH_NCCL_DUMP_ON_TIMEOUT=1   # newer: TORCH_FR_BUFFER_SIZE=2000
 > grep -h -m1 'NCCL WARN' LOGS   # the first one of any rank is the cause
+
+log.engine-wait
+A process of vLLM or SGLang got no message from another one for a minute, and again each minute. While workers compile,
+capture graphs or load weights this is normal and ends; else one of them hangs, is gone, or runs with other flags.
+> nvidia-smi; ps aux | grep -i -e worker -e nvcc -e ninja   # on each node: is every rank there, does it compile?
+> py-spy dump --pid PID   # of the engine and each worker, twice: one that stands at the same line is where it hangs
+> export NCCL_DEBUG=INFO VLLM_LOGGING_LEVEL=DEBUG   # and the log of every node; equal flags and versions on all
+
+log.engine-timeout
+The engine asked its workers for a step and got no answer in time (vLLM: 300 s), and ended. A symptom: a rank hangs in a
+kernel or a collective, or is gone. The first error of any worker is the cause.
+> py-spy dump --pid PID   # of each worker, before the time is over: all but one wait in a collective
+> export NCCL_DEBUG=INFO   # and the log of every node; nvidia-smi: 100 % and little power: it spins in a collective
+
+log.worker-lost
+The framework reports that a process of its own ended, not why.
+> # that process's own log: its last lines and first error
+> sudo dmesg | grep -i -e oom -e 'killed process' -e segfault -e Xid   # on its host, at that time
 
 log.ras-dead
 NCCL's RAS could not reach a process for a minute: it ended, or its host did. The others wait for it.

@@ -84,8 +84,8 @@ name resolves to 127.*.
 > grep 127 /etc/hosts   # the host's own name must not stand there
 
 log.link-local
-A link-local IPv6 address (fe80:) was advertised, which other hosts reach only with luck: an interface without an IPv4
-address was taken, such as an IPoIB or pod interface.
+A link-local address (fe80:, 169.254.) was advertised, which other hosts reach only with luck: an interface without an
+address of its own was taken, such as an IPoIB, pod, USB or BMC interface. On a cable between two hosts it may be meant.
 > export NCCL_SOCKET_FAMILY=AF_INET
 > export NCCL_SOCKET_IFNAME==eth0 GLOO_SOCKET_IFNAME=eth0   # the interface on the common subnet, on every node
 

@@ -20,7 +20,8 @@ EXIT_CODES: Final[dict[Verdict, int]] = {"pass": 0, "inconclusive": 0, "warn": 1
 _WEIGHTY: Final = (
     "log.loopback", "log.docker-bridge", "log.net-mixed", "log.no-plugin-start", "log.interfaces", "log.sockets",
     "log.net-in-host", "log.gdr-mixed", "log.rdma-no-gdr", "log.gdr-off", "log.same-name", "log.shm", "log.p2p-pcie",
-    "log.no-rdma-device", "log.version", "log.env", "log.ofi-warn", "log.ib-warn", "log.warn", "log.numa",
+    "log.no-rdma-device", "log.version", "log.nvls-off", "log.engine-wait", "log.env", "log.ofi-warn", "log.ib-warn",
+    "log.no-libcuda", "log.warn", "log.numa",
 )  # fmt: skip
 # errors that a process reports of what it uses
 _BREAKS: Final = {
