@@ -28,5 +28,8 @@ def wait_for_count(stream: torch.cuda.Stream, counter: Tensor, count: int) -> No
 
 @cache
 def _wait_value() -> Any:
-    driver = ctypes.CDLL("libcuda.so.1")
-    return getattr(driver, "cuStreamWaitValue32_v2", None) or driver.cuStreamWaitValue32
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        return getattr(driver, "cuStreamWaitValue32_v2", None) or driver.cuStreamWaitValue32
+    except (OSError, AttributeError) as error:
+        raise RuntimeError(f"the driver cannot let a stream wait for a number in memory ({error})") from error

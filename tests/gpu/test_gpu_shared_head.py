@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from aphro_core.checkpoint.open import read_hf_config
 from aphro_core.llm import LLM
+from aphro_core.models.registry import load_spec
+from aphro_core.parallel import memory
 from aphro_core.request import RequestOutput, SamplingParams
 from tests.gpu.all_gpus import needs_two
 from tests.reference import Reference
@@ -15,6 +18,7 @@ from tests.tiny import write_tiny_checkpoint
 
 pytestmark = needs_two
 ALONE = "the last stage multiplies with the head alone"
+BY_NCCL = "stages hand on all by NCCL"
 WAYS = [
     SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True),
     SamplingParams(seed=1, max_tokens=24, ignore_eos=True),
@@ -55,7 +59,10 @@ def test_every_way_to_draw(
     greedy = outputs_of(tmp_path, reference.prompts, [WAYS[0]] * 5, **two)
     assert [list(output.outputs[0].token_ids)[:12] for output in greedy] == reference.tokens
     together = outputs_of(tmp_path, prompts, WAYS, **two)
-    assert ALONE not in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert ALONE not in said
+    assert BY_NCCL not in said
+    assert memory.shares_head(load_spec(read_hf_config(tmp_path)), 1, 2)  # else nobody says a word
     one = outputs_of(tmp_path, prompts, WAYS)
     for found, expected in zip(together, one, strict=True):
         assert found.outputs[0].token_ids == expected.outputs[0].token_ids

@@ -10,7 +10,8 @@ from typing import Final
 from aphro_core.models.packed import dequantised_weights, is_packed, parameter_bytes, tied_copy_bytes
 from aphro_core.models.registry import family_of
 from aphro_core.models.spec import DecoderSpec
-from aphro_core.parallel.shard import VOCAB_UNIT, RankShard, head_halves
+from aphro_core.models.tensors import rules_of_rank
+from aphro_core.parallel.shard import VOCAB_UNIT, RankShard, build_plan, head_halves
 
 # Float32 copies of the sampled rows' logits that live at once in the worst step, one with top-p and penalties: the
 # ranks' parts, gathered, with penalties, divided by the temperature, with noise, probabilities, and two while cutting.
@@ -30,6 +31,7 @@ _LINES_BYTES: Final = round(0.33 * _GIB)
 _STAGE_GROUP_BYTES: Final = round(0.48 * _GIB)
 _MODULE_BYTES: Final = round(0.08 * _GIB)
 _ALLOCATOR_SHARE: Final = 1.4  # of the bound below, which is 1.07 times the peak
+PRODUCT_BYTES: Final = 2**24 + 2**17  # of products that follow each other (aphro_kernels/skinny_linear.py)
 _TABLE_UNIT: Final = 16
 _GRAPH_BYTES: Final = 2 * 2**20  # of the driver, a graph of 16 rows
 _MOST_MIXED_GRAPHS: Final = 45
@@ -180,12 +182,16 @@ def shares_head(spec: DecoderSpec, tp_size: int, pp_size: int) -> bool:
     (worker/shared_head.py)."""
     if tp_size > 1 or pp_size == 1 or not spec.has_plain_logits or spec.vocab_size < 2 * VOCAB_UNIT:
         return False
-    return not any(rule.parameter == "lm_head.weight" and is_packed(rule, spec) for rule in family_of(spec).tensors)
+    last = replace(build_plan(spec, 1, 2).ranks[-1], layers=range(0))  # its head may be the embedding's tensor
+    rules = rules_of_rank(family_of(spec).tensors, spec, last)
+    return not any(rule.parameter == "lm_head.weight" and is_packed(rule, spec) for rule in rules)
 
 
 def helped_head_bytes(spec: DecoderSpec, max_num_seqs: int, dtype_bytes: int) -> int:
-    """Of the first stage, besides its weights: the outputs of a shared head that it makes, and rows to multiply."""
-    return (len(head_halves(spec.vocab_size)[1]) + max_num_seqs) * spec.hidden_size * dtype_bytes
+    """Of the first stage, besides its weights: the outputs of a shared head that it makes, rows to multiply, and what
+    its products need."""
+    rows = len(head_halves(spec.vocab_size)[1]) + max_num_seqs
+    return rows * spec.hidden_size * dtype_bytes + PRODUCT_BYTES
 
 
 def shared_head_bytes(spec: DecoderSpec, max_num_seqs: int, dtype_bytes: int) -> int:

@@ -81,9 +81,8 @@ class DeviceRunner:
         self._mixed = MixedSteps(self._padded, decoder, caches, links)
         self._hidden, self._logits = self._padded.hidden, self._padded.logits
         self._samples = self._padded.samples
-        self._is_told_rows = (
-            self._samples or place is not None or head is not None
-        )  # or writes logits to where another draws
+        # draws, or writes logits to where another draws
+        self._is_told_rows = self._samples or place is not None or head is not None
         self._sampler = Sampler(spec.vocab_size, device)
         self._draws: list[int] = []  # of the last step, and what follows from them:
         self._drawing: list[SamplingRow] = []
@@ -204,7 +203,7 @@ class DeviceRunner:
             self._links.stage.receive_(self._hidden[:size])
         self._padded.run(step.shape)
         self._links.tensor.num_sums = self._links.tensor.num_gathers = 2**31  # in a graph: all of the step's
-        if isinstance(self._head, HeadOwner):
+        if isinstance(self._head, HeadOwner):  # in a graph, too
             self._head.has_met = True
         if not self._shard.has_head:
             self._links.stage.send(self._hidden[:size])

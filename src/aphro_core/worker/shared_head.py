@@ -31,10 +31,11 @@ class _End:
     def __init__(self, ends: HeadLine) -> None:
         self._line, self.columns = ends.line, ends.columns
         self.is_open = False
+        self._is_half_done = False  # this step's rows have been sent or taken, and their logits have failed
         self.begin_step()
 
     def begin_step(self) -> None:
-        self.has_met = False  # this step's rows have been sent, or are expected
+        self.has_met = False  # this step's logits are launched, or sure to come
 
     @contextmanager
     def closed(self) -> Iterator[None]:
@@ -75,9 +76,12 @@ class HeadOwner(_End):
         self.logits(self._nothing(1))
 
     def logits(self, normed: Tensor) -> None:
-        """Of ``normed`` rows into ``columns``. Fit for a CUDA graph."""
-        put(normed, self._line, is_fatal=True)
+        """Of ``normed`` rows into ``columns``. Fit for a CUDA graph. Where it has failed, another call ends it."""
+        if not self._is_half_done:
+            put(normed, self._line, is_fatal=True)
+        self._is_half_done = True
         self.write(normed)
+        self._is_half_done, self.has_met = False, True
 
     def write(self, normed: Tensor) -> None:
         """The own half of them, which waits for the other one."""
@@ -95,12 +99,11 @@ class HeadOwner(_End):
         """A step of so many rows has failed here, and the first stage does not know."""
         if self.is_open and not self.has_met:
             self.logits(self._nothing(num_rows).fill_(torch.nan))
-            self.has_met = True
 
 
 class HeadHelper(_End):
     """On the first stage, which helps on a stream of its own: whether another step comes before is not known when one
-    has been launched."""
+    has been launched. Nothing there waits on a multiprocessor: the layers beside it may be a chain, which wants all."""
 
     def __init__(self, ends: HeadLine, device: torch.device) -> None:
         """Raises RuntimeError where the driver cannot wait as this does, or memory runs out."""
@@ -109,10 +112,12 @@ class HeadHelper(_End):
         self._rows, half = self._nothing(max_rows), head_halves(vocab_size)[1]
         self._num_outputs = vocab_size - half.start  # behind which is padding
         self._weight = self._rows.new_zeros(len(half), self._rows.shape[1])
-        self._product = Linear(self._weight, workspace=build_skinny_workspace(device))
+        workspace = build_skinny_workspace(device)
+        self._product = Linear(self._weight, workspace=workspace)
         self._num_messages = 0
         self.stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
-        self.num_bytes = self._weight.nbytes + self._rows.nbytes
+        held = (self._weight, self._rows, workspace.parts, workspace.arrivals)
+        self.num_bytes = sum(tensor.nbytes for tensor in held)
         wait_for_count(self.stream, self._line.written, 0)
 
     def send_weight(self) -> None:
@@ -126,22 +131,30 @@ class HeadHelper(_End):
         self.help(1)
 
     def help(self, num_rows: int) -> None:
-        """In the step that has just been launched, of so many rows."""
-        self._num_messages += 1
-        wait_for_count(self.stream, self._line.written, self._num_messages * self._line.programs)
+        """In the step that has just been launched, of so many rows. Where it has failed, another call ends it."""
+        rows = self._rows[:num_rows]
         with torch.cuda.stream(self.stream):
-            self.write(take_(self._rows[:num_rows], self._line, is_fatal=True))
-        self.has_met = True
+            if not self._is_half_done:
+                wait_for_count(self.stream, self._line.written, (self._num_messages + 1) * self._line.programs)
+                take_(rows, self._line, is_fatal=True)
+                self._num_messages += 1
+            self._is_half_done = True
+            self.write(rows)
+        self._is_half_done, self.has_met = False, True
 
     def write(self, normed: Tensor) -> None:
-        """Its half of the logits into the last stage's memory; its own, of as many, is free."""
+        """Its half of the logits into the last stage's memory."""
+        peer_columns(self._multiply(normed), self.columns, is_fatal=True)
+
+    def _multiply(self, normed: Tensor) -> Tensor:
+        """Into this stage's own memory for logits, of as many, which nobody else uses."""
         width = len(self._weight)
         part = self.columns.rows.view(-1)[: len(normed) * width].view(-1, width)
-        peer_columns(self._product(normed, part), self.columns, is_fatal=True)
+        return self._product(normed, part)
 
     def rehearse(self, num_rows: int) -> None:
         with torch.cuda.stream(self.stream):
-            self._product(self._rows[:num_rows])
+            self._multiply(self._rows[:num_rows])
 
     def compile(self) -> None:
         self.write(self._rows[:1])

@@ -11,6 +11,7 @@ from aphro_core.estimate.estimate import estimate
 from aphro_core.estimate.planner import Plan, plan_all, plan_one, shortage
 from aphro_core.estimate.question import Question
 from aphro_core.estimate.remedies import remedies
+from aphro_core.models.quantization import QuantSpec
 from aphro_core.parallel import memory
 from tests.core.estimate.asking import ask, question
 from tests.core.estimate.configs import GPT_OSS_20B, LLAMA_8B, MIXTRAL, QWEN_30B_A3B, QWEN_32B, QWEN_72B
@@ -71,6 +72,64 @@ def test_hosts_of_a_cluster_decide_whose_sums_go_by_peer_memory(
     overheads = [rank.overhead_bytes for rank in estimate(question, 2, 3).ranks]
     outside = memory.outside_bytes(2, 3)
     assert [size > outside for size in overheads[::2]] == [size > outside for size in overheads[1::2]] == near
+
+
+def shared_head_of(asked: Question, tp: int = 1, pp: int = 3) -> list[tuple[int, int]]:
+    """Of each rank what a head that stages share adds to its weights, and outside torch: against a model that has
+    scaled logits, and is else the same."""
+    spec = asked.source.spec
+    assert spec is not None
+    alone = replace(asked, source=replace(asked.source, spec=replace(spec, logits_scale=0.5)))
+    return [
+        (found.weights_bytes - other.weights_bytes, found.overhead_bytes - other.overhead_bytes)
+        for found, other in zip(estimate(asked, tp, pp).ranks, estimate(alone, tp, pp).ranks, strict=True)
+    ]
+
+
+def with_slots(asked: Question, *slots: int) -> Question:
+    return replace(asked, device=replace(asked.device, slots=slots))
+
+
+def test_stages_of_one_host_share_the_head() -> None:
+    """The first has half of it, and all have room for what both write."""
+    asked = asked_of(LLAMA_8B, "H100", 8, 8)
+    assert asked.source.spec is not None
+    seqs = estimate(asked, 1, 3).sizes.max_num_seqs
+    half = memory.helped_head_bytes(asked.source.spec, seqs, 2)
+    room = memory.shared_head_bytes(asked.source.spec, seqs, 2)
+    assert min(half, room) > 0
+    assert shared_head_of(asked) == [(half, room), (0, room), (0, room)]
+    assert shared_head_of(with_slots(asked, 4, 4)) == shared_head_of(asked)
+    tied = replace(asked.source.spec, tie_word_embeddings=True)
+    assert shared_head_of(replace(asked, source=replace(asked.source, spec=tied))) == shared_head_of(asked)
+
+
+@pytest.mark.parametrize("per_host", [1, 2])
+def test_stages_of_several_hosts_do_not_share_the_head(per_host: int) -> None:
+    assert set(shared_head_of(asked_of(LLAMA_8B, "H100", 8, per_host))) == {(0, 0)}
+    assert set(shared_head_of(with_slots(asked_of(LLAMA_8B, "H100", 8, 8), 2, 6))) == {(0, 0)}  # the first two fill up
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vocab_size": 200},
+        {"quantization": QuantSpec(layout="gptq", kind="int4", group_size=128, has_head=True)},
+    ],
+)
+def test_small_and_quantised_heads_are_not_shared(changes: dict[str, Any]) -> None:
+    asked = asked_of(LLAMA_8B, "H100", 8, 8)
+    assert asked.source.spec is not None
+    spec = replace(asked.source.spec, **changes)
+    assert set(shared_head_of(replace(asked, source=replace(asked.source, spec=spec)))) == {(0, 0)}
+
+
+def test_stages_of_several_ranks_and_of_cpus_do_not_share_the_head() -> None:
+    asked = asked_of(LLAMA_8B, "H100", 8, 8)
+    weights, overheads = zip(*shared_head_of(asked, 2, 2), strict=True)
+    logits = memory.peer_logits_bytes(LLAMA_8B["vocab_size"], 2, estimate(asked, 2, 2).sizes.max_num_seqs, 2)
+    assert (set(weights), overheads) == ({0}, (0, 0, logits, logits))  # those of the last stage's ranks alone
+    assert set(shared_head_of(replace(asked, device=replace(asked.device, kind="cpu", card=None)))) == {(0, 0)}
 
 
 @pytest.mark.parametrize(("pp", "asked", "tokens"), [(1, None, 8192), (2, None, 1024), (2, 512, 512), (1, 512, 8192)])

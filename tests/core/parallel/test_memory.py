@@ -7,13 +7,16 @@ from dataclasses import replace
 import torch
 from aphro_kernels.gated_gemm import ROWS
 from aphro_kernels.row_tiles import plan_tiles
+from aphro_kernels.skinny_linear import build_skinny_workspace
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aphro_core.distributed.stage_lines import Messages, num_bytes
 from aphro_core.layers.expert_stacks import _WIDE_FROM
+from aphro_core.models.quantization import QuantSpec
 from aphro_core.models.spec import DecoderSpec, MoeSpec, RopeSpec
 from aphro_core.parallel import memory
-from aphro_core.parallel.shard import build_plan
+from aphro_core.parallel.shard import VOCAB_UNIT, build_plan, head_halves
 
 GIB = 2**30
 LLAMA_8B = DecoderSpec(
@@ -142,3 +145,47 @@ def test_rows_that_stand_by_expert_are_counted_with_their_padding() -> None:
     tiles = plan_tiles(torch.arange(8).repeat(512, 1), 0, 128, ROWS)
     merged = len(tiles.slots) * (2 * 768 + 2048)  # fp8: gate and up beside the rows' two numbers of a byte each
     assert memory.activation_bytes(spec, rank, 512, 0, 2) >= 2 * merged
+
+
+def test_a_head_is_shared_by_stages_of_single_gpus_with_plain_logits_and_room_for_two_halves() -> None:
+    assert memory.shares_head(LLAMA_8B, 1, 2)
+    assert memory.shares_head(LLAMA_8B, 1, 4)
+    assert memory.shares_head(replace(LLAMA_8B, tie_word_embeddings=True, vocab_size=2 * VOCAB_UNIT), 1, 2)
+    assert not memory.shares_head(LLAMA_8B, 1, 1)
+    assert not memory.shares_head(LLAMA_8B, 2, 2)
+    for changes in ({"logits_softcap": 30.0}, {"logits_scale": 0.125}, {"vocab_size": 2 * VOCAB_UNIT - 1}):
+        assert not memory.shares_head(replace(LLAMA_8B, **changes), 1, 2)
+
+
+def test_a_quantised_head_is_not_shared_and_one_that_is_left_whole_is() -> None:
+    def shares(*, is_tied: bool = False, **changes: object) -> bool:
+        found = QuantSpec(**{"kind": "int4", "group_size": 32, "layout": "gptq"} | changes)  # type: ignore[arg-type]
+        return memory.shares_head(replace(LLAMA_8B, quantization=found, tie_word_embeddings=is_tied), 1, 2)
+
+    assert shares()
+    assert shares(kind="int8", layout="online")
+    assert not shares(has_head=True)
+    assert shares(has_head=True, ignored=("lm_head",))
+    assert not shares(layout="gguf", block_formats={"lm_head.weight": "Q6_K"})
+    embedding = {"model.embed_tokens.weight": "Q6_K"}
+    assert shares(layout="gguf", block_formats=embedding)
+    assert not shares(layout="gguf", block_formats=embedding, is_tied=True)  # the last stage's copy is packed, too
+
+
+@given(st.integers(2 * VOCAB_UNIT, 300_000))
+def test_halves_of_a_head_are_whole_blocks_of_one_width_and_both_have_something(vocab_size: int) -> None:
+    own, other = head_halves(vocab_size)
+    assert (own.start, own.stop, len(own)) == (0, other.start, len(other))
+    assert len(own) % VOCAB_UNIT == 0
+    assert own.stop < vocab_size <= other.stop < vocab_size + 2 * VOCAB_UNIT
+
+
+def test_a_shared_head_costs_the_first_stage_its_half_and_each_what_both_write_to() -> None:
+    """128,256 tokens are 1,002 blocks of 128, and either half has 501."""
+    workspace = build_skinny_workspace(torch.device("cpu"))
+    assert workspace.parts.nbytes + workspace.arrivals.nbytes == memory.PRODUCT_BYTES
+    assert memory.helped_head_bytes(LLAMA_8B, 256, 2) == 501 * 128 * 8192 + 256 * 8192 + memory.PRODUCT_BYTES
+    plan = build_plan(LLAMA_8B, 1, 2)
+    plain = Messages(num_tokens=8192, row_bytes=8192, num_draws=256)
+    both = num_bytes(plan, replace(plain, vocab_size=128_256)) - num_bytes(plan, plain)
+    assert 0 <= both - memory.shared_head_bytes(LLAMA_8B, 256, 2) < 1024  # flags

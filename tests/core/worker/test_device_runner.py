@@ -24,6 +24,7 @@ from aphro_core.request import SamplingParams
 from aphro_core.worker.device_runner import DeviceRunner
 from aphro_core.worker.kv_cache import allocate_kv_cache
 from aphro_core.worker.loader import load_weights
+from aphro_core.worker.shared_head import SharedHead
 from aphro_core.worker.step_shapes import row_buckets
 from tests.core.ranks import run_ranks
 from tests.core.worker.one_rank import BLOCK_SIZE, CPU, NUM_BLOCKS, Planner, sharding_plan
@@ -34,7 +35,13 @@ PLAIN = SamplingParams(temperature=0.0)
 
 
 def device_runner(
-    model: Model, links: Links | None = None, tp: int = 1, pp: int = 1, rank: int = 0, graph_tokens: int = 32
+    model: Model,
+    links: Links | None = None,
+    tp: int = 1,
+    pp: int = 1,
+    rank: int = 0,
+    graph_tokens: int = 32,
+    head: SharedHead | None = None,
 ) -> DeviceRunner:
     links = links or Links(TensorParallelGroup(0, 1), StageLink(None, None))
     with open_checkpoint(model.folder) as checkpoint:
@@ -46,7 +53,7 @@ def device_runner(
     return DeviceRunner(
         spec, shard, decoder, caches, links,
         block_size=BLOCK_SIZE, max_rows=11, max_model_len=128, dtype=torch.float32, device=CPU,
-        graph_tokens=graph_tokens,
+        graph_tokens=graph_tokens, head=head,
     )  # fmt: skip
 
 
