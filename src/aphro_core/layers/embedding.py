@@ -76,9 +76,10 @@ class VocabHead:
     @property
     def plain(self) -> Linear | None:
         """The product whose answers are the logits, where they are, on one GPU."""
-        is_plain = self._scale == 1.0 and self._softcap is None and self._group.size == 1
-        is_found = is_plain and isinstance(self._linear, Linear) and self._linear.plain is not None
-        return self._linear if is_found and isinstance(self._linear, Linear) else None
+        linear = self._linear
+        if not isinstance(linear, Linear) or self._scale != 1.0 or self._softcap is not None or self._group.size > 1:
+            return None
+        return linear if linear.plain is not None and linear.plain[1] is None else None
 
     def _writes_into(self, out: Tensor) -> bool:
         """Whether the product's answers are the logits, so that nobody need copy them."""

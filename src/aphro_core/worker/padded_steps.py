@@ -40,7 +40,7 @@ class PaddedSteps:
         place: PeerColumns | None = None,
         head: SharedHead | None = None,
     ) -> None:
-        """``place``: where tp rank 0 gets logits, if that is told; ``head``: this stage's share in another way."""
+        """``place``: where tp rank 0 gets logits, if that is told. ``head``: by which two stages make them together."""
         self.shapes, self.memory = shapes, memory
         self.has_head, self.samples = shard.has_head, shard.has_head and shard.tp_rank == 0
         self.has_embedding = shard.has_embedding
