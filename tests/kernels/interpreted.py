@@ -23,6 +23,7 @@ from aphro_core.distributed.tensor_group import TensorParallelGroup
 from aphro_core.parallel.shard import build_plan
 from aphro_core.worker import shared_head
 from aphro_core.worker.shared_head import HeadHelper, HeadOwner
+from tests.core.worker.product import Product
 from tests.core.worker.test_batch import SPEC
 from tests.kernels.comparisons import (
     compare_attention,
@@ -317,19 +318,6 @@ def test_a_head_that_two_stages_share(vocab_size: int, max_rows: int, pp: int, m
         blocks = torch.nn.functional.pad(logits, (0, -vocab_size % 128), value=-torch.inf).unflatten(1, (-1, 128))
         assert torch.allclose(last.columns.peaks[: len(normed)], blocks.amax(dim=-1), atol=1e-5)
     assert torch.cat(waited).tolist() == [0] * 6  # exactly what has been written
-
-
-class Product:
-    """As a Linear multiplies on a GPU."""
-
-    def __init__(self, weight: torch.Tensor, workspace: object = None) -> None:
-        self.plain, self.num_outputs = (weight, None), len(weight)
-
-    def of_outputs(self, stop: int) -> Product:
-        return Product(self.plain[0][:stop])
-
-    def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        return torch.mm(x, self.plain[0].t(), out=out)
 
 
 @pytest.mark.parametrize(("num_rows", "width", "size"), [(1, 64, 2), (17, 40, 2), (66, 40, 3)])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aphro_core.doctor.finding import Status
-from aphro_core.doctor.nccl_log import topics_errors, topics_transports
+from aphro_core.doctor.nccl_log import topics_errors, topics_network, topics_transports
 from aphro_core.doctor.nccl_log.topics import TOPICS, parse_topics
 from aphro_core.doctor.nccl_log.verdict import Verdict
 from tests.core.doctor.logs import IB_GDR, INIT_ONLY, LOGS, P2P, SHM, SOCKETS, TIMEOUT, info, read, warn
@@ -258,7 +258,8 @@ def test_interleaved_ranks_and_block_borders_do_not_matter(order: list[int], blo
 
 
 def test_topics_are_whole() -> None:
-    assert len(parse_topics(topics_errors.TEXT)) + len(parse_topics(topics_transports.TEXT)) == len(TOPICS)
+    tables = (topics_transports, topics_network, topics_errors)
+    assert sum(len(parse_topics(table.TEXT)) for table in tables) == len(TOPICS)
     for id, topic in TOPICS.items():
         assert id.startswith("log.")
         assert len(topic.meaning) > 20, id

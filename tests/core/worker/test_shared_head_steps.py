@@ -31,6 +31,7 @@ from aphro_core.worker.device_runner import DeviceRunner
 from aphro_core.worker.loader import load_weights
 from aphro_core.worker.shared_head import HeadHelper, HeadOwner
 from tests.core.worker.one_rank import CPU, Planner, sharding_plan
+from tests.core.worker.product import Product
 from tests.core.worker.test_device_runner import device_runner
 from tests.core.worker.test_failed_steps import FailAt
 from tests.tiny import write_tiny_checkpoint
@@ -39,19 +40,6 @@ SECONDS = 20.0  # after which an end waits in vain
 VOCAB, MAX_ROWS = 700, 11
 PROMPTS = [[7 * i * (seq_id + 2) % 690 for i in range(length)] for seq_id, length in enumerate((9, 5, 21, 14, 6))]
 GREEDY = SamplingParams(temperature=0.0)
-
-
-class Product:
-    """As a Linear multiplies on a GPU."""
-
-    def __init__(self, weight: torch.Tensor, workspace: object = None) -> None:
-        self.plain, self.num_outputs = (weight, None), len(weight)
-
-    def of_outputs(self, stop: int) -> Product:
-        return Product(self.plain[0][:stop])
-
-    def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        return torch.mm(x, self.plain[0].t(), out=out)
 
 
 class Wires:

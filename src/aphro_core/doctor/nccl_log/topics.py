@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from aphro_core.doctor.nccl_log import topics_errors, topics_transports
+from aphro_core.doctor.nccl_log import topics_errors, topics_network, topics_transports
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,4 +27,8 @@ def parse_topics(text: str) -> dict[str, Topic]:
     return topics
 
 
-TOPICS: Final[dict[str, Topic]] = parse_topics(topics_transports.TEXT) | parse_topics(topics_errors.TEXT)
+TOPICS: Final[dict[str, Topic]] = {
+    id: topic
+    for tables in (topics_transports, topics_network, topics_errors)
+    for id, topic in parse_topics(tables.TEXT).items()
+}
